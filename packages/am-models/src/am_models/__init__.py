@@ -1,0 +1,3 @@
+"""Hugging Face models made fast in place, with their own signature."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Mixture-of-experts routing, permutation and grouped GEMM for PyTorch."""
+
+__all__: list[str] = []

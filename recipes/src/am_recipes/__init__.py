@@ -1,0 +1,1 @@
+"""Readable training scripts over the AutoModel microlibraries, and the automodel command."""
