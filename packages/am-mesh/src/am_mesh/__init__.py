@@ -1,3 +1,22 @@
 """Device mesh, process group, FSDP2/HSDP/DDP and gradient norms for PyTorch training."""
 
-__all__: list[str] = []
+from am_mesh._dims import ParallelDims
+from am_mesh._norm import clip_grad_norm_, grad_norm
+from am_mesh._parallelize import parallelize
+from am_mesh._process_group import process_group
+from am_mesh._recompute import recompute
+from am_mesh._reduce import sum_over
+from am_mesh._shard import fully_shard, gradient_sync, replicate
+
+__all__ = [
+    "ParallelDims",
+    "clip_grad_norm_",
+    "fully_shard",
+    "grad_norm",
+    "gradient_sync",
+    "parallelize",
+    "process_group",
+    "recompute",
+    "replicate",
+    "sum_over",
+]

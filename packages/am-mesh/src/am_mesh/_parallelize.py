@@ -1,0 +1,107 @@
+"""From a model and axis sizes to a model that trains on all ranks: recomputation, then data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from am_mesh._dims import ParallelDims
+from am_mesh._recompute import recompute as recompute_blocks
+from am_mesh._shard import fully_shard, replicate
+
+STRATEGIES = ("fsdp2", "ddp")
+RECOMPUTE = ("none", "full")
+
+
+def parallelize(
+    model: nn.Module,
+    dims: ParallelDims,
+    *,
+    strategy: Literal["fsdp2", "ddp"] = "fsdp2",
+    recompute: Literal["none", "full"] = "none",
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool | None = None,
+    forward_methods: Sequence[str] = (),
+    blocks: Sequence[str] | None = None,
+) -> nn.Module:
+    """Make `model` train data-parallel over `dims`; changes it in place and returns it.
+
+    Every rank calls it with equal weights, or with a model on the meta device: then the layout comes first, and
+    `to_empty` and a checkpoint fill the shards. Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`:
+    divide the loss by a count over all ranks. Parameter names, tied weights and `requires_grad` stay as they are;
+    frozen parameters may have another dtype than trainable ones. Every rank must run every block in every micro-batch;
+    parameters within a block may go unused and count as a gradient of zero.
+
+    Arguments:
+        dims: what `ParallelDims.build` returned. `dp_replicate > 1` under "fsdp2" is HSDP.
+        strategy: "fsdp2" shards parameters, gradients and optimizer state; "ddp" keeps them whole on every rank.
+        recompute: "full" recomputes each block in the backward instead of storing its activations.
+        param_dtype: dtype of parameters and floating-point inputs in forward and backward (None: as stored). The
+            parameters that the optimizer sees keep their dtype.
+        reshard_after_forward: free gathered parameters between forward and backward; None: of the blocks, not of the
+            root. False trades memory for communication. "fsdp2" only.
+        forward_methods: names of methods of `model` besides `forward` that run a forward, such as "forward_with_loss".
+        blocks: patterns for the names of the repeated layers, such as `("model.layers.*",)`, where `*` stays between
+            two dots. None: the members of the outermost module lists of one class. Without any, the model is one unit.
+
+    A world of one whose parameters are already stored in `param_dtype` (or None) is returned unwrapped; with another
+    `param_dtype` it is wrapped, so that mixed precision means the same on one rank as on many.
+
+    Raises `ValueError` for an unknown strategy or recompute mode, a non-floating dtype, an axis that data parallelism
+    does not use (`cp`, `tp`, `pp`, `ep` above 1), a name in `forward_methods` that the model lacks.
+    """
+    _check(strategy, STRATEGIES, "strategy")
+    _check(recompute, RECOMPUTE, "recompute")
+    for axis in ("cp", "tp", "pp", "ep"):
+        if dims.sizes[axis] > 1:
+            raise ValueError(
+                f"{axis}={dims.sizes[axis]} is not supported by parallelize yet, only data parallelism; use {axis}=1"
+            )
+    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{name}={dtype} is not a floating-point dtype; choose torch.bfloat16 or torch.float32")
+    if strategy == "ddp" and reshard_after_forward is not None:
+        raise ValueError(f"reshard_after_forward={reshard_after_forward} needs strategy='fsdp2': ddp shards nothing")
+    missing = [name for name in forward_methods if name not in dir(model)]
+    if missing:
+        raise ValueError(
+            f"forward_methods={missing} are not methods of {type(model).__name__}; install them before parallelize"
+        )
+
+    if recompute == "full":
+        recompute_blocks(model, blocks=blocks)
+    if dims.world_size == 1 and _stored_in(model, param_dtype):
+        return model
+    if strategy == "ddp":
+        return replicate(
+            model,
+            dims.mesh("dp"),
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            forward_methods=forward_methods,
+            blocks=blocks,
+        )
+    return fully_shard(
+        model,
+        dims.mesh("dp_replicate", "fsdp") if dims.dp_replicate > 1 else dims.mesh("fsdp"),
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+        reshard_after_forward=reshard_after_forward,
+        forward_methods=forward_methods,
+        blocks=blocks,
+    )
+
+
+def _check(value: str, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")
+
+
+def _stored_in(model: nn.Module, dtype: torch.dtype | None) -> bool:
+    return dtype is None or all(
+        parameter.dtype == dtype for parameter in model.parameters() if parameter.is_floating_point()
+    )

@@ -1,0 +1,56 @@
+"""The default process group as a context: torchrun's, a group of one, or the one that is already there."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
+    """Run the body inside a default process group; yields this rank's device.
+
+    Under torchrun (`RANK` is set) the group is torchrun's; otherwise it is a group of one over an in-process store,
+    which opens no port. CUDA where there is a GPU (device `LOCAL_RANK`, NCCL for CUDA tensors and gloo for CPU ones),
+    else CPU and gloo. `timeout_minutes` is how long a collective may wait for the slowest rank. The group is destroyed
+    on exit, unless it existed before: then it is used and left alone, so a program embedded in another framework
+    works unchanged.
+
+    Raises `ValueError` for a `timeout_minutes` that is not positive or a `LOCAL_RANK` without a GPU of its own.
+    """
+    if timeout_minutes <= 0:
+        raise ValueError(f"timeout_minutes={timeout_minutes} must be positive; 30 is the default")
+    launched = "RANK" in os.environ
+    device = _device(int(os.environ["LOCAL_RANK"]) if launched and "LOCAL_RANK" in os.environ else None)
+    if dist.is_initialized():
+        yield device
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int | None) -> torch.device:
+    """This rank's device, made current where it is a GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank is not None:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK={local_rank} has no GPU: {torch.cuda.device_count()} visible; start at most that many "
+                "processes per node, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        torch.cuda.set_device(local_rank)
+    return torch.device("cuda", torch.cuda.current_device())

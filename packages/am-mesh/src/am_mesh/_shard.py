@@ -1,0 +1,192 @@
+"""Data parallelism with torch's fully_shard: sharded, replicated, or both.
+
+Gradients are summed over the data-parallel ranks, never averaged: losses here are sums over tokens that the caller has
+already divided by the number of tokens of the whole step. A parameter that got no gradient on a rank (an expert without
+tokens) counts as zero there. torch leaves it out of the reduction, and ranks that leave out different ones hang or mix
+up gradients; its switch against that, `set_reduce_scatter_unused_params`, is newer than torch 2.11, so zeros are filled
+in here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp as torch_fsdp
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from am_mesh._blocks import find_blocks
+
+
+def fully_shard(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool | None = None,
+    forward_methods: Sequence[str] = (),
+    blocks: Sequence[str] | None = None,
+) -> nn.Module:
+    """Shard the parameters, block by block, over `mesh`; changes `model` in place and returns it.
+
+    `mesh` is 1-D (sharded) or 2-D (replicated over the first axis, sharded over the second: HSDP). Every rank of the
+    mesh calls it with equal weights, or with weights on the meta device, to be loaded afterwards. Parameters become
+    DTensors; names stay. The other arguments are those of `parallelize`.
+    """
+    found = find_blocks(model, blocks)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for block in found.values():
+        torch_fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    torch_fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_gradient_divide_factor(1.0)
+        # Without it a factor becomes a PREMUL_SUM or AVG reduction, which gloo does not have.
+        unit.set_force_sum_reduction_for_comms(True)
+    _fill_missing_gradients(model, list(found.values()), forward_methods)
+    for name in forward_methods:
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def replicate(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+    forward_methods: Sequence[str] = (),
+    blocks: Sequence[str] | None = None,
+) -> nn.Module:
+    """Keep all parameters on every rank of the 1-D `mesh` and sum the gradients, block by block, during the backward.
+
+    Changes `model` in place and returns it. Every rank calls it with equal weights, or with weights on the meta device.
+    It is `fully_shard` with shards of one rank: DistributedDataParallel renames every parameter, averages, and runs its
+    hooks for `forward` only; the composable `replicate` of torch is private and shares the last two.
+    """
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; replicate takes one, such as dims.mesh('dp')"
+        )
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    replicas = DeviceMesh.from_group(
+        [mesh.get_group(), alone],
+        mesh.device_type,
+        mesh=mesh.mesh.unsqueeze(1),
+        mesh_dim_names=("dp_replicate", "dp_shard"),
+    )
+    return fully_shard(
+        model,
+        replicas,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+        # There is nothing to gather again, so there is nothing to free after the forward.
+        reshard_after_forward=False,
+        forward_methods=forward_methods,
+        blocks=blocks,
+    )
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Around the forward and backward of one micro-batch: reduce gradients over the ranks only where `enabled`.
+
+    Pass True for the last micro-batch of an optimizer step and False for the others: their gradients stay on the rank
+    (unsharded, in `reduce_dtype`) and are added to the last one's before it is reduced. All ranks pass the same value.
+    Does nothing for a model that `parallelize` returned unwrapped.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_requires_gradient_sync(enabled)
+    model.set_is_last_backward(enabled)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+        model.set_is_last_backward(True)
+
+
+def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_methods: Sequence[str]) -> None:
+    """Give every trainable parameter that got no gradient a zero one before fully_shard reduces its block.
+
+    A block is reduced when the gradient of its inputs is known: an identity on those inputs, inside fully_shard's own,
+    runs just before. Blocks whose inputs need no gradient, and the root, are reduced by a callback at the end of the
+    backward, queued when the root's output receives its gradient: a hook on that output, set before fully_shard's,
+    queues ours first.
+    """
+    units = {*blocks, model}
+
+    @torch.compiler.disable
+    def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        inputs = [
+            value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.requires_grad
+        ]
+        if not inputs:
+            return None
+        replaced = dict(zip(map(id, inputs), _FillAfterBackward.apply(module, units, *inputs)))
+        return (
+            tuple(replaced.get(id(value), value) for value in args),
+            {name: replaced.get(id(value), value) for name, value in kwargs.items()},
+        )
+
+    @torch.compiler.disable
+    def after_root(output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(queue)
+
+    def queue(gradient: torch.Tensor) -> None:
+        Variable._execution_engine.queue_callback(lambda: [_fill(unit, units) for unit in units])
+
+    for block in blocks:
+        block.register_forward_pre_hook(before_block, with_kwargs=True)
+    model.register_forward_hook(lambda module, args, output: after_root(output), prepend=True)
+    for name in forward_methods:
+        setattr(model, name, _with_output_hook(getattr(model, name), after_root))
+
+
+def _with_output_hook(method: Callable[..., Any], hook: Callable[[Any], None]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = method(*args, **kwargs)
+        hook(output)
+        return output
+
+    return run
+
+
+class _FillAfterBackward(torch.autograd.Function):
+    """Identity; its backward runs once the module's own backward is done."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, units: set[nn.Module], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.module, ctx.units = module, units
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        _fill(ctx.module, ctx.units)
+        return (None, None, *gradients)
+
+
+def _fill(module: nn.Module, units: set[nn.Module]) -> None:
+    for parameter in module.parameters(recurse=False):
+        # A DTensor is the shard: its unit has already been reduced, or took no part in this backward.
+        if parameter.requires_grad and parameter.grad is None and not isinstance(parameter, DTensor):
+            parameter.grad = torch.zeros_like(parameter)
+    for child in module.children():
+        if child not in units:
+            _fill(child, units)
