@@ -1,0 +1,340 @@
+"""Reads a tree of YAML nodes into typed, frozen dataclasses, and turns those back into plain values.
+
+The annotations of a dataclass are its schema: `int`, `float`, `bool`, `str`, `Path`, `Literal`, `X | None`,
+`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, Any]` (free-form), `Target` and nested dataclasses. ``Annotated`` adds a
+constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from am_recipes._yaml import Node, Place, is_secret, nearest
+
+_DEFAULT_PLACE = Place("default", "")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A constraint on a value that already has the right type."""
+
+    test: Callable[[Any], bool]
+    rule: str
+
+
+@dataclass(frozen=True)
+class DefaultTarget:
+    """The callable that a target node means when it has no ``_target_``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Inline:
+    """The field takes every key of its section that no other field claims."""
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """The field collects the keys ``key`` and ``key_<name>`` of its section, stored as ``stored`` and ``stored_<name>``."""
+
+    key: str
+    stored: str
+
+
+@dataclass(frozen=True, repr=False)
+class Target:
+    """A callable by its dotted path, with arguments that may be targets themselves.
+
+    Nothing is imported until `callable`, `bind` or `build` is called.
+    """
+
+    path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    place: Place = field(default=_DEFAULT_PLACE, compare=False)
+    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Target({self.path!r}, arguments={sorted(self.arguments)})"
+
+    def bind(self, provided: Iterable[str] = (), *, partial: bool = False) -> None:
+        """Import the callable and hold the arguments, here and in nested targets, against its signature.
+
+        ``provided``: the arguments that the recipe passes itself. ``partial``: the rest comes when it is called, so a
+        missing argument is no error. Nothing is built. Raises `ConfigError`.
+        """
+        for value in _targets_in(self.arguments):
+            value.bind()
+        function = self._import()
+        try:
+            parameters = inspect.signature(function).parameters
+        except ValueError:
+            return  # some C functions have no signature: they complain when they are called
+        named = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        provided = tuple(provided)
+        for name in self.arguments:
+            if name in provided:
+                raise self._place(name).error("the recipe passes this argument itself; remove it")
+            if name not in named and not takes_any:
+                raise self._place(name).error(f"{self.path} takes no such argument{nearest(name, set(named) - set(provided))}")
+        for name in provided:
+            if name not in named and not takes_any:
+                raise self.place.error(f"{self.path} must take {name!r}, which the recipe passes to it")
+        missing = [
+            name
+            for name, parameter in named.items()
+            if parameter.default is parameter.empty and name not in self.arguments and name not in provided
+        ]
+        if missing and not partial:
+            raise self.place.error(f"{self.path} needs {', '.join(map(repr, missing))}")
+
+    def build(self, **runtime: Any) -> Any:
+        """Call it with its arguments, nested targets built first; ``runtime`` arguments win."""
+        return self._import()(**({name: _built(value) for name, value in self.arguments.items()} | runtime))
+
+    def callable(self) -> Callable[..., Any]:
+        """The callable with the configured arguments applied, for whoever passes the rest."""
+        function = self._import()
+        if not self.arguments:
+            return function
+        import functools
+
+        return functools.partial(function, **{name: _built(value) for name, value in self.arguments.items()})
+
+    def _place(self, name: str) -> Place:
+        return self.places.get(name, self.place.child(name))
+
+    def _import(self) -> Callable[..., Any]:
+        place = self._place("_target_")
+        names = self.path.split(".")
+        module, depth = None, 0
+        for depth, name in enumerate(names):  # noqa: B007 - the depth reached is used below
+            path = ".".join(names[: depth + 1])
+            if module is not None and name in vars(module):
+                break
+            try:
+                module = importlib.import_module(path)
+            except ModuleNotFoundError as error:
+                if error.name != path:
+                    raise place.error(f"importing {path} failed: {error}") from error
+                break
+            except ImportError as error:
+                raise place.error(f"importing {path} failed: {error}") from error
+        else:
+            depth = len(names)
+        if module is None:
+            installed = [entry.name for entry in pkgutil.iter_modules()]
+            raise place.error(f"{self.path!r}: no module named {names[0]!r}{nearest(names[0], installed)}")
+        found: Any = module
+        for position in range(depth, len(names)):
+            owner = ".".join(names[:position])
+            try:
+                found = getattr(found, names[position])
+            except AttributeError:
+                choices = [name for name in dir(found) if not name.startswith("_")]
+                hint = nearest(names[position], choices)
+                raise place.error(f"{self.path!r}: {owner} has no {names[position]!r}{hint}") from None
+        if not callable(found):
+            raise place.error(f"{self.path!r} is a {type(found).__name__}, not a callable")
+        return typing.cast(Callable[..., Any], found)
+
+
+def _targets_in(value: Any) -> Iterable[Target]:
+    if isinstance(value, Target):
+        yield value
+    elif isinstance(value, (Mapping, list)):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _targets_in(child)
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, Target):
+        return value.build()
+    if isinstance(value, Mapping):
+        return {key: _built(child) for key, child in value.items()}
+    return [_built(child) for child in value] if isinstance(value, list) else value
+
+
+def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
+    """Build dataclass ``kind`` from a mapping node; ``given`` are the fields that do not come from YAML."""
+    if not isinstance(node.value, dict):
+        raise node.error(f"expected a mapping with {', '.join(_keys(kind))}, got {node.shown()}")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values = dict(given)
+    remaining = dict(node.value)
+    late: list[str] = []
+    for item in dataclasses.fields(kind):
+        prefixed = _metadata(hints[item.name], Prefixed)
+        if item.name in given:
+            continue
+        if _metadata(hints[item.name], Inline):
+            late.append(item.name)
+        elif prefixed:
+            keys = [key for key in remaining if key == prefixed.key or key.startswith(prefixed.key + "_")]
+            (annotation,) = typing.get_args(typing.get_args(hints[item.name])[0])[1:]
+            values[item.name] = {
+                prefixed.stored + key.removeprefix(prefixed.key): read(remaining.pop(key), annotation) for key in keys
+            }
+        elif item.name in remaining:
+            values[item.name] = read(remaining.pop(item.name), hints[item.name])
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise node.error(f"the key {item.name!r} is required")
+    for name in late:
+        values[name] = read(dataclasses.replace(node, value=remaining), hints[name])
+    if remaining and not late:
+        key, child = next(iter(remaining.items()))
+        raise child.error(f"unknown key{nearest(key, _keys(kind))}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise node.error(str(error)) from error
+
+
+def read(node: Node, annotation: Any) -> Any:
+    """The value of ``node`` as ``annotation`` demands; raises `ConfigError` with the place and the constraint."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        if arguments[0] is Target:
+            return read_target(node, _metadata(annotation, DefaultTarget))
+        value = read(node, arguments[0])
+        for check in annotation.__metadata__:
+            if isinstance(check, Check) and not check.test(value):
+                raise node.error(f"{check.rule}, got {node.shown()}")
+        return value
+    if origin in (Union, types.UnionType):
+        return _read_union(node, arguments)
+    if origin is Literal:
+        typed = node.value if node.text is None else node.text
+        if typed not in arguments or isinstance(typed, bool):
+            hint = nearest(str(typed), arguments)
+            raise node.error(f"must be one of {', '.join(map(repr, arguments))}, got {node.shown()}{hint if ';' in hint and 'mean' in hint else ''}")
+        return typed
+    if origin is tuple:
+        return _read_list(node, arguments)
+    if origin in (Mapping, dict):
+        if not isinstance(node.value, dict):
+            raise node.error(f"expected a mapping, got {node.shown()}")
+        return read_free(node)
+    if annotation is Target:
+        return read_target(node, None)
+    if dataclasses.is_dataclass(annotation):
+        return read_section(node, typing.cast(type, annotation))
+    return _read_scalar(node, annotation)
+
+
+def _read_scalar(node: Node, kind: type[Any]) -> Any:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    value = node.value
+    if kind in (str, Path) and node.text is not None:
+        value = node.text
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not (str if kind is Path else kind):
+        raise node.error(f"expected {names[kind]}, got {node.shown()}")
+    return Path(value) if kind is Path else value
+
+
+def _read_union(node: Node, alternatives: tuple[Any, ...]) -> Any:
+    if type(None) in alternatives and (node.value is None or node.value in ("none", "None")):
+        return None
+    rest = [item for item in alternatives if item is not type(None)]
+    mapping = [item for item in rest if typing.get_origin(item) is Mapping or dataclasses.is_dataclass(item)]
+    if isinstance(node.value, dict) and mapping:
+        return read(node, mapping[0])
+    return read(node, next((item for item in rest if item not in mapping), rest[0]))
+
+
+def _read_list(node: Node, items: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(node.value, list):
+        raise node.error(f"expected a list, got {node.shown()}")
+    if items[-1] is Ellipsis:
+        items = (items[0],) * len(node.value)
+    if len(items) != len(node.value):
+        raise node.error(f"expected a list of {len(items)}, got {node.shown()}")
+    return tuple(read(child, item) for child, item in zip(node.value, items, strict=True))
+
+
+def read_free(node: Node, *, targets: bool = False) -> Any:
+    """Plain values, and with ``targets`` also `Target` objects for mappings that have a ``_target_``."""
+    if isinstance(node.value, list):
+        return [read_free(child, targets=targets) for child in node.value]
+    if not isinstance(node.value, dict):
+        return node.text if node.text is not None and is_secret(node.place.path) else node.value
+    if targets and "_target_" in node.value:
+        return read_target(node, None)
+    return {key: read_free(child, targets=targets) for key, child in node.value.items()}
+
+
+def read_target(node: Node, default: DefaultTarget | None) -> Target:
+    """A ``_target_`` node, or with ``default`` a mapping that may leave the ``_target_`` out."""
+    if not isinstance(node.value, dict):
+        raise node.error(f"expected a mapping with _target_ and its arguments, got {node.shown()}")
+    children = dict(node.value)
+    named = children.pop("_target_", None)
+    if named is None and default is None:
+        raise node.error("the key '_target_' is required: the dotted path of a callable")
+    path = default.path if named is None and default else _read_scalar(typing.cast(Node, named), str)
+    if not all(part.isidentifier() for part in path.split(".")) or "." not in path:
+        place = named.place if named else node.place
+        raise place.error(f"{path!r} is not the dotted path of a callable, such as torch.optim.AdamW")
+    arguments = {key: read_free(child, targets=True) for key, child in children.items()}
+    places = {key: child.place for key, child in node.value.items()}
+    return Target(path, arguments, node.place, places)
+
+
+def plain(value: Any) -> Any:
+    """What `read` would read back as ``value``: dicts, lists and scalars."""
+    if isinstance(value, Target):
+        return {"_target_": value.path} | {key: plain(child) for key, child in value.arguments.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        result: dict[str, Any] = {}
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        for item in dataclasses.fields(value):
+            if not item.compare:
+                continue
+            content = plain(value.__dict__[item.name])
+            prefixed = _metadata(hints[item.name], Prefixed)
+            if _metadata(hints[item.name], Inline):
+                result |= content
+            elif prefixed:
+                result |= {prefixed.key + key.removeprefix(prefixed.stored): child for key, child in content.items()}
+            else:
+                result[item.name] = content
+        return result
+    if isinstance(value, Mapping):
+        return {key: plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _metadata(annotation: Any, kind: type[Any]) -> Any:
+    if typing.get_origin(annotation) is not typing.Annotated:
+        return None
+    return next((item for item in annotation.__metadata__ if isinstance(item, kind)), None)
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    keys = []
+    for item in dataclasses.fields(kind):
+        prefixed = _metadata(hints[item.name], Prefixed)
+        if prefixed:
+            keys.append(prefixed.key)
+        elif item.compare and not _metadata(hints[item.name], Inline):
+            keys.append(item.name)
+    return keys

@@ -1,0 +1,276 @@
+"""YAML values that know where they come from, so that every complaint about one can name file, line and dotted path.
+
+A config file becomes a tree of `Node`; command-line overrides are put into the tree before anything reads it, and
+references to environment variables are resolved last, keeping their source text for what is saved.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_]\w*)(?:,(?P<default>[^}]*))?\}|(?P<malformed>\$\{[^}]*\}?)")
+_SECRET = re.compile(
+    r"(^|_)(password|passwd|secret|credentials?|authorization|apikey)($|_)"
+    r"|^token$|(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?<!image)(?<!video)(?<!audio)_token$"
+    r"|^key$|(^|_)(api|access|private|secret|auth|wandb|signing|encryption|ssh)_?key$",
+    re.IGNORECASE,
+)
+_HIDDEN = "<redacted>"
+# YAML 1.2's scalars: `off` and `no` are text, `1e-4` is a number, dates and 12:30 are text; PyYAML implements YAML 1.1.
+_SCALARS = [
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+0123456789."),
+    ),
+]
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: Mapping[str, Any] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML version would not read back as text."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message starts with file, line and dotted path."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: ``where`` is ``file:line`` (with the flag of an override), ``path`` its dotted path."""
+
+    where: str
+    path: str
+
+    def error(self, message: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {self.path}: {message}" if self.path else f"{self.where}: {message}")
+
+    def child(self, key: str | int) -> Place:
+        return replace(self, path=f"{self.path}.{key}" if self.path else str(key))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A YAML value and its place. ``value`` is a dict or list of nodes, or a scalar.
+
+    ``text`` is what was typed, for values whose type only the schema can decide (overrides, environment variables);
+    ``reference`` the unresolved source of a value that refers to the environment; ``created`` marks a key that an
+    override added.
+    """
+
+    place: Place
+    value: Any
+    text: str | None = None
+    reference: str | None = None
+    created: bool = False
+
+    def error(self, message: str) -> ConfigError:
+        return self.place.error(message)
+
+    def shown(self) -> str:
+        """The value for an error message: secrets and the environment stay out of it."""
+        if is_secret(self.place.path):
+            return _HIDDEN
+        if self.reference is not None:
+            return self.reference
+        kinds = {dict: "a mapping", list: f"a list of {len(self.value) if isinstance(self.value, list) else 0}"}
+        return kinds.get(type(self.value)) or ("null" if self.value is None else repr(self.value))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or a list of what there is when nothing is close."""
+    choices = sorted(set(names))
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 30 else ""
+
+
+def is_secret(path: str) -> bool:
+    """Whether the last key of a dotted path names a credential: ``hf_token`` does, ``pad_token`` does not."""
+    return bool(_SECRET.search(path.rsplit(".", 1)[-1]))
+
+
+def load(path: Path) -> Node:
+    """Read one YAML file; duplicate keys, unknown tags and anything but a mapping at the top are refused."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+    root = _parse(text, Place(str(path), ""))
+    if not isinstance(root.value, dict):
+        raise ConfigError(f"{path}:1: expected a mapping of sections, got {root.shown()}")
+    return root
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML text that `load` reads back unchanged."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def override(root: Node, flag: str, text: str) -> None:
+    """Set the value at ``flag`` (``optimizer.lr``, ``prompts.0``) in the tree; the schema judges the names later."""
+    keys = flag.split(".")
+    if not all(keys):
+        raise root.error(f"--{flag}: not a dotted path; write --section.key value")
+    node = root
+    for depth, key in enumerate(keys):
+        parent = node.place
+        place = replace(parent.child(key), where=f"{parent.where.split(' (--')[0]} (--{flag})")
+        last = depth == len(keys) - 1
+        if isinstance(node.value, list):
+            if not key.isdecimal() or int(key) >= len(node.value):
+                raise place.error(f"no such item; {parent.path} has {len(node.value)}, numbered from 0")
+            index: Any = int(key)
+            found = node.value[index]
+        elif isinstance(node.value, dict):
+            index = key
+            found = node.value.get(key)
+        else:
+            raise place.error(f"{parent.path} is {node.shown()}, which has no {key!r}")
+        if last:
+            node.value[index] = _typed(text, place, created=found is None)
+        elif found is None or found.value is None:
+            node.value[index] = node = Node(place, {}, created=found is None)
+        else:
+            node = found
+
+
+def _typed(text: str, place: Place, created: bool) -> Node:
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            parsed = _parse(text, place)
+        except ConfigError:
+            return Node(place, text, text=text, created=created)
+        return replace(parsed, created=created)
+    return Node(place, _scalar(text), text=text, created=created)
+
+
+def _scalar(text: str) -> Any:
+    loader = _Loader("")
+    return _construct(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+
+
+def _construct(tag: str, text: str) -> Any:
+    match tag.removeprefix("tag:yaml.org,2002:"):
+        case "null":
+            return None
+        case "bool":
+            return text.lower() == "true"
+        case "int":
+            return int(text, 16) if text.startswith("0x") else int(text)
+        case "float":
+            return float(text.replace(".inf", "inf").replace(".nan", "nan") if text.lower()[-3:] in ("inf", "nan") else text)
+        case _:
+            return text
+
+
+def _parse(text: str, place: Place) -> Node:
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return Node(place, None)
+        return _node(root, place, of_file=not place.path, ancestors=())
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark and not place.path else ""
+        raise ConfigError(f"{place.where}{line}: not YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place.where}: not YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _node(source: yaml.Node, place: Place, of_file: bool, ancestors: tuple[int, ...]) -> Node:
+    """Convert a composed YAML node; inside an override's value all places are the override's."""
+    file = re.sub(r":\d+$", "", place.where) if ancestors else place.where
+    here = replace(place, where=f"{file}:{source.start_mark.line + 1}") if of_file else place
+    if id(source) in ancestors:
+        raise here.error("an alias that contains itself")
+    ancestors = (*ancestors, id(source))
+    if isinstance(source, yaml.SequenceNode):
+        items = [_node(item, here.child(i), of_file, ancestors) for i, item in enumerate(source.value)]
+        return Node(here, items)
+    if isinstance(source, yaml.MappingNode):
+        values: dict[str, Node] = {}
+        lines: dict[str, int] = {}
+        for key, value in source.value:
+            at = here.child(key.value if isinstance(key, yaml.ScalarNode) else "?")
+            at = replace(at, where=f"{file}:{key.start_mark.line + 1}") if of_file else at
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                raise at.error("keys must be plain text; write merged keys out")
+            if key.value in values:
+                raise at.error(f"duplicate key; it is already set on line {lines[key.value]}")
+            lines[key.value] = key.start_mark.line + 1
+            values[key.value] = replace(_node(value, at, of_file, ancestors), place=at)
+        return Node(here, values)
+    if source.tag.removeprefix("tag:yaml.org,2002:") not in ("null", "bool", "int", "float", "str"):
+        raise here.error(f"the tag {source.tag} is not supported; plain YAML values only")
+    try:
+        return Node(here, _construct(source.tag, source.value))
+    except ValueError as error:
+        raise here.error(f"{source.value!r} does not fit its tag {source.tag}") from error
+
+
+def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
+    """Replace ``${VAR}`` and ``${VAR,default}`` in every text of the tree (``$${`` stands for ``${``).
+
+    A value that is one reference and nothing else takes the type its text has in YAML. Raises `ConfigError` for a
+    variable that is neither set nor given a default.
+    """
+    variables = os.environ if environment is None else environment
+    if isinstance(node.value, dict):
+        return replace(node, value={key: resolve(child, variables) for key, child in node.value.items()})
+    if isinstance(node.value, list):
+        return replace(node, value=[resolve(child, variables) for child in node.value])
+    if not isinstance(node.value, str) or "${" not in node.value:
+        return node
+
+    def substitute(match: re.Match[str]) -> str:
+        if match[0] == "$${":
+            return "${"
+        if match["malformed"]:
+            raise node.error(f"{match[0]} is not a reference; write ${{NAME}} or ${{NAME,default}}, and $${{ for a plain ${{")
+        name, default = match["name"], match["default"]
+        if name not in variables and default is None:
+            close = difflib.get_close_matches(name, list(variables), n=1, cutoff=0.8)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; set it, or write ${{{name},default}}"
+            raise node.error(f"the environment variable {name} is not set{hint}")
+        return variables[name] if name in variables else (default or "").strip()
+
+    text = _REFERENCE.sub(substitute, node.value)
+    whole = _REFERENCE.fullmatch(node.value) is not None and node.value != "$${" and not is_secret(node.place.path)
+    return replace(node, value=_scalar(text) if whole else text, text=text, reference=node.value)
+
+
+def references(node: Node) -> Iterator[tuple[str, str]]:
+    """Dotted path and source text of every value that refers to the environment."""
+    if isinstance(node.value, (dict, list)):
+        children = node.value.values() if isinstance(node.value, dict) else node.value
+        for child in children:
+            yield from references(child)
+    elif node.reference is not None:
+        yield node.place.path, node.reference

@@ -1,0 +1,391 @@
+"""A recipe's config: one YAML file, command-line overrides and the environment, as one typed frozen dataclass.
+
+`parse` checks the schema without importing torch or any target and writes nothing; `check_targets` imports every
+``_target_`` and holds its arguments against its signature before anything is built. All complaints are `ConfigError`
+with file, line, dotted path and the nearest valid name. `SftConfig.to_yaml` is the resolved config, which `parse` reads
+back to an equal one: values from the environment are written as the references they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from am_recipes._schema import Check, DefaultTarget, Inline, Prefixed, Target, plain, read_section
+from am_recipes._yaml import ConfigError, Node, dump, is_secret, load, nearest, override, references, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PretrainedConfig
+
+__all__ = ["ConfigError", "SftConfig", "Target", "check_targets", "identity_difference", "parse"]
+
+PositiveInt = Annotated[int, Check(lambda number: number >= 1, "must be at least 1")]
+NonNegativeInt = Annotated[int, Check(lambda number: number >= 0, "must be at least 0")]
+PositiveFloat = Annotated[float, Check(lambda number: 0 < number < math.inf, "must be greater than 0")]
+NonNegativeFloat = Annotated[float, Check(lambda number: 0 <= number < math.inf, "must be at least 0")]
+Fraction = Annotated[float, Check(lambda number: 0 <= number < 1, "must be in [0, 1)")]
+OneRank = Annotated[int, Check(lambda size: size == 1, "must be 1: this recipe divides work over data-parallel ranks only")]
+Text = Annotated[str, Check(bool, "must not be empty")]
+Pattern = Annotated[str, Check(bool, "must not be empty")]
+Dtype = Literal["float32", "bfloat16"]
+Dataset = Annotated[Target, DefaultTarget("am_data.ChatDataset")]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights by ``name_or_path`` (a folder, a hub id or ``package:<asset>``), or a seeded random model by ``config``."""
+
+    name_or_path: Text | None = None
+    config: Mapping[str, Any] | None = None
+    dtype: Dtype | Literal["auto"] = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give exactly one of name_or_path (pretrained weights) and config (a random model)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, such as llama")
+
+    def hf_config(self, folder: Path | None) -> PretrainedConfig:
+        """The transformers config, from ``folder`` or the inline ``config``, with ``dtype`` set unless it is auto."""
+        import torch
+        from transformers import AutoConfig
+
+        if folder is None:
+            config = AutoConfig.for_model(**(self.config or {}))
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        if self.dtype != "auto":
+            config.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        return config
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer, where it is not the model's; ``chat_template`` is a Jinja text that replaces its own."""
+
+    name_or_path: Text | None = None
+    chat_template: Text | None = None
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Tokens of one padding-free pack; 0 pads each example instead."""
+
+    packed_sequence_size: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class DataLoader:
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class Peft:
+    """The fields of `peft.LoraConfig`, and the dtype the adapter's weights are kept in (None: the model's)."""
+
+    lora: Annotated[Target, Inline(), DefaultTarget("peft.LoraConfig")]
+    adapter_dtype: Dtype | None = None
+
+    def lora_config(self) -> LoraConfig:
+        return self.lora.build()
+
+    def dtype(self) -> torch.dtype | None:
+        return _dtype(self.adapter_dtype)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the ranks share the work. ``dp_size`` None: all of them; ``dp_replicate_size`` above 1 is HSDP."""
+
+    strategy: Literal["fsdp2", "ddp"] = "fsdp2"
+    dp_size: PositiveInt | None = None
+    dp_replicate_size: PositiveInt = 1
+    tp_size: OneRank = 1
+    cp_size: OneRank = 1
+    pp_size: OneRank = 1
+    ep_size: OneRank = 1
+    activation_checkpointing: Literal["none", "full"] = "none"
+    param_dtype: Dtype | None = None
+    reduce_dtype: Dtype = "float32"
+    timeout_minutes: PositiveInt = 30
+
+    def __post_init__(self) -> None:
+        if self.dp_size is not None and self.dp_size % self.dp_replicate_size:
+            raise ValueError(
+                f"dp_size={self.dp_size} is not a multiple of dp_replicate_size={self.dp_replicate_size}; "
+                "dp_size counts all data-parallel ranks, replicas included"
+            )
+
+    def sizes(self) -> dict[str, int]:
+        """The arguments of `am_mesh.ParallelDims`; a ``dp_shard`` of -1 takes the ranks that are left."""
+        shard = -1 if self.dp_size is None else self.dp_size // self.dp_replicate_size
+        others = {"cp": self.cp_size, "tp": self.tp_size, "pp": self.pp_size, "ep": self.ep_size}
+        return {"dp_replicate": self.dp_replicate_size, "dp_shard": shard} | others
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `am_mesh.parallelize`."""
+        return {
+            "strategy": self.strategy,
+            "recompute": self.activation_checkpointing,
+            "param_dtype": _dtype(self.param_dtype),
+            "reduce_dtype": _dtype(self.reduce_dtype),
+        }
+
+
+@dataclass(frozen=True)
+class StepScheduler:
+    """Batch sizes in samples, lengths in optimizer steps. The run ends at whichever of steps and epochs comes first."""
+
+    global_batch_size: PositiveInt = 32
+    local_batch_size: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    num_epochs: PositiveInt | None = None
+    ckpt_every_steps: PositiveInt | None = 100
+    val_every_steps: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.local_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of "
+                f"local_batch_size={self.local_batch_size}; change one of them"
+            )
+        if self.max_steps is None and self.num_epochs is None:
+            raise ValueError("set max_steps, num_epochs or both: the run needs an end")
+
+
+@dataclass(frozen=True)
+class ParamGroupOverride:
+    """Multipliers for the parameters whose name the regular expression ``pattern`` matches; the first match counts."""
+
+    pattern: Pattern
+    lr_mult: NonNegativeFloat = 1.0
+    wd_mult: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer class and what it is given; None leaves a value to the class."""
+
+    lr: NonNegativeFloat
+    target: Annotated[Target, Inline(), DefaultTarget("torch.optim.AdamW")]
+    betas: tuple[Fraction, Fraction] | None = None
+    eps: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None
+    param_group_overrides: tuple[ParamGroupOverride, ...] = ()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The keyword arguments of the class, ``params`` aside, without those left to it."""
+        named = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LrScheduler:
+    """Linear warm-up over ``warmup_steps``, then ``style`` from ``optimizer.lr`` down to ``min_lr`` (an absolute rate)."""
+
+    style: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    min_lr: NonNegativeFloat = 0.0
+
+
+@dataclass(frozen=True)
+class ClipGradNorm:
+    """The largest global gradient norm; null does not clip."""
+
+    max_norm: PositiveFloat | None = 1.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """``resume``: from the latest checkpoint where there is one (auto), or one must (must) or may not (never) be used."""
+
+    enabled: bool = True
+    resume: Literal["auto", "must", "never"] = "auto"
+    keep_last: PositiveInt | None = None
+    keep_best: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Sample answers at the end of the run, decoded greedily."""
+
+    prompts: tuple[Text, ...] = ()
+    max_new_tokens: PositiveInt = 64
+
+
+@dataclass(frozen=True)
+class Export:
+    """The Hugging Face folder written at the end; ``merge_adapter`` folds a LoRA adapter into the weights first."""
+
+    enabled: bool = True
+    merge_adapter: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class SftConfig:
+    """Everything `am_recipes.sft` needs; section and key names are those of the YAML file.
+
+    ``validation_datasets`` maps the name of the logged metric to its dataset: ``validation_dataset`` is ``val_loss``,
+    ``validation_dataset_math`` is ``val_loss_math``. ``source`` is the file that was read; ``environment`` maps dotted
+    paths to the ``${VAR}`` text their value came from.
+    """
+
+    recipe: Literal["sft"]
+    run_dir: Path
+    model: Model
+    dataset: Dataset
+    optimizer: Optimizer
+    step_scheduler: StepScheduler
+    seed: NonNegativeInt = 42
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    validation_datasets: Annotated[Mapping[str, Dataset], Prefixed("validation_dataset", "val_loss")] = field(
+        default_factory=dict
+    )
+    packed_sequence: PackedSequence = field(default_factory=PackedSequence)
+    dataloader: DataLoader = field(default_factory=DataLoader)
+    peft: Peft | None = None
+    distributed: Distributed = field(default_factory=Distributed)
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    loss_fn: Annotated[Target, DefaultTarget("am_loss.linear_cross_entropy")] = field(
+        default_factory=lambda: Target("am_loss.linear_cross_entropy")
+    )
+    clip_grad_norm: ClipGradNorm = field(default_factory=ClipGradNorm)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
+    generate: Generate = field(default_factory=Generate)
+    export: Export = field(default_factory=Export)
+    source: Path = field(default=Path(), compare=False)
+    environment: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __str__(self) -> str:
+        return self.to_yaml()
+
+    __repr__ = __str__
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run, as JSON values that hold no secret and nothing from the environment.
+
+        Where the schedule decays, the length of the run is part of it: it decides the rate of every step.
+        """
+        values = _replace_leaves(plain(self), "", lambda path, value: _fingerprint(path, value, self.environment))
+        sections = ("model", "tokenizer", "dataset", "packed_sequence", "dataloader", "peft")
+        result = {key: values[key] for key in (*sections, "optimizer", "lr_scheduler", "loss_fn", "seed")}
+        result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
+        if self.lr_scheduler.style != "constant":
+            result["step_scheduler"] |= {key: values["step_scheduler"][key] for key in ("max_steps", "num_epochs")}
+        return result
+
+    def to_yaml(self) -> str:
+        """The resolved config: defaults written out, environment references as they were, secrets as references."""
+        return dump(_replace_leaves(plain(self), "", lambda path, value: _written(path, value, self.environment)))
+
+    def save(self, path: Path) -> None:
+        """Write `to_yaml` to ``path``; one rank calls this."""
+        path.write_text(self.to_yaml(), encoding="utf-8")
+
+
+RECIPES: Mapping[str, type[SftConfig]] = {"sft": SftConfig}
+
+
+def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> SftConfig:
+    """Read and check a config file; ``overrides`` are (dotted path, text) pairs, later ones win.
+
+    Imports nothing that the config names and writes nothing. Raises `ConfigError`.
+    """
+    source = Path(path)
+    tree = load(source)
+    for dotted_path, text in overrides:
+        override(tree, dotted_path, text)
+    root = resolve(tree)
+    recipe = root.value.get("recipe")
+    if recipe is None:
+        raise root.error(f"the key 'recipe' is required: one of {', '.join(RECIPES)}")
+    if recipe.value not in list(RECIPES):
+        raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
+    default = {"run_dir": Node(root.place.child("run_dir"), f"runs/{source.stem}")}
+    complete = Node(root.place, default | root.value)
+    return read_section(complete, RECIPES[recipe.value], source=source, environment=dict(references(root)))
+
+
+def check_targets(config: SftConfig) -> None:
+    """Import every target of the config and check its arguments against its signature. Raises `ConfigError`."""
+    config.dataset.bind(("tokenizer",))
+    for dataset in config.validation_datasets.values():
+        dataset.bind(("tokenizer",))
+    config.optimizer.target.bind(("params", *config.optimizer.hyperparameters()))
+    config.loss_fn.bind(partial=True)
+    if config.peft is not None:
+        config.peft.lora.bind()
+    if config.model.config is not None:
+        _check_model_config(config)
+
+
+def _check_model_config(config: SftConfig) -> None:
+    """An HF config keeps any keyword as an attribute that nothing reads, so a misspelt size would train another model."""
+    import inspect
+
+    from transformers import CONFIG_MAPPING
+
+    inline = config.model.config or {}
+    model_type = inline["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"{config.source}: model.config.model_type: unknown {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
+    kind = CONFIG_MAPPING[model_type]
+    known = {*inspect.signature(kind).parameters, *kind().to_dict(), *kind.attribute_map, "model_type"}
+    for key in inline:
+        if key not in known:
+            raise ConfigError(f"{config.source}: model.config.{key}: {kind.__name__} has no such field{nearest(key, known)}")
+
+
+def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The dotted keys on which two results of `SftConfig.identity` differ."""
+    result: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            result += [f"{key}.{inner}" for inner in identity_difference(before, after)]
+        elif before != after:
+            result.append(key)
+    return result
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _replace_leaves(value: Any, path: str, new: Any) -> Any:
+    """The same nesting with every scalar replaced by ``new(dotted path, scalar)``."""
+    prefix = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        return {key: _replace_leaves(child, prefix + key, new) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_replace_leaves(child, f"{prefix}{index}", new) for index, child in enumerate(value)]
+    return new(path, value)
+
+
+def _written(path: str, value: Any, environment: Mapping[str, str]) -> Any:
+    """A secret is never written: in its place stands a reference named after its key, for the rerun to fill in."""
+    if is_secret(path) and value is not None:
+        own = environment.get(path, "")
+        return own.partition(",")[0] + "}" if "," in own else own or f"${{{path.rsplit('.', 1)[-1].upper()}}}"
+    if path in environment:
+        return environment[path]
+    return value.replace("${", "$${") if isinstance(value, str) else value
+
+
+def _fingerprint(path: str, value: Any, environment: Mapping[str, str]) -> Any:
+    """A secret does not identify a run; what came from the environment does, but only its digest is kept."""
+    if is_secret(path):
+        return None
+    if path in environment:
+        return f"{environment[path]} blake2b:{hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest()}"
+    return value
