@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-Parameters = nn.Module | torch.Tensor | Iterable[torch.Tensor]
+Parameters: TypeAlias = nn.Module | torch.Tensor | Iterable[torch.Tensor]
 
 
 @torch.no_grad()

@@ -44,12 +44,14 @@ def fully_shard(
     DTensors; names stay. The other arguments are those of `parallelize`.
     """
     found = find_blocks(model, blocks)
+    _check_dtypes(model, found)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for block in found.values():
         torch_fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     torch_fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for unit in units:
+    for unit in model.modules():
+        if not isinstance(unit, FSDPModule):
+            continue
         unit.set_gradient_divide_factor(1.0)
         # Without it a factor becomes a PREMUL_SUM or AVG reduction, which gloo does not have.
         unit.set_force_sum_reduction_for_comms(True)
@@ -97,6 +99,20 @@ def replicate(
     )
 
 
+def _check_dtypes(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    seen: dict[str, tuple[torch.dtype, str]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        block = next((block for block in blocks if name.startswith(f"{block}.")), "the root")
+        dtype, other = seen.setdefault(block, (parameter.dtype, name))
+        if dtype != parameter.dtype:
+            raise ValueError(
+                f"trainable parameters of {block} are stored in two dtypes: {other!r} in {dtype}, {name!r} in "
+                f"{parameter.dtype}; convert them to one, and choose the dtype of the computation with param_dtype"
+            )
+
+
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Around the forward and backward of one micro-batch: reduce gradients over the ranks only where `enabled`.
@@ -126,6 +142,7 @@ def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_m
     queues ours first.
     """
     units = {*blocks, model}
+    owners = {unit: list(_modules_with_parameters(unit, units)) for unit in units}
 
     @torch.compiler.disable
     def before_block(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,26 +153,38 @@ def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_m
         ]
         if not inputs:
             return None
-        replaced = dict(zip(map(id, inputs), _FillAfterBackward.apply(module, units, *inputs)))
+        outputs = dict(zip(map(id, inputs), _FillAfterBackward.apply(owners[module], *inputs)))
         return (
-            tuple(replaced.get(id(value), value) for value in args),
-            {name: replaced.get(id(value), value) for name, value in kwargs.items()},
+            tuple(outputs.get(id(value), value) for value in args),
+            {name: outputs.get(id(value), value) for name, value in kwargs.items()},
         )
 
-    @torch.compiler.disable
     def after_root(output: Any) -> None:
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(queue)
 
     def queue(gradient: torch.Tensor) -> None:
-        Variable._execution_engine.queue_callback(lambda: [_fill(unit, units) for unit in units])
+        Variable._execution_engine.queue_callback(fill_all)
+
+    def fill_all() -> None:
+        for modules in owners.values():
+            _fill(modules)
 
     for block in blocks:
         block.register_forward_pre_hook(before_block, with_kwargs=True)
     model.register_forward_hook(lambda module, args, output: after_root(output), prepend=True)
     for name in forward_methods:
         setattr(model, name, _with_output_hook(getattr(model, name), after_root))
+
+
+def _modules_with_parameters(module: nn.Module, units: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules of one unit that hold parameters themselves: not those of a unit inside it."""
+    if next(module.parameters(recurse=False), None) is not None:
+        yield module
+    for child in module.children():
+        if child not in units:
+            yield from _modules_with_parameters(child, units)
 
 
 def _with_output_hook(method: Callable[..., Any], hook: Callable[[Any], None]) -> Callable[..., Any]:
@@ -169,24 +198,22 @@ def _with_output_hook(method: Callable[..., Any], hook: Callable[[Any], None]) -
 
 
 class _FillAfterBackward(torch.autograd.Function):
-    """Identity; its backward runs once the module's own backward is done."""
+    """Identity; its backward runs once that of the block it feeds is done."""
 
     @staticmethod
-    def forward(ctx: Any, module: nn.Module, units: set[nn.Module], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.module, ctx.units = module, units
+    def forward(ctx: Any, modules: list[nn.Module], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.modules = modules
         return inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        _fill(ctx.module, ctx.units)
-        return (None, None, *gradients)
+        _fill(ctx.modules)
+        return (None, *gradients)
 
 
-def _fill(module: nn.Module, units: set[nn.Module]) -> None:
-    for parameter in module.parameters(recurse=False):
-        # A DTensor is the shard: its unit has already been reduced, or took no part in this backward.
-        if parameter.requires_grad and parameter.grad is None and not isinstance(parameter, DTensor):
-            parameter.grad = torch.zeros_like(parameter)
-    for child in module.children():
-        if child not in units:
-            _fill(child, units)
+def _fill(modules: list[nn.Module]) -> None:
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            # A DTensor is the shard: its unit has already been reduced, or took no part in this backward.
+            if parameter.requires_grad and parameter.grad is None and not isinstance(parameter, DTensor):
+                parameter.grad = torch.zeros_like(parameter)
