@@ -8,6 +8,7 @@ constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `D
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from am_recipes._yaml import Node, Place, is_secret, nearest
+from am_recipes._yaml import Node, Place, did_you_mean, is_secret, nearest
 
 _DEFAULT_PLACE = Place("default", "")
 
@@ -45,7 +46,7 @@ class Inline:
 
 @dataclass(frozen=True)
 class Prefixed:
-    """The field collects the keys ``key`` and ``key_<name>`` of its section, stored as ``stored`` and ``stored_<name>``."""
+    """The field collects the keys ``key`` and ``key_<name>`` of its section, as ``stored``, ``stored_<name>``."""
 
     key: str
     stored: str
@@ -90,7 +91,9 @@ class Target:
             if name in provided:
                 raise self._place(name).error("the recipe passes this argument itself; remove it")
             if name not in named and not takes_any:
-                raise self._place(name).error(f"{self.path} takes no such argument{nearest(name, set(named) - set(provided))}")
+                raise self._place(name).error(
+                    f"{self.path} takes no such argument{nearest(name, set(named) - set(provided))}"
+                )
         for name in provided:
             if name not in named and not takes_any:
                 raise self.place.error(f"{self.path} must take {name!r}, which the recipe passes to it")
@@ -111,8 +114,6 @@ class Target:
         function = self._import()
         if not self.arguments:
             return function
-        import functools
-
         return functools.partial(function, **{name: _built(value) for name, value in self.arguments.items()})
 
     def _place(self, name: str) -> Place:
@@ -122,7 +123,7 @@ class Target:
         place = self._place("_target_")
         names = self.path.split(".")
         module, depth = None, 0
-        for depth, name in enumerate(names):  # noqa: B007 - the depth reached is used below
+        for depth, name in enumerate(names):
             path = ".".join(names[: depth + 1])
             if module is not None and name in vars(module):
                 break
@@ -220,15 +221,16 @@ def read(node: Node, annotation: Any) -> Any:
     if origin is Literal:
         typed = node.value if node.text is None else node.text
         if typed not in arguments or isinstance(typed, bool):
-            hint = nearest(str(typed), arguments)
-            raise node.error(f"must be one of {', '.join(map(repr, arguments))}, got {node.shown()}{hint if ';' in hint and 'mean' in hint else ''}")
+            choices = ", ".join(map(repr, arguments))
+            raise node.error(f"must be one of {choices}, got {node.shown()}{did_you_mean(str(typed), arguments)}")
         return typed
     if origin is tuple:
         return _read_list(node, arguments)
     if origin in (Mapping, dict):
         if not isinstance(node.value, dict):
             raise node.error(f"expected a mapping, got {node.shown()}")
-        return read_free(node)
+        # Whoever takes this mapping checks its own keys; what is nested deeper, nobody does.
+        return {key: read_free(child) for key, child in node.value.items()}
     if annotation is Target:
         return read_target(node, None)
     if dataclasses.is_dataclass(annotation):
@@ -276,7 +278,17 @@ def read_free(node: Node, *, targets: bool = False) -> Any:
         return node.text if node.text is not None and is_secret(node.place.path) else node.value
     if targets and "_target_" in node.value:
         return read_target(node, None)
+    _refuse_created(node)
     return {key: read_free(child, targets=targets) for key, child in node.value.items()}
+
+
+def _refuse_created(node: Node) -> None:
+    """Nothing knows the keys of a free-form mapping, so an override of one that is not there may be a misspelling."""
+    existing = [key for key, child in node.value.items() if not child.created]
+    for key, child in node.value.items():
+        if child.created:
+            hint = did_you_mean(key, existing) or f"; to add it, give {node.place.path} as a whole"
+            raise child.error(f"unknown key: an override cannot add it{hint}")
 
 
 def read_target(node: Node, default: DefaultTarget | None) -> Target:
@@ -309,7 +321,7 @@ def plain(value: Any) -> Any:
             content = plain(value.__dict__[item.name])
             prefixed = _metadata(hints[item.name], Prefixed)
             if _metadata(hints[item.name], Inline):
-                result |= content
+                result = content | result
             elif prefixed:
                 result |= {prefixed.key + key.removeprefix(prefixed.stored): child for key, child in content.items()}
             else:

@@ -40,7 +40,7 @@ _SCALARS = [
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: Mapping[str, Any] = {}
+    yaml_implicit_resolvers: dict[Any, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,7 +58,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: ``where`` is ``file:line`` (with the flag of an override), ``path`` its dotted path."""
+    """Where a value stands: ``where`` is ``file:line`` (with the flag of an override), ``path`` its dotted path."""
 
     where: str
     path: str
@@ -94,17 +94,23 @@ class Node:
             return _HIDDEN
         if self.reference is not None:
             return self.reference
-        kinds = {dict: "a mapping", list: f"a list of {len(self.value) if isinstance(self.value, list) else 0}"}
-        return kinds.get(type(self.value)) or ("null" if self.value is None else repr(self.value))
+        if isinstance(self.value, dict):
+            return "a mapping"
+        if isinstance(self.value, list):
+            return f"a list of {len(self.value)}"
+        return "null" if self.value is None else repr(self.value)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest name, nothing when none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or a list of what there is when nothing is close."""
+    """`did_you_mean`, or the list of what there is when nothing is close."""
     choices = sorted(set(names))
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 30 else ""
+    return did_you_mean(name, choices) or (f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 30 else "")
 
 
 def is_secret(path: str) -> bool:
@@ -183,7 +189,9 @@ def _construct(tag: str, text: str) -> Any:
         case "int":
             return int(text, 16) if text.startswith("0x") else int(text)
         case "float":
-            return float(text.replace(".inf", "inf").replace(".nan", "nan") if text.lower()[-3:] in ("inf", "nan") else text)
+            return float(
+                text.replace(".inf", "inf").replace(".nan", "nan") if text.lower()[-3:] in ("inf", "nan") else text
+            )
         case _:
             return text
 
@@ -253,11 +261,12 @@ def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
         if match[0] == "$${":
             return "${"
         if match["malformed"]:
-            raise node.error(f"{match[0]} is not a reference; write ${{NAME}} or ${{NAME,default}}, and $${{ for a plain ${{")
+            raise node.error(
+                f"{match[0]} is not a reference; write ${{NAME}} or ${{NAME,default}}, and $${{ for a plain ${{"
+            )
         name, default = match["name"], match["default"]
         if name not in variables and default is None:
-            close = difflib.get_close_matches(name, list(variables), n=1, cutoff=0.8)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; set it, or write ${{{name},default}}"
+            hint = did_you_mean(name, variables) or f"; set it, or write ${{{name},default}}"
             raise node.error(f"the environment variable {name} is not set{hint}")
         return variables[name] if name in variables else (default or "").strip()
 
@@ -266,11 +275,9 @@ def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
     return replace(node, value=_scalar(text) if whole else text, text=text, reference=node.value)
 
 
-def references(node: Node) -> Iterator[tuple[str, str]]:
-    """Dotted path and source text of every value that refers to the environment."""
+def walk(node: Node) -> Iterator[Node]:
+    """The node and all below it."""
+    yield node
     if isinstance(node.value, (dict, list)):
-        children = node.value.values() if isinstance(node.value, dict) else node.value
-        for child in children:
-            yield from references(child)
-    elif node.reference is not None:
-        yield node.place.path, node.reference
+        for child in node.value.values() if isinstance(node.value, dict) else node.value:
+            yield from walk(child)

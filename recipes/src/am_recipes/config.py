@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from am_recipes._schema import Check, DefaultTarget, Inline, Prefixed, Target, plain, read_section
-from am_recipes._yaml import ConfigError, Node, dump, is_secret, load, nearest, override, references, resolve
+from am_recipes._yaml import ConfigError, Node, Place, dump, is_secret, load, nearest, override, resolve, walk
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +31,18 @@ NonNegativeInt = Annotated[int, Check(lambda number: number >= 0, "must be at le
 PositiveFloat = Annotated[float, Check(lambda number: 0 < number < math.inf, "must be greater than 0")]
 NonNegativeFloat = Annotated[float, Check(lambda number: 0 <= number < math.inf, "must be at least 0")]
 Fraction = Annotated[float, Check(lambda number: 0 <= number < 1, "must be in [0, 1)")]
-OneRank = Annotated[int, Check(lambda size: size == 1, "must be 1: this recipe divides work over data-parallel ranks only")]
+OneRank = Annotated[
+    int, Check(lambda size: size == 1, "must be 1: this recipe divides work over data-parallel ranks only")
+]
 Text = Annotated[str, Check(bool, "must not be empty")]
-Pattern = Annotated[str, Check(bool, "must not be empty")]
+Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular expression")]
 Dtype = Literal["float32", "bfloat16"]
 Dataset = Annotated[Target, DefaultTarget("am_data.ChatDataset")]
 
 
 @dataclass(frozen=True)
 class Model:
-    """Weights by ``name_or_path`` (a folder, a hub id or ``package:<asset>``), or a seeded random model by ``config``."""
+    """Weights by ``name_or_path`` (a folder, a hub id or ``package:<asset>``), or a random model by ``config``."""
 
     name_or_path: Text | None = None
     config: Mapping[str, Any] | None = None
@@ -188,7 +191,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class LrScheduler:
-    """Linear warm-up over ``warmup_steps``, then ``style`` from ``optimizer.lr`` down to ``min_lr`` (an absolute rate)."""
+    """Linear warm-up over ``warmup_steps``, then ``style`` from ``optimizer.lr`` to ``min_lr``, an absolute rate."""
 
     style: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
@@ -204,7 +207,7 @@ class ClipGradNorm:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``resume``: from the latest checkpoint where there is one (auto), or one must (must) or may not (never) be used."""
+    """``resume`` from the latest checkpoint: where there is one (auto), or fail without (must), or never."""
 
     enabled: bool = True
     resume: Literal["auto", "must", "never"] = "auto"
@@ -233,8 +236,8 @@ class SftConfig:
     """Everything `am_recipes.sft` needs; section and key names are those of the YAML file.
 
     ``validation_datasets`` maps the name of the logged metric to its dataset: ``validation_dataset`` is ``val_loss``,
-    ``validation_dataset_math`` is ``val_loss_math``. ``source`` is the file that was read; ``environment`` maps dotted
-    paths to the ``${VAR}`` text their value came from.
+    ``validation_dataset_math`` is ``val_loss_math``. ``source`` is the file that was read, ``places`` says where each
+    dotted path was set, ``environment`` maps dotted paths to the ``${VAR}`` text their value came from.
     """
 
     recipe: Literal["sft"]
@@ -262,7 +265,20 @@ class SftConfig:
     generate: Generate = field(default_factory=Generate)
     export: Export = field(default_factory=Export)
     source: Path = field(default=Path(), compare=False)
+    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.model.name_or_path is None and self.tokenizer.name_or_path is None:
+            raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
+
+    def error(self, path: str, message: str) -> ConfigError:
+        """An error about the value at a dotted path, with the line that set it or the section it would be in."""
+        parent = path
+        while parent not in self.places and parent:
+            parent = parent.rpartition(".")[0]
+        where = self.places[parent].where if parent in self.places else str(self.source)
+        return Place(where, path).error(message)
 
     def __str__(self) -> str:
         return self.to_yaml()
@@ -311,7 +327,14 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> SftCon
         raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
     default = {"run_dir": Node(root.place.child("run_dir"), f"runs/{source.stem}")}
     complete = Node(root.place, default | root.value)
-    return read_section(complete, RECIPES[recipe.value], source=source, environment=dict(references(root)))
+    nodes = {node.place.path: node for node in walk(root)}
+    return read_section(
+        complete,
+        RECIPES[recipe.value],
+        source=source,
+        places={dotted_path: node.place for dotted_path, node in nodes.items()},
+        environment={path: node.reference for path, node in nodes.items() if node.reference is not None},
+    )
 
 
 def check_targets(config: SftConfig) -> None:
@@ -328,7 +351,7 @@ def check_targets(config: SftConfig) -> None:
 
 
 def _check_model_config(config: SftConfig) -> None:
-    """An HF config keeps any keyword as an attribute that nothing reads, so a misspelt size would train another model."""
+    """Transformers keeps an unknown keyword as an attribute that nothing reads: a misspelt size trains another model."""
     import inspect
 
     from transformers import CONFIG_MAPPING
@@ -336,12 +359,12 @@ def _check_model_config(config: SftConfig) -> None:
     inline = config.model.config or {}
     model_type = inline["model_type"]
     if model_type not in CONFIG_MAPPING:
-        raise ConfigError(f"{config.source}: model.config.model_type: unknown {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
+        raise config.error("model.config.model_type", f"unknown {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
     kind = CONFIG_MAPPING[model_type]
     known = {*inspect.signature(kind).parameters, *kind().to_dict(), *kind.attribute_map, "model_type"}
     for key in inline:
         if key not in known:
-            raise ConfigError(f"{config.source}: model.config.{key}: {kind.__name__} has no such field{nearest(key, known)}")
+            raise config.error(f"model.config.{key}", f"{kind.__name__} has no such field{nearest(key, known)}")
 
 
 def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -354,6 +377,14 @@ def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
         elif before != after:
             result.append(key)
     return result
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -375,8 +406,8 @@ def _replace_leaves(value: Any, path: str, new: Any) -> Any:
 def _written(path: str, value: Any, environment: Mapping[str, str]) -> Any:
     """A secret is never written: in its place stands a reference named after its key, for the rerun to fill in."""
     if is_secret(path) and value is not None:
-        own = environment.get(path, "")
-        return own.partition(",")[0] + "}" if "," in own else own or f"${{{path.rsplit('.', 1)[-1].upper()}}}"
+        source = environment.get(path, f"${{{path.rsplit('.', 1)[-1].upper()}}}")
+        return re.sub(r"(\$\{\w+),[^}]*\}", r"\1}", source)
     if path in environment:
         return environment[path]
     return value.replace("${", "$${") if isinstance(value, str) else value

@@ -1,0 +1,80 @@
+"""Runs a module on several local processes through torchrun, and says how that ended in one exit status.
+
+    python -m am_recipes.launch 4 am_recipes.sft -c CONFIG
+
+torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and SIGINT are
+passed on to the workers, which get ten minutes to finish their step and commit it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+
+PREEMPTED = 75
+"""Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
+
+_USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE [ARGUMENT ...]"
+# How long torchrun waits for workers after a signal, in seconds, before it kills them; its own default of 30 is shorter
+# than a training step and a checkpoint of a large model.
+_STOP_SECONDS = "600"
+
+
+def torchrun_arguments(module: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """The torchrun command line that runs ``python -m module arguments`` on ``processes`` local ranks."""
+    return ["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments]
+
+
+def run(module: str, arguments: Sequence[str], processes: int) -> int:
+    """Run ``module`` on ``processes`` local ranks and return the exit status of the whole.
+
+    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and 130
+    after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
+    ``OMP_NUM_THREADS`` to this machine's cores divided by the ranks where it is not set.
+    """
+    if processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
+    # torch costs seconds to import; whoever only builds the command line does not pay.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args
+    from torch.distributed.run import run as torchrun
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_SECONDS)
+    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in replaced]
+    try:
+        torchrun(parse_args(torchrun_arguments(module, arguments, processes)))
+    except ChildFailedError as error:
+        return worst_status(failure.exitcode for failure in error.failures.values())
+    except SignalException as error:
+        return PREEMPTED if error.sigval == signal.SIGTERM else 128 + error.sigval
+    finally:
+        # torchrun installs its own and leaves them behind.
+        for number, handler in zip(replaced, handlers, strict=True):
+            signal.signal(number, handler)
+    return 0
+
+
+def worst_status(statuses: Iterable[int]) -> int:
+    """One exit status for several ranks: a failure outranks 75 (stopped, can be continued), which outranks 0.
+
+    Ranks that a signal killed count as failures with 128 + its number, as a shell reports them.
+    """
+    positive = [128 - status if status < 0 else status for status in statuses]
+    failures = [status for status in positive if status not in (0, PREEMPTED)]
+    return max(failures or positive, default=0)
+
+
+def main() -> int:
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        print(_USAGE, file=sys.stderr)
+        return 2
+    return run(sys.argv[2], sys.argv[3:], int(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
