@@ -1,0 +1,76 @@
+"""Examples laid out as the tensors of one forward pass, with targets that are shifted already.
+
+Both layouts say by `document_ids` which tokens belong together (0 = padding), so there is one masking contract and no
+attention mask. The shift happens here, within each document, before anybody cuts the sequence into shards.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from am_data._render import IGNORE_INDEX
+from am_data._tokens import Example
+
+Layout: TypeAlias = Literal["packed", "padded"]
+Batch: TypeAlias = dict[str, torch.Tensor]
+Sample: TypeAlias = Example | list[Example]
+
+
+def collate(
+    samples: Sequence[Sample],
+    *,
+    layout: Layout = "packed",
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int | None = None,
+    max_length: int | None = None,
+) -> Batch:
+    """One micro-batch of `samples`; a sample is an example or the list of the examples of a pack.
+
+    "packed": every document one after the other without padding, `[1, T]`. "padded": one row per sample, filled up at
+    the end to the longest, `[B, S]`; the documents of a pack share its row. Keys: `input_ids`, `position_ids` (from 0
+    in every document), `shift_labels` (the next token of the same document; -100 at a document's last token and where
+    there is no loss), all int64, and `document_ids` int32, from 1 in every row, 0 for padding.
+
+    `pad_to_multiple_of` rounds the tokens of a row up (context parallelism); `max_length` fixes them. No samples at all
+    give one row of padding without targets. Raises ValueError for a row longer than `max_length`.
+    """
+    if layout not in ("packed", "padded"):
+        raise ValueError(f"layout={layout!r} is unknown; choose 'packed' or 'padded'")
+    documents = [sample if isinstance(sample, list) else [sample] for sample in samples]
+    if layout == "packed":
+        documents = [[example for sample in documents for example in sample]]
+    rows = documents or [[]]
+    lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
+    width = _width(max(lengths), pad_to_multiple_of, max_length)
+    batch = {
+        "input_ids": np.full((len(rows), width), pad_token_id, dtype=np.int64),
+        "position_ids": np.zeros((len(rows), width), dtype=np.int64),
+        "shift_labels": np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64),
+        "document_ids": np.zeros((len(rows), width), dtype=np.int32),
+    }
+    for row, examples in enumerate(rows):
+        begin = 0
+        for document, example in enumerate(examples, start=1):
+            end = begin + len(example["input_ids"])
+            batch["input_ids"][row, begin:end] = example["input_ids"]
+            batch["position_ids"][row, begin:end] = np.arange(end - begin)
+            batch["shift_labels"][row, begin : end - 1] = example["labels"][1:]
+            batch["document_ids"][row, begin:end] = document
+            begin = end
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _width(longest: int, multiple: int | None, max_length: int | None) -> int:
+    if multiple is not None and multiple < 1:
+        raise ValueError(f"pad_to_multiple_of={multiple} must be at least 1")
+    if max_length is not None:
+        if multiple is not None and max_length % multiple:
+            raise ValueError(f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}; drop one")
+        if longest > max_length:
+            raise ValueError(f"a row has {longest} tokens, max_length={max_length}; raise it or use smaller batches")
+        return max_length
+    # Even a batch without samples has a token: a forward pass of a rank that has run out needs one.
+    longest = max(longest, 1)
+    return longest if multiple is None else -(-longest // multiple) * multiple

@@ -1,0 +1,209 @@
+"""Rows of the common chat layouts become `messages`: a list of `{"role", "content", ...}` dicts, checked.
+
+Nothing is repaired silently: what a layout does not define (an unknown role, a missing answer, an image part) is
+refused with a `RowRefusedError`, whose `reason` is what the dataset's report counts.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+Format: TypeAlias = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+class RowRefusedError(ValueError):
+    """A row that cannot be trained on: `reason` is the same for all such rows, `detail` says what is wrong in this one.
+
+    Public functions document it as the ValueError that it is.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def detect_format(columns: Sequence[str]) -> Format:
+    """The layout that a set of column names belongs to; ValueError with the known layouts if none."""
+    present = set(columns)
+    if "messages" in present:
+        return "messages"
+    if "conversations" in present:
+        return "sharegpt"
+    if {"instruction", "output"} <= present:
+        return "alpaca"
+    if {"prompt", "completion"} <= present:
+        return "prompt_completion"
+    raise ValueError(
+        f"columns {sorted(present)} fit no known format; rows need `messages`, `conversations`, "
+        "`instruction` and `output`, or `prompt` and `completion`: rename the columns"
+    )
+
+
+def normalise(row: Mapping[str, Any], layout: Format) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """`(messages, tools)` of one row, checked; raises RowRefusedError. `tools` is None where the row has none."""
+    messages = [check_message(message, turn) for turn, message in enumerate(_CONVERTERS[layout](row))]
+    if not messages:
+        raise RowRefusedError("no messages", "the list is empty")
+    return messages, _tools(row.get("tools"))
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """A checked copy of `messages`; raises RowRefusedError."""
+    checked = [check_message(message, turn) for turn, message in enumerate(messages)]
+    if not checked:
+        raise RowRefusedError("no messages", "the list is empty")
+    return checked
+
+
+def check_message(message: Mapping[str, Any], turn: int) -> Message:
+    """One message with a known role and text content; keys whose value is None are left out."""
+    if not isinstance(message, Mapping):
+        raise RowRefusedError("a message is not a mapping", f"turn {turn} is a {type(message).__name__}")
+    checked = {key: value for key, value in message.items() if value is not None}
+    role = checked.get("role")
+    if role not in ROLES:
+        raise RowRefusedError("unknown role", f"turn {turn} has role={role!r}; choose one of {', '.join(ROLES)}")
+    if "tool_calls" in checked:
+        checked["tool_calls"] = [_tool_call(call, turn) for call in _decoded(checked["tool_calls"], "tool_calls")]
+        if not checked["tool_calls"]:
+            del checked["tool_calls"]
+    checked["content"] = _text(checked.get("content", ""), turn)
+    spoken = checked["content"].strip() or "tool_calls" in checked
+    if role in ("user", "assistant") and not spoken:
+        raise RowRefusedError("empty turn", f"turn {turn} ({role}) has no content")
+    return checked
+
+
+def _text(content: object, turn: int) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        texts = []
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise RowRefusedError("content that is not text", f"turn {turn} has a part of type {kind!r}")
+            texts.append(str(part["text"]))
+        return "".join(texts)
+    raise RowRefusedError("content that is not text", f"turn {turn} has content of type {type(content).__name__}")
+
+
+def _tool_call(call: object, turn: int) -> dict[str, Any]:
+    """A call whose arguments are an object: templates write them with `tojson`, which would quote a string twice."""
+    if not isinstance(call, Mapping):
+        raise RowRefusedError("malformed tool call", f"turn {turn}: a call is a {type(call).__name__}")
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowRefusedError("malformed tool call", f"turn {turn}: a call has no function name")
+    arguments = _decoded(function.get("arguments", {}), "arguments")
+    if not isinstance(arguments, Mapping):
+        raise RowRefusedError("malformed tool call", f"turn {turn}: arguments are a {type(arguments).__name__}")
+    checked = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    if call.get("id") is not None:
+        checked["id"] = call["id"]
+    return checked
+
+
+def _tools(tools: object) -> list[dict[str, Any]] | None:
+    decoded = _decoded(tools, "tools")
+    if not decoded:
+        return None
+    if not isinstance(decoded, Sequence) or not all(isinstance(tool, Mapping) for tool in decoded):
+        raise RowRefusedError("malformed tools", "tools must be a list of JSON schemas")
+    return [dict(tool) for tool in decoded]
+
+
+def _decoded(value: object, field: str) -> Any:
+    """A JSON string becomes what it stands for: flat files such as CSV cannot hold a list."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowRefusedError(f"{field} is not valid JSON", str(error)) from error
+
+
+def _turns(row: Mapping[str, Any], column: str) -> Sequence[Any]:
+    turns = _decoded(row.get(column), column)
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise RowRefusedError(f"{column} is not a list", f"it is a {type(turns).__name__}")
+    return turns
+
+
+def _required(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise RowRefusedError(f"{column} is empty", f"it is {value!r}")
+    return value
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    system = row.get("system")
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _from_messages(row: Mapping[str, Any]) -> list[Message]:
+    return list(_turns(row, "messages"))
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    messages = _system(row)
+    for question, answer in row.get("history") or []:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question = _required(row, "instruction") + (f"\n\n{row['input']}" if row.get("input") else "")
+    answer = _required(row, "output")
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+    turns = _turns(row, "conversations")
+    if turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None:
+        return list(turns)
+    messages = _system(row)
+    for turn, entry in enumerate(turns):
+        speaker = entry.get("from") if isinstance(entry, Mapping) else None
+        if speaker == "function_call":
+            calls = _decoded(entry["value"], "function_call")
+            calls = [calls] if isinstance(calls, Mapping) else calls
+            messages.append({"role": "assistant", "tool_calls": calls})
+        elif speaker in _SHAREGPT_ROLES:
+            messages.append({"role": _SHAREGPT_ROLES[speaker], "content": entry.get("value")})
+        else:
+            known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
+            raise RowRefusedError("unknown role", f"turn {turn} is from={speaker!r}; choose one of {known}")
+    return messages
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        if not isinstance(completion, Sequence) or isinstance(completion, str):
+            raise RowRefusedError("completion is not a list", "prompt is a list of messages, so completion must be one")
+        return [*prompt, *completion]
+    question, answer = _required(row, "prompt"), _required(row, "completion")
+    return [*_system(row), {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+_CONVERTERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
+    "messages": _from_messages,
+    "alpaca": _from_alpaca,
+    "sharegpt": _from_sharegpt,
+    "prompt_completion": _from_prompt_completion,
+}

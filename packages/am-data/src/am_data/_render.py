@@ -1,0 +1,399 @@
+"""Which tokens of a rendered conversation the model must learn to write.
+
+A turn under loss reaches from the end of the generation prompt to its end-of-turn token, both as the chat template
+itself writes them: what the model has to produce when it is asked for that turn (a think block and tool calls included).
+No template is edited. The spans are derived twice, and a conversation on which the two disagree is refused:
+
+1. By prefix, on tokens: the rendering of `messages[:i]` with the generation prompt must be a prefix of the whole; the
+   turn ends with the first token equal to the last special token of the rendering of `messages[:i + 1]`.
+2. By substitution, on characters: a rendering with every content replaced by a marker shows the literal text that the
+   template puts around contents. The real rendering must be exactly that text with the real contents, which finds
+   each content, proves that none is lost, and maps to tokens by offsets.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from am_data._messages import Message, RowRefusedError, check_messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn: TypeAlias = Literal["assistant", "last"]
+Tools: TypeAlias = list[dict[str, Any]]
+
+IGNORE_INDEX = -100
+_MARKER = re.compile(r"Zq\d{4}qZ")
+_THINK = re.compile(r"(\s*</?think>\s*)")
+_CACHE_SIZE = 1024
+
+
+def render_and_mask(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Tools | None = None,
+    chat_template: str | None = None,
+    train_on: TrainOn = "assistant",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`(input_ids, labels)` of one conversation, both int64 `[S]`; labels are not shifted, -100 where there is no loss.
+
+    `input_ids` are those of `tokenizer.apply_chat_template`. `train_on` is "assistant" for every assistant turn or
+    "last" for the last one. `chat_template_kwargs` reach the template (`enable_thinking`, `date_string`).
+    Raises ValueError with the reason where the conversation cannot be masked with certainty: an unknown role, no
+    assistant turn, a template that drops or changes a turn, refuses it, or writes no end-of-turn token.
+    """
+    renderer = Renderer(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
+    return renderer.mask(check_messages(messages), tools=tools, train_on=train_on)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Of one turn under loss: the content before it, the text from there to its first token, its closing text."""
+
+    anchor: int | None
+    prompt_tail: str
+    closing: str
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    """The literal text around contents: `literals[0] content literals[1] content ... literals[-1]`.
+
+    `order` names, in the order of the text, the piece (index into the pieces of the messages) between two literals.
+    """
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+    turns: tuple[_Turn, ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a message's text that is replaced by a marker."""
+
+    turn: int
+    text: str
+    reasoning: bool
+
+
+class Renderer:
+    """Masks conversations with one tokenizer and template; keeps the skeletons of the conversation shapes it has met."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise TypeError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
+        if chat_template is None and tokenizer.chat_template is None:
+            raise ValueError("the tokenizer has no chat template; pass chat_template= (Jinja text)")
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._template_kwargs = dict(chat_template_kwargs or {})
+        added = tokenizer.added_tokens_decoder.items()
+        self._special_ids = {token for token, value in added if value.special} | set(tokenizer.all_special_ids)
+        self._skeletons: dict[tuple[Any, ...], _Skeleton] = {}
+
+    def mask(
+        self, messages: list[Message], *, tools: Tools | None = None, train_on: TrainOn = "assistant"
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`(input_ids, labels)` of checked messages, int64 `[S]`; raises RowRefusedError."""
+        trained = _trained_turns(messages, train_on)
+        text = self._render(messages, tools)
+        encoding = self._encode(text, offsets=True)
+        ids: list[int] = encoding["input_ids"]
+        by_prefix = self._spans_by_prefix(messages, tools, trained, text, ids)
+        by_marker = self._spans_by_marker(messages, tools, trained, text, np.asarray(encoding["offset_mapping"]))
+        for turn, first, second in zip(trained, by_prefix, by_marker):
+            if first != second:
+                raise RowRefusedError(
+                    "the two derivations of the mask disagree",
+                    f"turn {turn} is tokens {first} by prefix and {second} by substitution; "
+                    "does the answer contain the text of a special token?",
+                )
+        input_ids = np.asarray(ids, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        for start, end in by_prefix:
+            labels[start:end] = input_ids[start:end]
+        return input_ids, labels
+
+    def _render(self, messages: list[Message], tools: Tools | None, *, generation_prompt: bool = False) -> str:
+        if not messages:
+            raise RowRefusedError("no prompt before an assistant turn", "the conversation starts with it")
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=self._chat_template,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self._template_kwargs,
+            )
+        # A template is somebody's program: whatever it raises means that it does not take this conversation.
+        except Exception as error:  # noqa: BLE001
+            raise RowRefusedError("the template refuses the conversation", str(error)) from error
+
+    def _encode(self, text: str | list[str], *, offsets: bool = False) -> Any:
+        return self._tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=offsets,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+
+    def _spans_by_prefix(
+        self, messages: list[Message], tools: Tools | None, trained: list[int], text: str, ids: list[int]
+    ) -> list[tuple[int, int]]:
+        prompts = [self._render(messages[:turn], tools, generation_prompt=True) for turn in trained]
+        upto = [text if turn + 1 == len(messages) else self._render(messages[: turn + 1], tools) for turn in trained]
+        encoded: list[list[int]] = self._encode([*prompts, *upto])["input_ids"]
+        spans = []
+        for place, turn in enumerate(trained):
+            prompt = encoded[place]
+            start = len(prompt)
+            if ids[:start] != prompt:
+                raise self._refuse_prefix(turn, text.startswith(prompts[place]))
+            end_of_turn = self._last_special(encoded[len(trained) + place], turn)
+            if end_of_turn not in ids[start:]:
+                raise RowRefusedError("no end-of-turn token", f"turn {turn} is not closed as it is when it comes last")
+            spans.append((start, ids.index(end_of_turn, start) + 1))
+        return spans
+
+    def _refuse_prefix(self, turn: int, same_text: bool) -> RowRefusedError:
+        if same_text:
+            return RowRefusedError(
+                "a token covers both prompt and answer",
+                f"turn {turn} begins with text that merges with the end of the prompt (white space, mostly); strip it",
+            )
+        return RowRefusedError(
+            "the template rewrites earlier turns",
+            f"the prompt of turn {turn} is not a prefix of the whole rendering, so the model would be trained on a "
+            "context that it never sees; use train_on='last' or a template that keeps earlier turns",
+        )
+
+    def _last_special(self, ids: list[int], turn: int) -> int:
+        """The end-of-turn token: the last special one, after which only white space may follow."""
+        for place in range(len(ids) - 1, -1, -1):
+            if ids[place] in self._special_ids:
+                tail = self._tokenizer.decode(ids[place + 1 :])
+                if not tail.strip():
+                    return ids[place]
+                break
+        raise RowRefusedError(
+            "no end-of-turn token",
+            f"turn {turn} ends without a special token, so the model would not learn to stop; "
+            "pass a chat_template that writes eos_token after an answer",
+        )
+
+    def _spans_by_marker(
+        self,
+        messages: list[Message],
+        tools: Tools | None,
+        trained: list[int],
+        text: str,
+        offsets: NDArray[np.int64],
+    ) -> list[tuple[int, int]]:
+        marked, pieces = _mark(messages)
+        skeleton, cached = self._skeleton(marked, pieces, tools, trained)
+        places = _locate(text, skeleton, pieces)
+        if places is None and cached:
+            # A template may write the date, so a skeleton made before midnight does not fit after it.
+            self._skeletons.clear()
+            skeleton, _ = self._skeleton(marked, pieces, tools, trained)
+            places = _locate(text, skeleton, pieces)
+        if places is None:
+            raise RowRefusedError(
+                "the template changes a content",
+                "the rendering is not the template's own text around the contents as they are in the row",
+            )
+        spans = []
+        for turn, known in zip(trained, skeleton.turns):
+            begin = places[known.anchor][1] if known.anchor is not None else 0
+            if not text.startswith(known.prompt_tail, begin):
+                raise RowRefusedError(
+                    "the template opens an answer otherwise than its generation prompt does",
+                    f"turn {turn} does not follow {known.prompt_tail!r}; "
+                    "chat_template_kwargs such as enable_thinking may choose between them",
+                )
+            begin += len(known.prompt_tail)
+            own = [places[index][1] for index in skeleton.order if pieces[index].turn == turn]
+            content_end = max(own, default=begin)
+            limit = min((place[0] for place in places.values() if place[0] >= content_end), default=len(text))
+            close = text.find(known.closing, content_end, limit)
+            if close < 0:
+                raise RowRefusedError("no end-of-turn token", f"turn {turn} is not followed by {known.closing!r}")
+            spans.append(_token_span(offsets, begin, close + len(known.closing), turn))
+        return spans
+
+    def _skeleton(
+        self, marked: list[Message], pieces: list[_Piece], tools: Tools | None, trained: list[int]
+    ) -> tuple[_Skeleton, bool]:
+        key = (json.dumps([marked, tools], sort_keys=True, default=str), tuple(trained))
+        if key in self._skeletons:
+            return self._skeletons[key], True
+        self._refuse_dropped_tools(marked, tools)
+        text = self._render(marked, tools)
+        found = [match.group() for match in _MARKER.finditer(text)]
+        _refuse_dropped(marked, pieces, found, trained)
+        literals = tuple(_MARKER.split(text))
+        order = tuple(_marker_index(marker) for marker in found)
+        turns = tuple(self._turn(marked, tools, turn, len(pieces)) for turn in trained)
+        if len(self._skeletons) >= _CACHE_SIZE:
+            self._skeletons.clear()
+        self._skeletons[key] = _Skeleton(literals, order, turns)
+        return self._skeletons[key], False
+
+    def _turn(self, marked: list[Message], tools: Tools | None, turn: int, unused: int) -> _Turn:
+        prompt = self._render(marked[:turn], tools, generation_prompt=True)
+        matches = list(_MARKER.finditer(prompt))
+        anchor = _marker_index(matches[-1].group()) if matches else None
+        prompt_tail = prompt[matches[-1].end() :] if matches else prompt
+        answer = {"role": "assistant", "content": _marker(unused)}
+        closing = self._render([*marked[:turn], answer], tools).rpartition(_marker(unused))[2].rstrip()
+        if not closing:
+            raise RowRefusedError(
+                "no end-of-turn token", f"the template writes nothing after the answer of turn {turn}"
+            )
+        return _Turn(anchor, prompt_tail, closing)
+
+    def _refuse_dropped_tools(self, marked: list[Message], tools: Tools | None) -> None:
+        """Render with every tool name and every call replaced by a marker: a marker that is missing was dropped."""
+        called = [message for message in marked if "tool_calls" in message]
+        if not tools and not called:
+            return
+        kinds: list[str] = []
+
+        def fresh(kind: str) -> str:
+            kinds.append(kind)
+            return _marker(9999 - len(kinds))
+
+        def marked_call(call: dict[str, Any]) -> dict[str, Any]:
+            arguments = {fresh("the arguments of a tool call"): fresh("the arguments of a tool call")}
+            return {**call, "function": {"name": fresh("a tool call"), "arguments": arguments}}
+
+        probe_messages = [
+            {**message, "tool_calls": [marked_call(call) for call in message["tool_calls"]]}
+            if "tool_calls" in message
+            else message
+            for message in marked
+        ]
+        probe_tools = None
+        if tools:
+            probe_tools = [
+                {**tool, "function": {**tool["function"], "name": fresh("a tool")}}
+                if "function" in tool
+                else {**tool, "name": fresh("a tool")}
+                for tool in tools
+            ]
+        text = self._render(probe_messages, probe_tools)
+        for place, kind in enumerate(kinds, start=1):
+            if _marker(9999 - place) not in text:
+                raise RowRefusedError(f"the template drops {kind}", "choose a template that writes tools")
+
+
+def _trained_turns(messages: list[Message], train_on: TrainOn) -> list[int]:
+    if train_on not in ("assistant", "last"):
+        raise ValueError(f"train_on={train_on!r} is unknown; choose 'assistant' or 'last'")
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise RowRefusedError("no assistant turn", f"the roles are {[message['role'] for message in messages]}")
+    return turns if train_on == "assistant" else turns[-1:]
+
+
+def _marker(index: int) -> str:
+    return f"Zq{index:04d}qZ"
+
+
+def _marker_index(marker: str) -> int:
+    return int(marker[2:6])
+
+
+def _mark(messages: list[Message]) -> tuple[list[Message], list[_Piece]]:
+    """The messages with every text replaced by a marker, and the texts. Think tags stay: templates look for them."""
+    pieces: list[_Piece] = []
+
+    def mark(text: str, turn: int, reasoning: bool) -> str:
+        if not text:
+            return text
+        pieces.append(_Piece(turn, text, reasoning))
+        return _marker(len(pieces) - 1)
+
+    marked = []
+    for turn, message in enumerate(messages):
+        replaced = dict(message)
+        if isinstance(message.get("reasoning_content"), str):
+            replaced["reasoning_content"] = mark(message["reasoning_content"], turn, True)
+        parts = _THINK.split(message["content"])
+        for place in range(0, len(parts), 2):
+            closes = place + 1 < len(parts) and "</think>" in parts[place + 1]
+            parts[place] = mark(parts[place], turn, message["role"] == "assistant" and closes)
+        replaced["content"] = "".join(parts)
+        marked.append(replaced)
+    if len(pieces) > 5000:
+        raise RowRefusedError("too many turns", f"{len(pieces)} contents; 5000 are supported")
+    return marked, pieces
+
+
+def _refuse_dropped(marked: list[Message], pieces: list[_Piece], found: Iterable[str], trained: list[int]) -> None:
+    times: dict[int, int] = {}
+    for marker in found:
+        times[_marker_index(marker)] = times.get(_marker_index(marker), 0) + 1
+    for index, piece in enumerate(pieces):
+        role = marked[piece.turn]["role"]
+        if times.get(index, 0) > 1:
+            raise RowRefusedError(f"the template writes a {role} turn twice", f"turn {piece.turn}")
+        # Templates leave the reasoning of earlier answers out on purpose; it matters only where it is to be learned.
+        optional = piece.reasoning and piece.turn not in trained
+        if index not in times and not optional:
+            what = f"the reasoning of an {role} turn" if piece.reasoning else f"a {role} turn"
+            raise RowRefusedError(f"the template drops {what}", f"turn {piece.turn}: {piece.text[:60]!r}")
+
+
+def _locate(text: str, skeleton: _Skeleton, pieces: list[_Piece]) -> dict[int, tuple[int, int]] | None:
+    """Character span of every piece, or None where `text` is not the skeleton with the pieces in it."""
+    if not text.startswith(skeleton.literals[0]):
+        return None
+    places: dict[int, tuple[int, int]] = {}
+    position = len(skeleton.literals[0])
+    for index, following in zip(skeleton.order, skeleton.literals[1:]):
+        for written in _written_forms(pieces[index].text):
+            end = position + len(written)
+            if text.startswith(written, position) and text.startswith(following, end):
+                break
+        else:
+            return None
+        places[index] = (position, end)
+        position = end + len(following)
+    return places if position == len(text) else None
+
+
+def _written_forms(text: str) -> Iterable[str]:
+    """How templates write a content: as it is, trimmed, or inside a JSON string; longest first."""
+    yield text
+    yield text.rstrip()
+    yield text.lstrip()
+    yield text.strip()
+    yield text.strip("\n")
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _token_span(offsets: NDArray[np.int64], begin: int, end: int, turn: int) -> tuple[int, int]:
+    """Tokens of the characters `[begin, end)`; no token may reach over `begin`."""
+    starts = offsets[:, 0]
+    first = int(np.searchsorted(starts, begin, side="left"))
+    if first > 0 and offsets[first - 1, 1] > begin:
+        raise RowRefusedError("a token covers both prompt and answer", f"turn {turn}")
+    return first, int(np.searchsorted(starts, end - 1, side="right"))

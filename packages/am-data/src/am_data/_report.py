@@ -1,0 +1,58 @@
+"""What became of the rows: counts, reasons, and a look at what is under loss."""
+
+from dataclasses import dataclass, field
+
+Segment = tuple[str, bool]
+
+
+@dataclass
+class Dropped:
+    """Rows refused for one reason: how many, the ids of the first five, and what was wrong with the first."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a dataset did with its rows; `str(report)` is for people.
+
+    `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to three
+    rows, each a list of `(text, supervised)` segments whose texts join to the decoded row.
+    """
+
+    rows_read: int
+    rows_kept: int
+    rows_truncated: int
+    dropped: dict[str, Dropped]
+    num_tokens: int
+    num_supervised_tokens: int
+    samples: list[list[Segment]]
+
+    @property
+    def supervised_share(self) -> float:
+        """Tokens under loss over all tokens, 0 to 1."""
+        return self.num_supervised_tokens / self.num_tokens
+
+    def __str__(self) -> str:
+        truncated = f", {self.rows_truncated} of them truncated" if self.rows_truncated else ""
+        lines = [
+            f"{self.rows_read} rows read, {self.rows_kept} kept{truncated}",
+            f"{self.num_tokens} tokens, {self.num_supervised_tokens} under loss ({self.supervised_share:.1%})",
+        ]
+        lines += describe_dropped(self.dropped)
+        for number, sample in enumerate(self.samples, start=1):
+            text = "".join(f"[[{text}]]" if supervised else text for text, supervised in sample)
+            lines += [f"sample {number} ([[...]] is under loss):", text.rstrip("\n")]
+        return "\n".join(lines)
+
+
+def describe_dropped(dropped: dict[str, Dropped]) -> list[str]:
+    """One line for each reason, the most frequent first."""
+    by_count = sorted(dropped.items(), key=lambda item: -item[1].count)
+    return [
+        f"dropped {entry.count}: {reason} (rows {', '.join(entry.examples)}{', ...' * (entry.count > len(entry.examples))})"
+        + (f"; the first: {entry.detail}" if entry.detail else "")
+        for reason, entry in by_count
+    ]

@@ -1,0 +1,53 @@
+"""Where rows come from: a local file or folder, a hub dataset, a `datasets.Dataset` or plain dicts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import datasets
+
+Row: TypeAlias = Mapping[str, Any]
+Rows: TypeAlias = "str | Path | Sequence[Row] | datasets.Dataset"
+
+_BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
+
+
+def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "Sequence[Row] | datasets.Dataset":
+    """Rows that can be counted and iterated, read through `datasets`; `split` may be sliced ("train[:100]").
+
+    A folder is read as `datasets` reads one: files named for their split, or the output of `save_to_disk`. Raises
+    FileNotFoundError for a path that does not exist, ValueError for an unknown kind of file or a split of rows in memory.
+    """
+    if not isinstance(rows, str | Path):
+        if split != "train":
+            raise ValueError(f"split={split!r} was asked of rows in memory, which have none; select them before")
+        return rows
+    import datasets
+
+    path = Path(rows).expanduser()
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise ValueError(f"{path} has suffix {path.suffix!r}; choose one of {', '.join(_BUILDERS)}")
+        options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        # One file is one split, which `datasets` calls "train", whatever the file's name.
+        return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))[split]
+        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
+            return read_rows(datasets.load_from_disk(str(path)), split=split)
+        return datasets.load_dataset(str(path), name, split=split)
+    looks_local = isinstance(rows, Path) or path.suffix.lower() in _BUILDERS or rows.startswith((".", "/", "~"))
+    if looks_local or rows.count("/") > 1:
+        raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub dataset id")
+    return datasets.load_dataset(rows, name, split=split)
