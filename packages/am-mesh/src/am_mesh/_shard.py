@@ -58,6 +58,7 @@ def fully_shard(
     _fill_missing_gradients(model, list(found.values()), forward_methods)
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
+    _reshard_after_evaluation(model, forward_methods)
     return model
 
 
@@ -185,6 +186,24 @@ def _modules_with_parameters(module: nn.Module, units: set[nn.Module]) -> Iterat
     for child in module.children():
         if child not in units:
             yield from _modules_with_parameters(child, units)
+
+
+def _reshard_after_evaluation(model: nn.Module, forward_methods: Sequence[str]) -> None:
+    """Put the shards back after a forward without gradients.
+
+    fully_shard leaves what it does not free after the forward (the root by default) gathered until the backward. After
+    an evaluation none follows, and `named_parameters` would go on giving tensors that the optimizer does not know.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def reshard(output: Any) -> None:
+        if not torch.is_grad_enabled():
+            for unit in units:
+                unit.reshard()
+
+    model.register_forward_hook(lambda module, args, output: reshard(output))
+    for name in forward_methods:
+        setattr(model, name, _with_output_hook(getattr(model, name), reshard))
 
 
 def _with_output_hook(method: Callable[..., Any], hook: Callable[[Any], None]) -> Callable[..., Any]:
