@@ -1,0 +1,45 @@
+"""Cross entropy of logits that exist."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from am_loss._targets import check_floating, check_labels, check_softcap, refuse_dtensor, select_targets
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Sum over target tokens of ``-log softmax(z)[label]``, in float32.
+
+    ``z = logits``, times ``scale`` if given, then ``softcap * tanh(z / softcap)`` if given. Positions whose label is
+    ``ignore_index`` are left out before anything is computed, so what stands there (NaN included) has no effect and
+    gets a zero gradient.
+
+    - ``logits``: ``[..., V]``, floating. ``labels``: ``[...]`` integers, already shifted.
+    - Returns a float32 scalar (float64 for float64 logits): a SUM; divide by the number of targets of the whole
+      optimizer step. Without any target it is a 0 that is connected to the graph.
+    - Raises ``ValueError`` for a label outside ``[0, V)`` or a shape that does not fit, ``TypeError`` for a DTensor.
+
+    Use :func:`linear_cross_entropy` where the head's weight is at hand: it never holds the logits.
+    """
+    refuse_dtensor(logits=logits, labels=labels)
+    check_floating(logits=logits)
+    check_labels("logits", logits, labels)
+    check_softcap(softcap)
+    index, targets = select_targets(labels, logits.shape[-1], ignore_index)
+    rows = logits.reshape(-1, logits.shape[-1])
+    rows = rows if index is None else rows[index]
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if scale is not None:
+        rows = rows * scale
+    if softcap is not None:
+        rows = softcap * torch.tanh(rows / softcap)
+    return F.cross_entropy(rows, targets, reduction="sum")

@@ -1,0 +1,74 @@
+"""What both losses ask of their labels, and which rows they keep."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def refuse_dtensor(**tensors: Tensor | None) -> None:
+    """Raise ``TypeError`` for a DTensor: its shards would be treated as the whole vocabulary or batch."""
+    # A DTensor exists only once its module is imported, and importing it costs two seconds: so look, do not import.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, module.DTensor):
+            raise TypeError(
+                f"{name} is a DTensor with placements {tensor.placements}; pass a plain tensor that holds the whole "
+                f"vocabulary ({name}.full_tensor(), or call the loss where FSDP has gathered the head)"
+            )
+
+
+def check_labels(name: str, rows: Tensor, labels: Tensor) -> None:
+    """``rows`` is ``[..., X]``: ``labels`` must be integers of shape ``[...]`` on the same device."""
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"labels has dtype {labels.dtype}; pass class indices, for example labels.long()")
+    if rows.dim() == 0 or rows.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} but {name} has shape {tuple(rows.shape)}; "
+            f"labels must have the shape of {name} without its last dim"
+        )
+    if rows.device != labels.device:
+        raise ValueError(f"labels is on {labels.device} but {name} is on {rows.device}; move both to one device")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """All given tensors must share one floating dtype."""
+    given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    first = next(iter(given.values()))
+    if not first.is_floating_point or any(dtype != first for dtype in given.values()):
+        described = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
+        raise TypeError(f"dtypes differ or are not floating: {described}; cast them to one floating dtype")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """A soft-cap divides the logits."""
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive; pass None for no soft-cap")
+
+
+def select_targets(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
+    """Positions with a target, and their targets.
+
+    **Arguments:** ``labels`` integers of any shape, ``T`` of them. **Returns** ``index [N]`` int64 into the flattened
+    labels, or ``None`` where all positions are targets, and ``targets [N]`` int64. Raises ``ValueError`` for a target
+    outside ``[0, vocabulary)``. On CUDA this waits for the device (so does the selection itself).
+    """
+    labels_T = labels.reshape(-1).long()
+    index = (labels_T != ignore_index).nonzero().squeeze(1)
+    if index.numel() == labels_T.numel():
+        index, targets = None, labels_T
+    else:
+        targets = labels_T[index]
+    if targets.numel() > 0:
+        lowest, highest = torch.stack(targets.aminmax()).tolist()
+        if lowest < 0 or highest >= vocabulary:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"label {wrong} is outside [0, {vocabulary}) and is not ignore_index={ignore_index}; "
+                f"use labels of this vocabulary and mark positions without a target with {ignore_index}"
+            )
+    return index, targets

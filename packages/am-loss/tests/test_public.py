@@ -1,0 +1,6 @@
+import am_loss
+
+
+def test_all_is_the_documented_names():
+    assert am_loss.__all__ == ["cross_entropy", "linear_cross_entropy"]
+    assert all(callable(vars(am_loss)[name]) for name in am_loss.__all__)
