@@ -22,6 +22,8 @@ MIN_WORDS, MAX_WORDS = 30, 230
 NUM_TRAIN, NUM_VALIDATION = 490, 60
 # Rows in which a model speaks of itself teach an identity, which is not what a quickstart is for.
 IDENTITY = ("{{", "openai", "chatgpt", "as an ai", "language model", "gpt-")
+# Some rows spell out that they have no input; others ask about a page that nobody attached.
+NO_INPUT = ("noinput", "no input", "none", "n/a")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -49,8 +51,9 @@ def select(rows: list[dict[str, str]]) -> list[dict]:
     chosen: dict[str, dict] = {}
     for row in rows:
         text = " ".join((row["instruction"], row["input"], row["output"]))
-        question = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
-        usable = row["output"].strip() and not any(word in text.lower() for word in IDENTITY)
+        has_input = row["input"] and row["input"].strip("`<>. \n").lower() not in NO_INPUT
+        question = row["instruction"] + ("\n\n" + row["input"] if has_input else "")
+        usable = row["output"].strip() and not any(word in text.lower() for word in (*IDENTITY, "http"))
         if usable and MIN_WORDS <= len(text.split()) <= MAX_WORDS:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
             chosen.setdefault(row["instruction"], {"messages": messages})

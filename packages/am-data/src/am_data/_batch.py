@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from am_data._render import IGNORE_INDEX
 from am_data._tokens import Example
@@ -44,7 +45,7 @@ def collate(
     rows = documents or [[]]
     lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
     width = _width(max(lengths), pad_to_multiple_of, max_length)
-    batch = {
+    batch: dict[str, NDArray] = {
         "input_ids": np.full((len(rows), width), pad_token_id, dtype=np.int64),
         "position_ids": np.zeros((len(rows), width), dtype=np.int64),
         "shift_labels": np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64),

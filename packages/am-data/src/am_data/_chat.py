@@ -1,6 +1,7 @@
 """Conversations as token ids with a mask that is proven row by row, and a report of what was left out."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,11 +32,11 @@ class ChatDataset:
     columns. `chat_template` and `chat_template_kwargs` override the tokenizer's template and reach it as variables.
 
     Labels are not shifted and are -100 but for what the model must write (`render_and_mask` says what that is):
-    every assistant turn, or the last one with `train_on="last"`. A row longer than `max_length` tokens is refused, or cut
-    at the end with `truncation=True`; it is refused too where the cut leaves nothing under loss.
+    every assistant turn, or the last one with `train_on="last"`. A row longer than `max_length` tokens is refused, or
+    cut at the end with `truncation=True`; it is refused too where the cut leaves nothing under loss.
 
-    A refused row is left out and counted in `report` (`on_bad_row="drop"`) or ends the build with a ValueError that names
-    it ("raise"). ValueError also where no row is left. Every rank reads all rows.
+    A refused row is left out and counted in `report` (`on_bad_row="drop"`) or ends the build with a ValueError that
+    names it ("raise"). ValueError also where no row is left. Every rank reads all rows.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ def _segments(tokenizer: "PreTrainedTokenizerBase", example: Example) -> list[Se
     edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(supervised)]
     return [
         (tokenizer.decode(example["input_ids"][start:end]), bool(supervised[start]))
-        for start, end in zip(edges, edges[1:])
+        for start, end in itertools.pairwise(edges)
     ]
 
 

@@ -36,11 +36,11 @@ class DataLoader:
 
     Every rank builds it with the same arguments but `rank`. A step takes the next `global_batch_size` samples (rows of
     a dataset, packs of a `PackedDataset`) of the epoch's order; they are dealt to micro-batches and ranks by length, so
-    that ranks have like work. `local_batch_size` is the samples of one micro-batch of one rank. The last step of an epoch
-    takes what is left, unless `drop_last`; a rank that runs out gets batches without targets. Give `rank` and
+    that ranks have like work. `local_batch_size` is the samples of one micro-batch of one rank. The last step of an
+    epoch takes what is left, unless `drop_last`; a rank that runs out gets batches without targets. Give `rank` and
     `world_size` of the data-parallel ranks, or their one-dimensional `mesh`.
 
-    `num_epochs=None` never ends. A loop goes on where the last one was left; after the last epoch a new loop starts over.
+    `num_epochs=None` never ends. A loop goes on where the last one was left; a loop after the last epoch starts over.
     For validation: `shuffle=False, num_epochs=1`. The other arguments are those of `collate`.
     Raises ValueError where `global_batch_size` is not a multiple of `local_batch_size * world_size`.
     """
@@ -69,8 +69,8 @@ class DataLoader:
             raise ValueError("the dataset is empty; a loader needs at least one sample")
         if drop_last and len(dataset) < global_batch_size:
             raise ValueError(
-                f"{len(dataset)} samples make no full step of global_batch_size={global_batch_size}, and drop_last drops "
-                "the rest; lower global_batch_size or set drop_last=False"
+                f"{len(dataset)} samples make no full step of global_batch_size={global_batch_size}, and drop_last "
+                "drops the rest; lower global_batch_size or set drop_last=False"
             )
         if num_epochs is not None and num_epochs < 1:
             raise ValueError(f"num_epochs={num_epochs} must be at least 1, or None for no end")
@@ -131,13 +131,13 @@ class DataLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position, of any number of ranks. ValueError if it belongs to other data or another order."""
+        """Go on from a position saved by any number of ranks; ValueError if it is one in other data or order."""
         ours = self.state_dict()
         for key in ("fingerprint", "num_samples", "seed"):
             if state[key] != ours[key]:
                 raise ValueError(
-                    f"the saved position has {key}={state[key]!r}, this loader {ours[key]!r}: the samples or their order "
-                    "are not the same; resume with the data, tokenizer, template, packing and seed of the saved run"
+                    f"the saved position has {key}={state[key]!r}, this loader {ours[key]!r}: the samples or their "
+                    "order differ; resume with the data, tokenizer, template, packing and seed of the saved run"
                 )
         self._epoch, self._cursor, self._finished = int(state["epoch"]), int(state["cursor"]), False
 

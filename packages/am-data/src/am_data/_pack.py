@@ -59,8 +59,8 @@ class PackedDataset:
     """Packs of a dataset's examples, each of at most `capacity` tokens: an index over the dataset, no copies.
 
     `packed[i]` is the list of the examples of pack `i`; documents stay apart until `collate` lays them out. The packs
-    depend on the lengths alone, so reshuffling never changes them. Raises ValueError saying how many examples are longer
-    than `capacity`.
+    depend on the lengths alone, so reshuffling never changes them. Raises ValueError saying how many examples are
+    longer than `capacity`.
     """
 
     def __init__(self, dataset: ExampleDataset, capacity: int) -> None:

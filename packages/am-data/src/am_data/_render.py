@@ -1,7 +1,7 @@
 """Which tokens of a rendered conversation the model must learn to write.
 
 A turn under loss reaches from the end of the generation prompt to its end-of-turn token, both as the chat template
-itself writes them: what the model has to produce when it is asked for that turn (a think block and tool calls included).
+itself writes them: what the model has to produce when it is asked for that turn, think block and calls included.
 No template is edited. The spans are derived twice, and a conversation on which the two disagree is refused:
 
 1. By prefix, on tokens: the rendering of `messages[:i]` with the generation prompt must be a prefix of the whole; the
@@ -85,7 +85,7 @@ class _Piece:
 
 
 class Renderer:
-    """Masks conversations with one tokenizer and template; keeps the skeletons of the conversation shapes it has met."""
+    """Masks conversations with one tokenizer and template; keeps the skeletons of the shapes it has met."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Renderer:
                 **self._template_kwargs,
             )
         # A template is somebody's program: whatever it raises means that it does not take this conversation.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise RowRefusedError("the template refuses the conversation", str(error)) from error
 
     def _encode(self, text: str | list[str], *, offsets: bool = False) -> Any:

@@ -18,8 +18,8 @@ class Dropped:
 class DatasetReport:
     """What a dataset did with its rows; `str(report)` is for people.
 
-    `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to three
-    rows, each a list of `(text, supervised)` segments whose texts join to the decoded row.
+    `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to
+    three rows, each a list of `(text, supervised)` segments whose texts join to the decoded row.
     """
 
     rows_read: int
@@ -50,9 +50,9 @@ class DatasetReport:
 
 def describe_dropped(dropped: dict[str, Dropped]) -> list[str]:
     """One line for each reason, the most frequent first."""
-    by_count = sorted(dropped.items(), key=lambda item: -item[1].count)
-    return [
-        f"dropped {entry.count}: {reason} (rows {', '.join(entry.examples)}{', ...' * (entry.count > len(entry.examples))})"
-        + (f"; the first: {entry.detail}" if entry.detail else "")
-        for reason, entry in by_count
-    ]
+    lines = []
+    for reason, entry in sorted(dropped.items(), key=lambda item: -item[1].count):
+        more = ", ..." if entry.count > len(entry.examples) else ""
+        first = f"; the first: {entry.detail}" if entry.detail else ""
+        lines.append(f"dropped {entry.count}: {reason} (rows {', '.join(entry.examples)}{more}){first}")
+    return lines

@@ -25,7 +25,8 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
     """Rows that can be counted and iterated, read through `datasets`; `split` may be sliced ("train[:100]").
 
     A folder is read as `datasets` reads one: files named for their split, or the output of `save_to_disk`. Raises
-    FileNotFoundError for a path that does not exist, ValueError for an unknown kind of file or a split of rows in memory.
+    FileNotFoundError for a path that does not exist, ValueError for an unknown kind of file or a split of rows in
+    memory.
     """
     if not isinstance(rows, str | Path):
         if split != "train":
@@ -47,7 +48,11 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return read_rows(datasets.load_from_disk(str(path)), split=split)
         return datasets.load_dataset(str(path), name, split=split)
-    looks_local = isinstance(rows, Path) or path.suffix.lower() in _BUILDERS or rows.startswith((".", "/", "~"))
-    if looks_local or rows.count("/") > 1:
+    if (
+        isinstance(rows, Path)
+        or path.suffix.lower() in _BUILDERS
+        or rows.startswith((".", "~", "/"))
+        or len(path.parts) > 2
+    ):
         raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub dataset id")
     return datasets.load_dataset(rows, name, split=split)
