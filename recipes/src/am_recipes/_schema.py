@@ -34,9 +34,13 @@ class Check:
 
 @dataclass(frozen=True)
 class DefaultTarget:
-    """The callable that a target node means when it has no ``_target_``."""
+    """The callable that a target node means when it has no ``_target_``.
+
+    ``arguments``, where they are known without importing it, let a misspelt one be found at once.
+    """
 
     path: str
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,7 @@ class Target:
             if name in provided:
                 raise self._place(name).error("the recipe passes this argument itself; remove it")
             if name not in named and not takes_any:
-                raise self._place(name).error(
-                    f"{self.path} takes no such argument{nearest(name, set(named) - set(provided))}"
-                )
+                raise self._place(name).error(f"{self.path} takes no such argument{nearest(name, named)}")
         for name in provided:
             if name not in named and not takes_any:
                 raise self.place.error(f"{self.path} must take {name!r}, which the recipe passes to it")
@@ -195,14 +197,22 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise node.error(f"the key {item.name!r} is required")
     for name in late:
+        default = _metadata(hints[name], DefaultTarget)
+        if default.arguments and "_target_" not in remaining:
+            _refuse_unknown(remaining, [*_keys(kind), *default.arguments])
         values[name] = read(dataclasses.replace(node, value=remaining), hints[name])
-    if remaining and not late:
-        key, child = next(iter(remaining.items()))
-        raise child.error(f"unknown key{nearest(key, _keys(kind))}")
+    if not late:
+        _refuse_unknown(remaining, _keys(kind))
     try:
         return kind(**values)
     except ValueError as error:
         raise node.error(str(error)) from error
+
+
+def _refuse_unknown(children: Mapping[str, Node], known: Iterable[str]) -> None:
+    for key, child in children.items():
+        if key not in known:
+            raise child.error(f"unknown key{nearest(key, known)}")
 
 
 def read(node: Node, annotation: Any) -> Any:

@@ -40,7 +40,7 @@ _SCALARS = [
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[Any, Any] = {}
+    yaml_implicit_resolvers = dict[Any, Any]()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -275,9 +275,11 @@ def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
     return replace(node, value=_scalar(text) if whole else text, text=text, reference=node.value)
 
 
-def walk(node: Node) -> Iterator[Node]:
-    """The node and all below it."""
-    yield node
-    if isinstance(node.value, (dict, list)):
-        for child in node.value.values() if isinstance(node.value, dict) else node.value:
-            yield from walk(child)
+def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
+    """The node and all below it, with their dotted paths."""
+    yield path, node
+    children = node.value if isinstance(node.value, dict) else {}
+    if isinstance(node.value, list):
+        children = dict(enumerate(node.value))
+    for key, child in children.items():
+        yield from walk(child, f"{path}.{key}" if path else str(key))

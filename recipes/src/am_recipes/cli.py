@@ -1,7 +1,8 @@
 """The `automodel` command, and the command line of each recipe module.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A mistake in what the
-user wrote is one line on stderr; a bug shows its traceback, and ``--debug`` or ``AUTOMODEL_TRACEBACK=1`` shows it always.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A mistake in what
+the user wrote is one line on stderr; a bug shows its traceback, and so does everything with ``--debug`` or
+``AUTOMODEL_TRACEBACK=1``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, taken apart. ``recipe`` is what the command demands of the config, None when it leaves it open."""
+    """A command line, taken apart; ``recipe`` is what the command demands of the config, if anything."""
 
     path: Path | None
     overrides: tuple[tuple[str, str], ...] = ()

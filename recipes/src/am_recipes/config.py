@@ -37,7 +37,9 @@ OneRank = Annotated[
 Text = Annotated[str, Check(bool, "must not be empty")]
 Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular expression")]
 Dtype = Literal["float32", "bfloat16"]
-Dataset = Annotated[Target, DefaultTarget("am_data.ChatDataset")]
+_ADAMW = DefaultTarget("torch.optim.AdamW", ("amsgrad", "capturable", "differentiable", "foreach", "fused", "maximize"))
+_CHAT = "am_data.ChatDataset"
+Dataset = Annotated[Target, DefaultTarget(_CHAT)]
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class Optimizer:
     """An optimizer class and what it is given; None leaves a value to the class."""
 
     lr: NonNegativeFloat
-    target: Annotated[Target, Inline(), DefaultTarget("torch.optim.AdamW")]
+    target: Annotated[Target, Inline(), _ADAMW]
     betas: tuple[Fraction, Fraction] | None = None
     eps: PositiveFloat | None = None
     weight_decay: NonNegativeFloat | None = None
@@ -325,9 +327,12 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> SftCon
         raise root.error(f"the key 'recipe' is required: one of {', '.join(RECIPES)}")
     if recipe.value not in list(RECIPES):
         raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
+    for key, child in root.value.items():
+        if key == "dataset" or key.startswith("validation_dataset"):
+            _name_rows(child)
     default = {"run_dir": Node(root.place.child("run_dir"), f"runs/{source.stem}")}
     complete = Node(root.place, default | root.value)
-    nodes = {node.place.path: node for node in walk(root)}
+    nodes = dict(walk(root))
     return read_section(
         complete,
         RECIPES[recipe.value],
@@ -335,6 +340,20 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> SftCon
         places={dotted_path: node.place for dotted_path, node in nodes.items()},
         environment={path: node.reference for path, node in nodes.items() if node.reference is not None},
     )
+
+
+def _name_rows(node: Node) -> None:
+    """In the short form of a dataset, ``path`` is what `am_data.ChatDataset` calls ``rows``."""
+    if not isinstance(node.value, dict) or "path" not in node.value:
+        return
+    if "_target_" in node.value and node.value["_target_"].value != _CHAT:
+        return
+    if "rows" in node.value and not node.value["path"].created:
+        raise node.value["path"].error("means the same as rows, which is given too; keep one of them")
+    # In place of the key it renames, so that the order of what is saved stays that of the file.
+    renamed = {"rows" if key == "path" else key: child for key, child in node.value.items() if key != "rows"}
+    node.value.clear()
+    node.value.update(renamed)
 
 
 def check_targets(config: SftConfig) -> None:
@@ -351,7 +370,7 @@ def check_targets(config: SftConfig) -> None:
 
 
 def _check_model_config(config: SftConfig) -> None:
-    """Transformers keeps an unknown keyword as an attribute that nothing reads: a misspelt size trains another model."""
+    """Transformers keeps unknown keywords as attributes that nothing reads; a misspelt size would go unnoticed."""
     import inspect
 
     from transformers import CONFIG_MAPPING

@@ -2,8 +2,8 @@
 
     python -m am_recipes.launch 4 am_recipes.sft -c CONFIG
 
-torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and SIGINT are
-passed on to the workers, which get ten minutes to finish their step and commit it.
+torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and SIGINT
+are passed on to the workers, which get ten minutes to finish their step and commit it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def torchrun_arguments(module: str, arguments: Sequence[str], processes: int) ->
 def run(module: str, arguments: Sequence[str], processes: int) -> int:
     """Run ``module`` on ``processes`` local ranks and return the exit status of the whole.
 
-    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and 130
-    after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
+    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and
+    130 after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
     ``OMP_NUM_THREADS`` to this machine's cores divided by the ranks where it is not set.
     """
     if processes < 1:
