@@ -1,3 +1,9 @@
 """Hugging Face models made fast in place, with their own signature."""
 
-__all__: list[str] = []
+from am_models._auto import AutoModelForCausalLM
+from am_models._leak import leak_test
+from am_models._loss import forward_with_loss
+from am_models._optimize import OptimizeReport, optimize
+from am_models._weight_map import weight_map
+
+__all__ = ["AutoModelForCausalLM", "OptimizeReport", "forward_with_loss", "leak_test", "optimize", "weight_map"]

@@ -1,0 +1,176 @@
+"""am_kernels.attention behind transformers' attention and mask registries, under a name of our own.
+
+The two registries are used together: an attention name without a mask function silently gets no mask. The mask
+function is transformers' own `sdpa_mask`, except that a training batch without padding mask or cache gets a
+:class:`LazyMask`: what transformers asked for, not yet built. The attention call knows the document ids, which the mask
+function does not, and then needs no [B, 1, S, S] tensor; without document ids it builds the mask transformers meant.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import am_kernels
+
+NAME = "am_kernels"
+
+
+class LazyMask:
+    """The arguments of transformers' `sdpa_mask` for a square, unpadded, uncached causal mask, built on first use."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._built: torch.Tensor | None = None
+
+    @property
+    def window(self) -> int | None:
+        """Tokens a query sees including itself in a sliding-window layer; None in a full-attention layer."""
+        return self.arguments["local_size"]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the mask is causality (and the window) alone: no packing found in `position_ids`."""
+        return self.arguments["allow_is_causal_skip"]
+
+    def tensor(self) -> torch.Tensor:
+        """The mask, bool [B, 1, S, S], True = attend."""
+        from transformers.masking_utils import sdpa_mask
+
+        if self._built is None:
+            self._built = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
+        return self._built
+
+    def contiguous(self) -> torch.Tensor:
+        """What `generate` asks of the masks that it prepares for a static cache: the mask, built."""
+        return self.tensor()
+
+
+def register(backend: str | None) -> str:
+    """Register attention and mask function for `backend` (None: chosen per call) and return the name they share.
+
+    Raises ValueError, from am_kernels, for a backend that it does not know.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    one_token = torch.zeros(1, 1, 1, 8)
+    am_kernels.attention(one_token, one_token, one_token, backend=backend)
+
+    name = NAME if backend is None else f"{NAME}.{backend}"
+    AttentionInterface.register(name, partial(_attention, backend=backend))
+    AttentionMaskInterface.register(name, _mask)
+    return name
+
+
+def uses_documents(model: nn.Module) -> bool:
+    """Whether the attention of `model` is ours, so that `document_ids` given to its forward separate documents."""
+    return str(model.config._attn_implementation).startswith(NAME)
+
+
+def plan_documents(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Forward pre-hook of the decoder: find the documents once per batch, not once per layer.
+
+    Raises ValueError where stock attention would take `document_ids` and ignore them.
+    """
+    document_ids = kwargs.get("document_ids")
+    if document_ids is None:
+        return args, kwargs
+    if not uses_documents(decoder):
+        raise ValueError(
+            f"document_ids given, but attention {decoder.config._attn_implementation!r} of {decoder.config.model_type} "
+            "ignores them; leave them out and let position_ids restart at 0 in every document"
+        )
+    if isinstance(document_ids, torch.Tensor):
+        kwargs = {**kwargs, "document_ids": am_kernels.document_segments(document_ids)}
+    return args, kwargs
+
+
+def _mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    **arguments: Any,
+) -> torch.Tensor | LazyMask | None:
+    """transformers' mask interface: a bool mask [B, 1, q, kv], None where causality alone suffices, or a LazyMask."""
+    from transformers.masking_utils import sdpa_mask
+
+    arguments |= {
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": allow_is_causal_skip,
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+        "use_vmap": use_vmap,
+    }
+    # `use_vmap` marks overlays on causality, `allow_is_bidirectional_skip` attention in both directions. Static caches
+    # have a tensor as offset.
+    causal = not use_vmap and not allow_is_bidirectional_skip
+    square = isinstance(q_offset, int) and q_offset == 0 and q_length == kv_length
+    if causal and square and attention_mask is None and not (allow_is_causal_skip and local_size is None):
+        return LazyMask(arguments)
+    return sdpa_mask(**arguments)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | LazyMask | None,
+    *,
+    backend: str | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    document_ids: torch.Tensor | am_kernels.Documents | None = None,
+    position_bias: torch.Tensor | None = None,
+    cache: Any = None,
+    **_already_in_the_mask: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [B, H, S, P], key and value [B, K, S', P] to [B, S, H, P]."""
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported: set config.attention_dropout to 0")
+    if position_bias is not None or cache is not None:
+        raise ValueError("position_bias and paged caches are not supported; use kernels={'attention': False}")
+    causal = module.is_causal if is_causal is None else is_causal
+    mask, window = attention_mask, None
+    if isinstance(mask, LazyMask):
+        if mask.plain or document_ids is not None:
+            mask, window = None, mask.window
+        else:
+            mask = mask.tensor()
+    # A mask already holds causality; one query alone sees every key; an empty static cache has keys of the future.
+    num_queries = query.shape[2]
+    if mask is not None or num_queries == 1:
+        causal = False
+    elif causal and key.shape[2] > num_queries:
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    output = am_kernels.attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        mask=mask,
+        document_ids=document_ids,
+        window=window,
+        sink=s_aux,
+        softcap=softcap,
+        scale=scaling,
+        backend=backend,
+    )
+    return output, None

@@ -1,0 +1,177 @@
+"""Swap the slow parts of one model instance for the kernels of am_kernels and am_moe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from am_models import _attention, _forwards
+from am_models._families import FAMILIES, Family, family_class, modules_of
+from am_models._loss import install_forward_with_loss
+
+PARTS = ("attention", "norm", "rope", "activation", "experts")
+
+
+@dataclass(frozen=True)
+class OptimizeReport:
+    """What :func:`optimize` did to one model: `str(report)` is one line per part.
+
+    family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
+    loss: what :func:`forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
+    """
+
+    family: str
+    parts: Mapping[str, str]
+    loss: str
+
+    def __str__(self) -> str:
+        rows = [*self.parts.items(), ("loss", self.loss)]
+        return "\n".join([f"model family: {self.family}", *(f"  {name:<10} {value}" for name, value in rows)])
+
+
+def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> OptimizeReport:
+    """Run attention, norms, rotary embedding, gated MLPs and experts of `model` on our kernels, in place.
+
+    Works on the instance: module classes, parameter objects, names and state dict stay, `save_pretrained` writes what
+    stock would, other models of the process are untouched. On the meta device or with weights, before or after
+    adapters are added and before or after sharding; every rank calls it. Also installs `forward_with_loss`.
+
+    kernels: "auto" swaps what the family declares and reports the rest; "off" swaps nothing; a mapping from a part
+    ("attention", "norm", "rope", "activation", "experts") to True (must be swapped), False (stays stock), "auto" (as
+    for parts not named), or for attention the name of an am_kernels backend.
+
+    Raises ValueError for an unknown part or value and where a part asked for by name cannot be swapped.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    # Every part is decided before the first is changed: a refused request leaves the model as it was.
+    swaps = {}
+    for part, request in _requests(kernels).items():
+        if request is False:
+            swaps[part] = _stock("switched off")
+        elif family is None:
+            swaps[part] = _stock(f"{model.config.model_type} is not a declared family")
+        else:
+            swaps[part] = _PLANS[part](model, family, request)
+        if swaps[part].apply is None and request not in ("auto", False):
+            reason = swaps[part].text.removeprefix("stock: ")
+            raise ValueError(f'kernels={{"{part}": {request!r}}} cannot be honoured: {reason}; use "auto" or False')
+    _own_config(model)
+    for swap in swaps.values():
+        if swap.apply is not None:
+            swap.apply()
+    return OptimizeReport(
+        family=model.config.model_type,
+        parts={part: swap.text for part, swap in swaps.items()},
+        loss=install_forward_with_loss(model, family),
+    )
+
+
+class _Swap(NamedTuple):
+    """What the report says about a part, and what changes the model; None leaves it stock."""
+
+    text: str
+    apply: Callable[[], None] | None
+
+
+def _stock(reason: str) -> _Swap:
+    return _Swap(f"stock: {reason}", None)
+
+
+def _requests(kernels: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(kernels, str):
+        if kernels not in ("auto", "off"):
+            raise ValueError(f'kernels={kernels!r}: use "auto", "off" or a mapping with keys among {PARTS}')
+        return dict.fromkeys(PARTS, "auto" if kernels == "auto" else False)
+    unknown = sorted(set(kernels) - set(PARTS))
+    if unknown:
+        raise ValueError(f"kernels has unknown parts {unknown}; choose among {PARTS}")
+    for part, request in kernels.items():
+        if part != "attention" and request != "auto" and not isinstance(request, bool):
+            raise ValueError(f'kernels[{part!r}]={request!r}: use True, False or "auto"; attention alone has backends')
+    return {part: kernels.get(part, "auto") for part in PARTS}
+
+
+def _own_config(model: nn.Module) -> None:
+    """Give the instance its own configuration: the one it was built from may be shared with other models."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if id(config) in copies:
+            module.config = copies[id(config)]
+
+
+def _attention_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+    current = model.config._attn_implementation
+    if request == "auto" and current != family.default_attention and not _attention.uses_documents(model):
+        return _stock(f"attn_implementation={current!r} was chosen")
+    if model.config.attention_dropout:
+        return _stock(f"attention_dropout={model.config.attention_dropout} needs transformers' own attention")
+    backend = None if isinstance(request, bool) or request == "auto" else request
+    name = _attention.register(backend)
+    text = f"am_kernels, backend {backend or 'chosen by device, dtype and shape'}"
+    return _Swap(text, lambda: model.set_attn_implementation(name))
+
+
+def _norm_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+    if family.norm is None:
+        return _stock(f"no norm of {family.module} has the formula of am_kernels.rms_norm")
+    return _forward_plan(modules_of(model, family_class(family, family.norm)), _forwards.rms_norm_forward)
+
+
+def _rope_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+    if not family.rotary:
+        return _stock(f"the rotary embedding of {family.module} does not rotate halves")
+    attention = family_class(family, family.attention)
+    if "apply_rotary_pos_emb" not in attention.forward.__code__.co_names:
+        return _stock(f"{family.attention}.forward of this transformers does not call apply_rotary_pos_emb")
+    return _forward_plan(modules_of(model, attention), _forwards.with_rotation(attention.forward))
+
+
+def _activation_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+    if family.gated_mlp is None:
+        return _stock(f"{family.module} has no MLP with a SiLU gate")
+    if model.config.hidden_act not in ("silu", "swish"):
+        return _stock(f"hidden_act={model.config.hidden_act!r} is not silu")
+    return _forward_plan(modules_of(model, family_class(family, family.gated_mlp)), _forwards.swiglu_mlp_forward)
+
+
+def _experts_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+    if family.experts is None:
+        return _stock(f"{family.module} has no experts")
+    return _stock("am_moe is not built yet")
+    if model.config.hidden_act not in ("silu", "swish"):
+        return _stock(f"hidden_act={model.config.hidden_act!r} is not silu")
+    current = model.config._experts_implementation
+    if request == "auto" and current not in ("grouped_mm", _forwards.EXPERTS_NAME):
+        return _stock(f"experts_implementation={current!r} was chosen")
+    _forwards.register_experts()
+    num_layers = len(modules_of(model, family_class(family, family.experts)))
+    return _Swap(f"am_moe ({num_layers} layers)", lambda: model.set_experts_implementation(_forwards.EXPERTS_NAME))
+
+
+_PLANS: dict[str, Callable[[nn.Module, Family, str | bool], _Swap]] = {
+    "attention": _attention_plan,
+    "norm": _norm_plan,
+    "rope": _rope_plan,
+    "activation": _activation_plan,
+    "experts": _experts_plan,
+}
+
+
+def _forward_plan(modules: list[nn.Module], function: Callable[..., Any]) -> _Swap:
+    """Put `function` on every module, or on none where another library already replaced a forward."""
+    foreign = [module for module in modules if "forward" in vars(module) and not _forwards.is_ours(module)]
+    if foreign:
+        name = type(foreign[0]).__name__
+        return _stock(f"the forward of {name} was already replaced, by device_map or another library")
+
+    def apply() -> None:
+        for module in modules:
+            _forwards.install(module, function)
+
+    return _Swap(f"am_kernels ({len(modules)} modules)", apply)

@@ -1,0 +1,95 @@
+"""Where the tensors of a family's published files lie inside the parameters of its modules.
+
+transformers converts while it loads (per-expert files become fused parameters) and reverts while it saves. The records
+here are read off its own revert: it runs on views of unallocated tensors, and every tensor it would write is located
+in the parameter it came from by offset and strides. No list of families, no arithmetic and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _View(torch.Tensor):
+    """A meta tensor whose `contiguous` keeps the strides, so that a chunk still tells where it lies."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.contiguous:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def weight_map(model: nn.Module) -> list[dict[str, Any]]:
+    """Records of the tensors in the family's files that are not simply a parameter under its own name.
+
+    Each is `{"file": str, "parameter": str, "slice": [[start, stop] or None, ...], "transpose": bool}`: the tensor `file`
+    is `parameter[slice]` (one entry per dim of the parameter, None = whole), with its last two dims swapped if
+    `transpose`, reshaped to drop the dims of size one that the slice leaves. A parameter without a record is stored
+    whole under its own name; `[]` means that files and modules agree. Plain data: JSON-able and independent of the model.
+
+    Runs on meta-device and sharded models alike (global shapes are used) and reads no weights.
+    Raises ValueError, naming the family, where a file tensor is not a slice of one parameter (values are computed, or
+    several parameters share a file tensor).
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    family = model.config.model_type
+    parameters = dict(model.named_parameters())
+    views = {name: torch.empty(tensor.shape, device="meta").as_subclass(_View) for name, tensor in parameters.items()}
+    owners = {view.untyped_storage()._cdata: name for name, view in views.items()}
+    records = []
+    for file_name, view in revert_weight_conversion(model, views).items():
+        owner = owners.get(view.untyped_storage()._cdata)
+        if owner is None:
+            raise ValueError(
+                f"{family}: transformers computes the file tensor {file_name!r} from the parameters instead of slicing one; "
+                "weight_map describes slices and transposes only. Save this family with its own save_pretrained"
+            )
+        box, transpose = _locate(view, views[owner], family, file_name)
+        if file_name != owner or transpose or any(box):
+            records.append({"file": file_name, "parameter": owner, "slice": box, "transpose": transpose})
+    return records
+
+
+def _locate(
+    view: torch.Tensor, parameter: torch.Tensor, family: str, file_name: str
+) -> tuple[list[list[int] | None], bool]:
+    """The slice of `parameter` that `view` shows, and whether its last two dims are swapped."""
+    dims = []
+    for size, stride in zip(view.shape, view.stride()):
+        candidates = [
+            dim
+            for dim, (whole, step) in enumerate(zip(parameter.shape, parameter.stride()))
+            if step == stride and size <= whole and dim not in dims
+        ]
+        if not candidates:
+            raise ValueError(
+                f"{family}: the file tensor {file_name!r} of shape {tuple(view.shape)} is a rearrangement of its parameter of "
+                f"shape {tuple(parameter.shape)}; weight_map describes slices and transposes only"
+            )
+        # Dims of size one share their neighbour's stride: prefer the dim of the same size, then the first.
+        dims.append(next((dim for dim in candidates if parameter.shape[dim] == size), candidates[0]))
+    if dims[-2:] != sorted(dims[-2:]) and dims[:-2] == sorted(dims[:-2]):
+        transpose = True
+    elif dims == sorted(dims):
+        transpose = False
+    else:
+        raise ValueError(f"{family}: the file tensor {file_name!r} permutes the dims of its parameter to {dims}")
+    sizes = dict(zip(dims, view.shape))
+    box: list[list[int] | None] = []
+    for dim, (whole, step) in enumerate(zip(parameter.shape, parameter.stride())):
+        size = sizes.get(dim, 1)
+        start = view.storage_offset() // step % whole
+        box.append(None if size == whole else [start, start + size])
+    return box, transpose

@@ -1,0 +1,292 @@
+"""What optimize leaves alone, what it reports, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from tiny_models import CONFIGS, VOCABULARY, assert_close, config_of, documents, linear_cross_entropy, stock
+
+import am_models
+
+TOKENS = torch.arange(3, 13)[None]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parameters_and_state_dict_stay(family):
+    model = stock(family)
+    parameters = list(model.named_parameters())
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    am_models.optimize(model)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in parameters]
+    assert all(a is b for (_, a), (_, b) in zip(model.named_parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3_moe", "gemma2", "gpt2"])
+def test_saved_model_opens_in_stock_transformers(family, tmp_path):
+    model = stock(family).eval()
+    am_models.optimize(model)
+    model.save_pretrained(tmp_path)
+    assert "am_" not in (tmp_path / "config.json").read_text()
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert opened.config._attn_implementation == stock(family).config._attn_implementation
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in opened.state_dict().items())
+    assert_close(model(TOKENS).logits, opened(TOKENS).logits, "logits")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+def test_auto_class_returns_the_transformers_class(family, tmp_path):
+    reference = stock(family).eval()
+    reference.save_pretrained(tmp_path)
+    model = am_models.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is type(reference)
+    assert_close(model(TOKENS).logits, reference(TOKENS).logits, "logits")
+    loaded, info = am_models.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.bfloat16
+    )
+    assert loaded.dtype == torch.bfloat16
+    assert not info["missing_keys"]
+
+
+def test_meta_model_computes_the_same_after_its_weights_arrive():
+    for family in ("llama_tied", "qwen3_moe"):
+        reference = stock(family)
+        with torch.device("meta"):
+            model = am_models.AutoModelForCausalLM.from_config(config_of(family))
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        model.load_state_dict(reference.state_dict())
+        for (name, buffer), (_, expected) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
+            buffer.copy_(expected), name
+        assert_close(model(TOKENS).logits, reference(TOKENS).logits, family)
+
+
+def test_other_models_of_the_same_configuration_stay_stock():
+    config = config_of("qwen3_moe")
+    torch.manual_seed(0)
+    reference = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(reference.state_dict())
+    am_models.optimize(model)
+    assert config._attn_implementation == reference.config._attn_implementation == "sdpa"
+    assert reference.config._experts_implementation == "grouped_mm"
+    assert not any("forward" in vars(module) for module in reference.modules())
+    assert_close(model(TOKENS).logits, reference(TOKENS).logits, "logits")
+
+
+def test_optimising_twice_or_copying_changes_nothing():
+    reference = stock("qwen3")
+    model = copy.deepcopy(reference)
+    first = am_models.optimize(model)
+    assert str(am_models.optimize(model)) == str(first)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.down_proj.weight.zero_()
+        twin.model.norm.weight.zero_()
+    assert twin(TOKENS).logits.abs().max() == 0
+    assert_close(model(TOKENS).logits, reference(TOKENS).logits, "logits")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_replaced_linear_layers_are_called(before):
+    class Scaled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 1.5 * super().forward(input)
+
+    def adapt(model: torch.nn.Module) -> None:
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"):
+            base = model.model.layers[1].get_submodule(name)
+            layer = Scaled(base.in_features, base.out_features, bias=False)
+            layer.weight = base.weight
+            model.model.layers[1].set_submodule(name, layer)
+
+    reference, model = stock("llama"), stock("llama")
+    plain = model(TOKENS).logits
+    adapt(reference)
+    if before:
+        adapt(model)
+    am_models.optimize(model)
+    if not before:
+        adapt(model)
+    assert (model(TOKENS).logits - plain).abs().max() > 1e-2
+    assert_close(model(TOKENS).logits, reference(TOKENS).logits, "logits")
+
+
+def test_report_names_every_part_and_why_it_stayed():
+    model = stock("gemma")
+    report = am_models.optimize(model)
+    assert report.family == "gemma"
+    assert set(report.parts) == {"attention", "norm", "rope", "activation", "experts"}
+    assert report.parts["attention"].startswith("am_kernels")
+    assert report.parts["norm"].startswith("stock: ")
+    assert report.loss == "hidden states"
+    assert all(f"{part:<10} {text}" in str(report) for part, text in report.parts.items())
+    unknown = am_models.optimize(stock("gpt2"))
+    assert all(text.startswith("stock: ") for text in unknown.parts.values())
+    assert unknown.loss.startswith("logits: ")
+
+
+def test_off_swaps_nothing_and_still_installs_the_loss():
+    model = stock("llama")
+    report = am_models.optimize(model, kernels="off")
+    assert all(text.startswith("stock") for text in report.parts.values())
+    assert model.config._attn_implementation == "sdpa"
+    batch = documents([6, 3])
+    expected = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    am_models.optimize(model)
+    assert_close(model.forward_with_loss(linear_cross_entropy, **batch), expected, "loss")
+
+
+def test_requests_by_part():
+    model = stock("llama")
+    report = am_models.optimize(model, kernels={"attention": "reference", "norm": False, "rope": True})
+    assert "reference" in report.parts["attention"]
+    assert report.parts["norm"] == "stock: switched off"
+    assert report.parts["activation"].startswith("am_kernels")
+    assert_close(model(TOKENS).logits, stock("llama")(TOKENS).logits, "logits")
+
+
+def test_attention_chosen_by_the_user_is_kept_unless_ours_is_asked_for():
+    model = am_models.AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    assert model(TOKENS, output_attentions=True).attentions is not None
+    am_models.optimize(model, kernels={"attention": True})
+    assert model.config._attn_implementation != "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels", "message"),
+    [
+        ("llama", "fast", "kernels='fast'"),
+        ("llama", {"attentoin": True}, "attentoin"),
+        ("llama", {"norm": "triton"}, "norm"),
+        ("llama", {"attention": "nonsense"}, "nonsense"),
+        ("llama", {"experts": True}, "no experts"),
+        ("gemma", {"norm": True}, "norm"),
+        ("gpt2", {"attention": True}, "gpt2"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(family, kernels, message):
+    model = stock(family)
+    with pytest.raises(ValueError, match=message):
+        am_models.optimize(model, kernels=kernels)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_foreign_forward_is_not_overwritten():
+    model = stock("llama")
+    norm = model.model.norm
+    norm.forward = lambda hidden_states: hidden_states * 0
+    assert "already replaced" in am_models.optimize(model).parts["norm"]
+    assert model(TOKENS).logits.abs().max() == 0
+
+
+def test_document_ids_are_refused_where_they_would_be_ignored():
+    batch = documents([4, 3])
+    del batch["shift_labels"]
+    for family, kernels in (("gpt2", "auto"), ("llama", "off")):
+        model = stock(family)
+        am_models.optimize(model, kernels=kernels)
+        with pytest.raises(ValueError, match="document_ids"):
+            model(**batch)
+
+
+def test_unknown_batch_keys_are_refused():
+    model = stock("llama")
+    am_models.optimize(model)
+    with pytest.raises(TypeError, match="attention_mask"):
+        am_models.forward_with_loss(model, linear_cross_entropy, **documents([3]), attention_mask=torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_leak_test_passes_and_changes_nothing(family):
+    model = stock(family)
+    am_models.optimize(model)
+    model.model.requires_grad_(False) if family != "gpt2" else None
+    modes = [module.training for module in model.modules()]
+    am_models.leak_test(model)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_leak_test_names_what_leaked():
+    # An attention name without a mask function: transformers then makes no mask at all.
+    transformers.AttentionInterface.register("leaky", transformers.integrations.sdpa_attention.sdpa_attention_forward)
+    model = stock("llama")
+    model.set_attn_implementation("leaky")
+    with pytest.raises(RuntimeError, match=r"llama: the logits of document 2 move .* when document 1 changes"):
+        am_models.leak_test(model)
+
+
+def test_leak_test_needs_weights():
+    with torch.device("meta"):
+        model = am_models.AutoModelForCausalLM.from_config(config_of("llama"))
+    with pytest.raises(ValueError, match="meta device"):
+        am_models.leak_test(model)
+
+
+def tensors_by_map(model: torch.nn.Module, records: list[dict]) -> dict[str, torch.Tensor]:
+    """The file tensors that the records and the parameters without a record describe."""
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for record in records:
+        part = parameters[record["parameter"]][
+            tuple(slice(*bounds) if bounds else slice(None) for bounds in record["slice"])
+        ]
+        part = part.transpose(-1, -2) if record["transpose"] else part
+        tensors[record["file"]] = part.detach()
+    covered = {record["parameter"] for record in records}
+    return tensors | {name: tensor.detach() for name, tensor in parameters.items() if name not in covered}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "llama", "llama_tied"])
+def test_weight_map_describes_the_files_that_stock_writes_and_reads(family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = stock(family)
+    records = am_models.weight_map(model)
+    assert (records == []) == family.startswith("llama")
+    assert json.loads(json.dumps(records)) == records
+    model.save_pretrained(tmp_path / "stock")
+    written = load_file(tmp_path / "stock" / "model.safetensors")
+    mapped = tensors_by_map(model, records)
+    assert set(mapped) == set(written)
+    assert all(torch.equal(mapped[name].reshape(tensor.shape), tensor) for name, tensor in written.items())
+
+    # The other way: fill files by the map alone, let stock transformers read them.
+    model.config.save_pretrained(tmp_path / "mapped")
+    files = {name: mapped[name].reshape(tensor.shape).contiguous() for name, tensor in written.items()}
+    save_file(files, tmp_path / "mapped" / "model.safetensors", metadata={"format": "pt"})
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mapped")
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in opened.state_dict().items())
+
+
+def test_weight_map_is_the_same_on_the_meta_device_and_after_optimising():
+    model = stock("qwen3_moe")
+    with torch.device("meta"):
+        meta = am_models.AutoModelForCausalLM.from_config(config_of("qwen3_moe"))
+    assert am_models.weight_map(meta) == am_models.weight_map(model)
+
+
+def test_weight_map_refuses_computed_tensors():
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import Interleave, WeightConverter
+
+    converter = WeightConverter("q_proj.weight", "q_proj.weight", operations=[Interleave(dim=0)])
+    register_checkpoint_conversion_mapping("LlamaForCausalLM", [converter])
+    try:
+        with pytest.raises(ValueError, match="llama: .*q_proj"):
+            am_models.weight_map(stock("llama"))
+    finally:
+        register_checkpoint_conversion_mapping("LlamaForCausalLM", [], overwrite=True)
+
+
+def test_vocabulary_constant_matches_the_configs():
+    assert all(config_of(family).vocab_size == VOCABULARY for family in CONFIGS)

@@ -1,0 +1,20 @@
+"""The public names, and what importing the package costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import am_models
+
+
+def test_public_names():
+    names = {"AutoModelForCausalLM", "OptimizeReport", "forward_with_loss", "leak_test", "optimize", "weight_map"}
+    assert set(am_models.__all__) == names
+    assert all(callable(vars(am_models)[name]) for name in names)
+
+
+def test_import_is_light():
+    code = "import sys, am_models; print(sorted({'transformers', 'triton', 'datasets', 'peft'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
