@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from am_mesh import (
@@ -356,9 +356,7 @@ def experts_worker(axes: dict[str, int], options: dict[str, Any], frozen_embeddi
 @pytest.mark.parametrize(("world_size", "axes", "options"), TWO_RANKS)
 @pytest.mark.parametrize("frozen_embedding", [False, True])
 @pytest.mark.parametrize("recompute_mode", ["none", "full"])
-def test_a_parameter_unused_on_a_rank_counts_as_a_zero_gradient(
-    world_size, axes, options, frozen_embedding, recompute_mode
-):
+def test_a_parameter_unused_on_a_rank_counts_as_zero(world_size, axes, options, frozen_embedding, recompute_mode):
     options = options | {"recompute": recompute_mode}
     (expected,) = run_distributed(experts_worker, 1, {}, {}, frozen_embedding)
     for actual in run_distributed(experts_worker, world_size, axes, options, frozen_embedding, timeout=30):
@@ -562,3 +560,18 @@ def test_norm_and_clipping_over_sharded_and_plain_gradients(world_size, axes, op
     norms = [torch.linalg.vector_norm(vector.double(), norm_type).item() for norm_type in (1.0, 2.0, 3.5, math.inf)]
     for actual in run_distributed(clip_worker, world_size, axes, options):
         assert actual == pytest.approx([*norms, norms[1], norms[1], 0.5], rel=1e-5)
+
+
+def partial_worker() -> list[float]:
+    mesh = ParallelDims(dp_replicate=2).build("cpu").mesh("dp_replicate", "fsdp")
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Replicate(), Shard(0)]))
+    # Each of the two replica groups holds a part of the sum 1 + 2; the sharded rows are 2 on every rank.
+    part = torch.full((2, 3), 1.0 + mesh.get_local_rank(0))
+    parameter.grad = DTensor.from_local(part, mesh, [Partial(), Shard(0)])
+    silent = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0), Shard(1)]))
+    return [grad_norm([parameter, silent], norm_type).item() for norm_type in (2.0, math.inf)]
+
+
+def test_partial_sums_are_added_before_the_norm_is_taken():
+    for norms in run_distributed(partial_worker, 4):
+        assert norms == pytest.approx([3.0 * math.sqrt(12.0), 3.0], rel=1e-6)

@@ -86,22 +86,22 @@ def _by_sharded_axes(
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            axes = [axis for axis, placement in enumerate(parameter.placements) if placement.is_shard()]
-            local = parameter.to_local().new_zeros(0)
-            if isinstance(gradient, DTensor):
-                if any(placement.is_partial() for placement in gradient.placements):
-                    whole = [Replicate() if isinstance(kind, Partial) else kind for kind in gradient.placements]
-                    gradient = gradient.redistribute(placements=whole)
-                mesh = gradient.device_mesh
-                axes = [axis for axis, kind in enumerate(gradient.placements) if not kind.is_replicate()]
-                local = gradient.to_local()
-            key = (mesh, tuple(axis for axis in axes if mesh.size(axis) > 1))
             # Without a gradient here it still takes part: another rank may have one, and all must reduce alike.
-            groups.setdefault(key if key[1] else (None, ()), []).append(local)
+            layout, local = parameter, parameter.to_local().new_zeros(0)
+            if isinstance(gradient, DTensor):
+                layout = _without_partial_sums(gradient)
+                local = layout.to_local()
+            mesh, kinds = layout.device_mesh, layout.placements
+            axes = tuple(axis for axis, kind in enumerate(kinds) if not kind.is_replicate() and mesh.size(axis) > 1)
+            groups.setdefault((mesh, axes) if axes else (None, ()), []).append(local)
         elif gradient is not None:
             groups.setdefault((None, ()), []).append(gradient)
     return groups
+
+
+def _without_partial_sums(gradient: DTensor) -> DTensor:
+    whole = [Replicate() if isinstance(kind, Partial) else kind for kind in gradient.placements]
+    return gradient if list(gradient.placements) == whole else gradient.redistribute(placements=whole)
 
 
 def _powered_norm(gradient: torch.Tensor, norm_type: float) -> torch.Tensor:

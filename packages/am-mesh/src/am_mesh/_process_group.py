@@ -25,11 +25,13 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     """
     if timeout_minutes <= 0:
         raise ValueError(f"timeout_minutes={timeout_minutes} must be positive; 30 is the default")
+    if dist.is_initialized():
+        # Its owner has chosen the device. A gloo group works on CPU tensors even where there is a GPU.
+        nccl = "nccl" in dist.get_backend_config()
+        yield torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        return
     launched = "RANK" in os.environ
     device = _device(int(os.environ["LOCAL_RANK"]) if launched and "LOCAL_RANK" in os.environ else None)
-    if dist.is_initialized():
-        yield device
-        return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launched:
