@@ -1,7 +1,8 @@
 """Time am_loss.linear_cross_entropy against the plain loss on a CPU, forward and backward.
 
 The peer is what one writes by hand: ``F.cross_entropy(F.linear(hidden[mask], weight), labels[mask], reduction="sum")``.
-The two run in turn in one process; figures are medians of the process's CPU time, so other processes matter little.
+The two run in turn in one process; figures are medians of the process's CPU time. Run it on idle cores: threads
+that wait for a preempted one spin, and that counts.
 
     python tools/bench/linear_cross_entropy_cpu.py --output linear_cross_entropy_cpu.json
 """
@@ -90,9 +91,9 @@ def main() -> None:
         "peer": 'F.cross_entropy(F.linear(hidden[mask], weight), labels[mask], reduction="sum"), forward and backward',
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "machine": {
-            "processor": platform.machine(),
-            "threads": arguments.threads,
+            "architecture": platform.machine(),
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": arguments.threads,
         },
         "rows": rows,
     }

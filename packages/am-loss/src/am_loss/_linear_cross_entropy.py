@@ -4,7 +4,7 @@ Rows are taken ``chunk_size`` at a time. Each chunk's logits are multiplied once
 gradient (softmax minus one-hot), and used at once for the gradients of ``hidden`` and ``weight``; the buffer then
 serves the next chunk. So the forward pass already holds both gradients and the backward pass only scales them: three
 matrix products per chunk as in the plain loss, but no ``[tokens, V]`` tensor, and the passes over the logits run on
-blocks that fit in the cache. The same idea: Liger Kernel's fused linear cross entropy (Hsu et al. 2024,
+blocks that fit in the cache. The idea is that of Liger Kernel's fused linear cross entropy (Hsu et al. 2024,
 arXiv:2410.10989). ``F.linear_cross_entropy`` needs torch 2.13 and is slower than the plain loss on a CPU.
 """
 
@@ -21,8 +21,8 @@ from am_loss._targets import check_floating, check_labels, check_softcap, refuse
 # Elements of the logits buffer: enough rows to keep the matrix products efficient at usual vocabularies.
 _CHUNK_ELEMENTS = 2**23
 _CHUNK_ROWS = (256, 4096)
-# Elements that the softmax passes visit together, so that they stay in a CPU's cache (4 MiB in float32).
-_BLOCK_ELEMENTS = 2**20
+# Elements that the softmax visits together: a block stays in a CPU's cache, and its thread barriers are few.
+_BLOCK_ELEMENTS = 2**21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +146,11 @@ def _loss_and_gradients(
     num_rows, vocabulary = rows_ND.shape[0], weight.shape[0]
     dtype = torch.promote_types(rows_ND.dtype, torch.float32)
     size = min(options.chunk_size, max(num_rows, 1))
-    block_size = size if rows_ND.is_cuda else min(max(_BLOCK_ELEMENTS // vocabulary, 1), size)
 
     losses_N = rows_ND.new_empty(num_rows, dtype=dtype)
     logits_CV = rows_ND.new_empty(size, vocabulary)
     # The softmax runs in float32: in place where the logits have that dtype, else in a block of its own.
+    block_size = size if rows_ND.is_cuda else min(max(_BLOCK_ELEMENTS // vocabulary, 1), size)
     block = None if logits_CV.dtype == dtype else logits_CV.new_empty(block_size, vocabulary, dtype=dtype)
     hidden_grad = torch.empty_like(rows_ND) if options.hidden_grad else None
     # One chunk needs no accumulation, so its product is rounded once in any case and can have the weight's dtype.
@@ -161,7 +161,8 @@ def _loss_and_gradients(
     any_grad = options.hidden_grad or options.weight_grad or options.bias_grad
 
     for start in range(0, num_rows, size):
-        rows_CD = rows_ND[start : start + size]
+        chunk_range = slice(start, start + size)
+        rows_CD = rows_ND[chunk_range]
         chunk = logits_CV[: rows_CD.shape[0]]
         if bias is None:
             torch.mm(rows_CD, weight.t(), out=chunk)
@@ -170,14 +171,14 @@ def _loss_and_gradients(
         for first in range(0, chunk.shape[0], block_size):
             part = chunk[first : first + block_size]
             values = part if block is None else block[: part.shape[0]].copy_(part)
-            where = slice(start + first, start + first + part.shape[0])
-            losses_N[where] = _softmax_block(values, targets[where], options, any_grad)
+            block_range = slice(start + first, start + first + part.shape[0])
+            losses_N[block_range] = _softmax(values, targets[block_range], options, any_grad)
             if bias_grad is not None:
                 bias_grad += values.sum(0)
             if any_grad and block is not None:
                 part.copy_(values)
         if hidden_grad is not None:
-            torch.mm(chunk, weight, out=hidden_grad[start : start + size])
+            torch.mm(chunk, weight, out=hidden_grad[chunk_range])
         if weight_grad is not None and partial is not None:
             weight_grad += torch.mm(chunk.t(), rows_CD, out=partial)
         elif weight_grad is not None and start == 0:
@@ -188,7 +189,7 @@ def _loss_and_gradients(
     return losses_N.sum(), hidden_grad, weight_grad, bias_grad
 
 
-def _softmax_block(values: Tensor, targets: Tensor, options: _Options, any_grad: bool) -> Tensor:
+def _softmax(values: Tensor, targets: Tensor, options: _Options, any_grad: bool) -> Tensor:
     """Losses ``[C]`` of raw logits ``values [C, V]``, which are overwritten with their gradients if ``any_grad``."""
     targets = targets.unsqueeze(1)
     slope = None
@@ -199,12 +200,12 @@ def _softmax_block(values: Tensor, targets: Tensor, options: _Options, any_grad:
         # d softcap * tanh(x / softcap) / dx = 1 - tanh^2
         slope = values.square().neg_().add_(1.0) if any_grad else None
         values.mul_(options.softcap)
-    values.sub_(values.amax(1, keepdim=True))
     target_values = values.gather(1, targets)
-    total = values.exp_().sum(1, keepdim=True)
-    losses = (total.log() - target_values).squeeze(1)
+    largest = values.amax(1, keepdim=True)
+    torch.softmax(values, 1, out=values)
+    # log sum exp(x) = max x - log max p, and max p >= 1 / V: exact where p[target] itself would underflow.
+    losses = (largest - values.amax(1, keepdim=True).log_() - target_values).squeeze(1)
     if any_grad:
-        values.mul_(total.reciprocal_())
         values.scatter_add_(1, targets, torch.full_like(target_values, -1.0))
         if slope is not None:
             values.mul_(slope)
