@@ -113,7 +113,7 @@ def _tool_call(call: object, turn: int) -> dict[str, Any]:
     arguments = _decoded(function.get("arguments", {}), "arguments")
     if not isinstance(arguments, Mapping):
         raise RowRefusedError("malformed tool call", f"turn {turn}: arguments are a {type(arguments).__name__}")
-    checked = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    checked = {"type": "function", "function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
     if call.get("id") is not None:
         checked["id"] = call["id"]
     return checked
@@ -125,7 +125,16 @@ def _tools(tools: object) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(decoded, Sequence) or not all(isinstance(tool, Mapping) for tool in decoded):
         raise RowRefusedError("malformed tools", "tools must be a list of JSON schemas")
-    return [dict(tool) for tool in decoded]
+    return [_without_nulls(tool) for tool in decoded]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column the keys of all of them, null where a row had none."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _decoded(value: object, field: str) -> Any:

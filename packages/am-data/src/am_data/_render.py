@@ -113,8 +113,9 @@ class Renderer:
         text = self._render(messages, tools)
         encoding = self._encode(text, offsets=True)
         ids: list[int] = encoding["input_ids"]
-        by_prefix = self._spans_by_prefix(messages, tools, trained, text, ids)
-        by_marker = self._spans_by_marker(messages, tools, trained, text, np.asarray(encoding["offset_mapping"]))
+        offsets = np.asarray(encoding["offset_mapping"])
+        by_marker = self._spans_by_marker(messages, tools, trained, text, offsets)
+        by_prefix = self._spans_by_prefix(messages, tools, trained, text, ids, offsets)
         for turn, first, second in zip(trained, by_prefix, by_marker):
             if first != second:
                 raise RowRefusedError(
@@ -155,34 +156,34 @@ class Renderer:
         )
 
     def _spans_by_prefix(
-        self, messages: list[Message], tools: Tools | None, trained: list[int], text: str, ids: list[int]
+        self,
+        messages: list[Message],
+        tools: Tools | None,
+        trained: list[int],
+        text: str,
+        ids: list[int],
+        offsets: NDArray[np.int64],
     ) -> list[tuple[int, int]]:
         prompts = [self._render(messages[:turn], tools, generation_prompt=True) for turn in trained]
         upto = [text if turn + 1 == len(messages) else self._render(messages[: turn + 1], tools) for turn in trained]
         encoded: list[list[int]] = self._encode([*prompts, *upto])["input_ids"]
         spans = []
         for place, turn in enumerate(trained):
-            prompt = encoded[place]
-            start = len(prompt)
-            if ids[:start] != prompt:
-                raise self._refuse_prefix(turn, text.startswith(prompts[place]))
+            if not text.startswith(prompts[place]):
+                raise RowRefusedError(
+                    "the template rewrites earlier turns",
+                    f"the prompt of turn {turn} is not a prefix of the whole rendering, so the model would learn from "
+                    "a context that it never sees; use train_on='last' or a template that keeps earlier turns",
+                )
+            start = len(encoded[place])
+            if ids[:start] != encoded[place]:
+                # White space at the end of a prompt may split otherwise when text follows; a clean cut is enough.
+                start = _first_token(offsets, len(prompts[place]), turn)
             end_of_turn = self._last_special(encoded[len(trained) + place], turn)
             if end_of_turn not in ids[start:]:
                 raise RowRefusedError("no end-of-turn token", f"turn {turn} is not closed as it is when it comes last")
             spans.append((start, ids.index(end_of_turn, start) + 1))
         return spans
-
-    def _refuse_prefix(self, turn: int, same_text: bool) -> RowRefusedError:
-        if same_text:
-            return RowRefusedError(
-                "a token covers both prompt and answer",
-                f"turn {turn} begins with text that merges with the end of the prompt (white space, mostly); strip it",
-            )
-        return RowRefusedError(
-            "the template rewrites earlier turns",
-            f"the prompt of turn {turn} is not a prefix of the whole rendering, so the model would be trained on a "
-            "context that it never sees; use train_on='last' or a template that keeps earlier turns",
-        )
 
     def _last_special(self, ids: list[int], turn: int) -> int:
         """The end-of-turn token: the last special one, after which only white space may follow."""
@@ -281,8 +282,9 @@ class Renderer:
             return _marker(9999 - len(kinds))
 
         def marked_call(call: dict[str, Any]) -> dict[str, Any]:
+            name = fresh("a tool call")
             arguments = {fresh("the arguments of a tool call"): fresh("the arguments of a tool call")}
-            return {**call, "function": {"name": fresh("a tool call"), "arguments": arguments}}
+            return {**call, "function": {"name": name, "arguments": arguments}}
 
         probe_messages = [
             {**message, "tool_calls": [marked_call(call) for call in message["tool_calls"]]}
@@ -390,10 +392,17 @@ def _written_forms(text: str) -> Iterable[str]:
     yield json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def _token_span(offsets: NDArray[np.int64], begin: int, end: int, turn: int) -> tuple[int, int]:
-    """Tokens of the characters `[begin, end)`; no token may reach over `begin`."""
-    starts = offsets[:, 0]
-    first = int(np.searchsorted(starts, begin, side="left"))
+def _first_token(offsets: NDArray[np.int64], begin: int, turn: int) -> int:
+    """The first token of the characters from `begin` on; no token may reach over `begin`."""
+    first = int(np.searchsorted(offsets[:, 0], begin, side="left"))
     if first > 0 and offsets[first - 1, 1] > begin:
-        raise RowRefusedError("a token covers both prompt and answer", f"turn {turn}")
-    return first, int(np.searchsorted(starts, end - 1, side="right"))
+        raise RowRefusedError(
+            "a token covers both prompt and answer",
+            f"turn {turn} begins with text that merges with the end of the prompt (white space, mostly); strip it",
+        )
+    return first
+
+
+def _token_span(offsets: NDArray[np.int64], begin: int, end: int, turn: int) -> tuple[int, int]:
+    """Tokens of the characters `[begin, end)`."""
+    return _first_token(offsets, begin, turn), int(np.searchsorted(offsets[:, 0], end - 1, side="right"))
