@@ -2,13 +2,19 @@
 
 from . import reference
 from ._attention import attention
+from ._backends import Backend, BackendReport, backends
 from ._documents import Documents, document_segments
-from .reference import add_rms_norm, rms_norm, rope, swiglu
+from ._gated import swiglu
+from ._norm import add_rms_norm, rms_norm
+from ._rope import rope
 
 __all__ = [
+    "Backend",
+    "BackendReport",
     "Documents",
     "add_rms_norm",
     "attention",
+    "backends",
     "document_segments",
     "reference",
     "rms_norm",

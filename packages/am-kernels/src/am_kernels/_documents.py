@@ -6,6 +6,8 @@ Attention never crosses documents, so the positions of the documents are all tha
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,9 @@ class Documents:
     Build it with `document_segments` once per batch and give it to `attention` in place of the tensor. It also keeps
     the index tensors that the CPU path derives from the positions, which is why reusing it across layers saves time.
 
-    Attributes: `batch_size`, `sequence_length` (tokens per row), `starts` and `lengths` (tokens; one entry per document,
-    in order), `runs` (lengths of all runs, padding included, in order; they sum to B * S), `is_document` (per run).
+    Attributes: `batch_size`, `sequence_length` (tokens per row), `starts` and `lengths` (tokens; one entry per document
+    in order), `runs` (lengths of all runs in order, padding included; they sum to B * S), `is_document` (per run),
+    `num_padding` (tokens), `derived` (what a backend computed from the positions, under a key of its own).
     """
 
     def __init__(self, batch_size: int, sequence_length: int, runs: list[int], is_document: list[bool]) -> None:
@@ -34,6 +37,7 @@ class Documents:
                 self.lengths.append(length)
             position += length
         self.num_padding = position - sum(self.lengths)
+        self.derived: dict[Hashable, object] = {}
 
     def __repr__(self) -> str:
         return (

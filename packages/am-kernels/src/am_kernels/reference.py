@@ -43,7 +43,7 @@ def attend(
     softcap: float | None,
     scale: float,
 ) -> Tensor:
-    """Attention of `q [B, H, S, P]` over `k, v [B, K, S', P]`, result `[B, H, S, P]`; rows that see no key give zeros."""
+    """Attention of `q [B, H, S, P]` over `k, v [B, K, S', P]`, result `[B, H, S, P]`; blind rows give zeros."""
     B, H, S, P = q.shape
     K, num_keys = k.shape[1], k.shape[2]
     grouped_q = q.reshape(B, K, H // K, S, P)
@@ -64,7 +64,7 @@ def attend(
     blind = (scores == float("-inf")).all(dim=-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
     weights = weights[..., :num_keys].to(q.dtype).reshape(B, K, H // K, S, num_keys)
-    return torch.matmul(weights, v[:, :, None]).reshape(B, H, S, P)
+    return torch.matmul(weights, v[:, :, None]).reshape(B, H, S, -1)
 
 
 def attention(
@@ -86,10 +86,11 @@ def attention(
         out = attend(q, k, v, causal=causal, mask=mask, window=window, sink=sink, softcap=softcap, scale=scale)
         return out.transpose(1, 2).contiguous()
     documents = document_ids if isinstance(document_ids, Documents) else document_segments(document_ids)
-    B, H, S, P = q.shape
+    B, H, S, _ = q.shape
+    width = v.shape[-1]
     rows = []
     for row in range(B):
-        pieces = [q.new_zeros(H, S, P)[:, :0]]
+        pieces = [q.new_zeros(H, 0, width)]
         position = 0
         for start, length in zip(documents.starts, documents.lengths, strict=True):
             if start // S != row:
@@ -107,11 +108,9 @@ def attention(
                 softcap=softcap,
                 scale=scale,
             )
-            pieces += [q.new_zeros(H, first - position, P), piece[0]]
+            pieces += [q.new_zeros(H, first - position, width), piece[0]]
             position = first + length
-        rows.append(torch.cat([*pieces, q.new_zeros(H, S - position, P)], dim=1))
-    if not rows:
-        return q.transpose(1, 2).contiguous()
+        rows.append(torch.cat([*pieces, q.new_zeros(H, S - position, width)], dim=1))
     return torch.stack(rows).transpose(1, 2).contiguous()
 
 
