@@ -109,14 +109,16 @@ class Target:
 
     def build(self, **runtime: Any) -> Any:
         """Call it with its arguments, nested targets built first; ``runtime`` arguments win."""
-        return self._import()(**({name: _built(value) for name, value in self.arguments.items()} | runtime))
+        return self._import()(**(self.built_arguments() | runtime))
+
+    def built_arguments(self) -> dict[str, Any]:
+        """The arguments, with nested targets built."""
+        return {name: _built(value) for name, value in self.arguments.items()}
 
     def callable(self) -> Callable[..., Any]:
         """The callable with the configured arguments applied, for whoever passes the rest."""
         function = self._import()
-        if not self.arguments:
-            return function
-        return functools.partial(function, **{name: _built(value) for name, value in self.arguments.items()})
+        return functools.partial(function, **self.built_arguments()) if self.arguments else function
 
     def _place(self, name: str) -> Place:
         return self.places.get(name, self.place.child(name))
@@ -179,14 +181,14 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
     hints = typing.get_type_hints(kind, include_extras=True)
     values = dict(given)
     remaining = dict(node.value)
-    late: list[str] = []
+    inline = [name for name, hint in hints.items() if _metadata(hint, Inline)]
+    # Unknown keys come first: a misspelt required key is better called misspelt than missing.
+    _refuse_unknown(node, kind, [_metadata(hints[name], DefaultTarget) for name in inline])
     for item in dataclasses.fields(kind):
         prefixed = _metadata(hints[item.name], Prefixed)
-        if item.name in given:
+        if item.name in given or item.name in inline:
             continue
-        if _metadata(hints[item.name], Inline):
-            late.append(item.name)
-        elif prefixed:
+        if prefixed:
             keys = [key for key in remaining if key == prefixed.key or key.startswith(prefixed.key + "_")]
             (annotation,) = typing.get_args(typing.get_args(hints[item.name])[0])[1:]
             values[item.name] = {
@@ -196,22 +198,23 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
             values[item.name] = read(remaining.pop(item.name), hints[item.name])
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise node.error(f"the key {item.name!r} is required")
-    for name in late:
-        default = _metadata(hints[name], DefaultTarget)
-        if default.arguments and "_target_" not in remaining:
-            _refuse_unknown(remaining, [*_keys(kind), *default.arguments])
+    for name in inline:
         values[name] = read(dataclasses.replace(node, value=remaining), hints[name])
-    if not late:
-        _refuse_unknown(remaining, _keys(kind))
     try:
         return kind(**values)
     except ValueError as error:
         raise node.error(str(error)) from error
 
 
-def _refuse_unknown(children: Mapping[str, Node], known: Iterable[str]) -> None:
-    for key, child in children.items():
-        if key not in known:
+def _refuse_unknown(section: Node, kind: type[Any], inline: list[DefaultTarget]) -> None:
+    """Refuse keys that are no field; those of an inline target count as fields where its arguments are known."""
+    if any(not target.arguments or "_target_" in section.value for target in inline):
+        return
+    known = [*_keys(kind), *(name for target in inline for name in target.arguments)]
+    hints = typing.get_type_hints(kind, include_extras=True).values()
+    prefixes = tuple(f"{prefixed.key}_" for hint in hints if (prefixed := _metadata(hint, Prefixed)))
+    for key, child in section.value.items():
+        if key not in known and not key.startswith(prefixes):
             raise child.error(f"unknown key{nearest(key, known)}")
 
 

@@ -40,13 +40,14 @@ _SCALARS = [
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = dict[Any, Any]()
+    """Reads plain scalars by `_SCALARS` alone."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML version would not read back as text."""
 
 
+_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
     _Dumper.add_implicit_resolver(_tag, _pattern, _first)

@@ -94,9 +94,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
                 overrides.append((name[2:], value))
         else:
             raise UsageError(f"unknown option {name}{did_you_mean(name, [*_FLAGS, *_WITH_VALUE])}")
+    recipe = None if "help" in flags else _recipe(positional)
+    configs = [*positional, *([values["config"]] if "config" in values else [])]
+    if len(configs) > 1 and "help" not in flags:
+        raise UsageError(f"two configs: {configs[0]} and {configs[1]}")
     return Arguments(
-        recipe=None if "help" in flags else _recipe(positional),
-        path=Path(values["config"]) if "config" in values else _path(positional),
+        recipe=recipe,
+        path=Path(configs[0]) if configs else None,
         overrides=tuple(overrides),
         processes=_processes(values.get("nproc")),
         dry_run="dry_run" in flags,
@@ -122,10 +126,6 @@ def _recipe(positional: list[str]) -> str | None:
     if len(positional) > 1:
         raise UsageError(f"unexpected argument {positional[1]!r}; overrides are written --section.key value")
     return recipe
-
-
-def _path(positional: list[str]) -> Path | None:
-    return Path(positional[0]) if positional else None
 
 
 def _processes(text: str | None) -> int | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,7 +48,7 @@ class Model:
 
     name_or_path: Text | None = None
     config: Mapping[str, Any] | None = None
-    dtype: Dtype | Literal["auto"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -185,10 +185,22 @@ class Optimizer:
     weight_decay: NonNegativeFloat | None = None
     param_group_overrides: tuple[ParamGroupOverride, ...] = ()
 
+    def factory(self) -> Callable[..., torch.optim.Optimizer]:
+        """The optimizer class (or function) itself."""
+        return Target(self.target.path, place=self.target.place, places=self.target.places).callable()
+
+    def named(self) -> dict[str, Any]:
+        """The values every optimizer knows by the same name, without those left to the class."""
+        values = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return {name: value for name, value in values.items() if value is not None}
+
     def hyperparameters(self) -> dict[str, Any]:
-        """The keyword arguments of the class, ``params`` aside, without those left to it."""
-        named = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
-        return {name: value for name, value in named.items() if value is not None}
+        """The keyword arguments of `factory`, ``params`` aside."""
+        return self.named() | self.target.built_arguments()
+
+    def overrides(self) -> list[dict[str, Any]]:
+        """``param_group_overrides`` as `am_recipes.optim.build_optimizer` takes them."""
+        return [asdict(override) for override in self.param_group_overrides]
 
 
 @dataclass(frozen=True)
@@ -198,6 +210,10 @@ class LrScheduler:
     style: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     min_lr: NonNegativeFloat = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of `am_recipes.optim.schedule`, ``total_steps`` aside."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -273,6 +289,16 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.model.name_or_path is None and self.tokenizer.name_or_path is None:
             raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
+        schedule, steps = self.lr_scheduler, self.step_scheduler
+        if schedule.style != "constant" and schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"lr_scheduler.min_lr={schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; lower it"
+            )
+        if steps.max_steps is not None and schedule.warmup_steps > steps.max_steps:
+            raise ValueError(
+                f"lr_scheduler.warmup_steps={schedule.warmup_steps} is longer than the run of "
+                f"step_scheduler.max_steps={steps.max_steps}; lower it"
+            )
 
     def error(self, path: str, message: str) -> ConfigError:
         """An error about the value at a dotted path, with the line that set it or the section it would be in."""
@@ -297,8 +323,12 @@ class SftConfig:
         result = {key: values[key] for key in (*sections, "optimizer", "lr_scheduler", "loss_fn", "seed")}
         result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
         if self.lr_scheduler.style != "constant":
-            result["step_scheduler"] |= {key: values["step_scheduler"][key] for key in ("max_steps", "num_epochs")}
+            result["step_scheduler"] |= self.goal()
         return result
+
+    def goal(self) -> dict[str, int | None]:
+        """How long to train: what decides whether a run is finished, and may grow between two calls of one command."""
+        return {"max_steps": self.step_scheduler.max_steps, "num_epochs": self.step_scheduler.num_epochs}
 
     def to_yaml(self) -> str:
         """The resolved config: defaults written out, environment references as they were, secrets as references."""
@@ -361,7 +391,7 @@ def check_targets(config: SftConfig) -> None:
     config.dataset.bind(("tokenizer",))
     for dataset in config.validation_datasets.values():
         dataset.bind(("tokenizer",))
-    config.optimizer.target.bind(("params", *config.optimizer.hyperparameters()))
+    config.optimizer.target.bind(("params", *config.optimizer.named()))
     config.loss_fn.bind(partial=True)
     if config.peft is not None:
         config.peft.lora.bind()

@@ -1,0 +1,604 @@
+"""What `parse` and `check_targets` accept, what they refuse and in which words, and what is saved."""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from am_recipes.config import ConfigError, SftConfig, Target, check_targets, identity_difference, parse
+
+MINIMAL = """\
+recipe: sft
+model:
+  name_or_path: some/folder
+dataset:
+  path: rows.jsonl
+optimizer:
+  lr: 1e-4
+step_scheduler:
+  max_steps: 10
+"""
+
+TARGETS = """\
+class Rows:
+    def __init__(self, tokenizer, path, *, limit=None, transform=None):
+        self.tokenizer, self.path, self.limit, self.transform = tokenizer, path, limit, transform
+
+    @classmethod
+    def from_pretrained(cls, path, **options):
+        rows = cls(options.pop("tokenizer"), path)
+        rows.options = options
+        return rows
+
+def scale(factor, offset=0):
+    return ("scale", factor, offset)
+
+def without_tokenizer(path):
+    return path
+
+VERSION = 3
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a config and, beside it, a module of targets; return the config's path. The test runs in that folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_targets", raising=False)
+    (tmp_path / "my_targets.py").write_text(TARGETS)
+
+    def write(text=MINIMAL, name="config.yaml"):
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        return Path(name)
+
+    return write
+
+
+def refused(path, overrides=(), *, targets=False):
+    """The message of the refusal, which must also leave the folder as it was."""
+    before = sorted(Path().rglob("*"))
+    if targets:
+        config = parse(path, overrides)
+        with pytest.raises(ConfigError) as caught:
+            check_targets(config)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            parse(path, overrides)
+    assert [name for name in sorted(Path().rglob("*")) if "__pycache__" not in str(name)] == before
+    return str(caught.value)
+
+
+def test_defaults(write):
+    config = parse(write())
+    assert isinstance(config, SftConfig)
+    assert config.seed == 42
+    assert config.run_dir == Path("runs/config")
+    assert config.source == Path("config.yaml")
+    assert config.dataset == Target("am_data.ChatDataset", {"rows": "rows.jsonl"})
+    assert config.loss_fn == Target("am_loss.linear_cross_entropy")
+    assert config.peft is None
+    assert config.validation_datasets == {}
+    assert config.clip_grad_norm.max_norm == 1.0
+    assert config.optimizer.hyperparameters() == {"lr": 1e-4}
+    assert config.distributed.sizes() == {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "pp": 1, "ep": 1}
+    assert config.goal() == {"max_steps": 10, "num_epochs": None}
+
+
+def test_nothing_heavy_is_imported_and_nothing_is_written(write):
+    """In a fresh interpreter, for a good and for a bad config."""
+    write()
+    write(MINIMAL + "checkpont: {}\n", "bad.yaml")
+    script = """
+    import sys
+    from am_recipes.config import ConfigError, parse
+    print(parse("config.yaml", [("optimizer.weight_decay", "0.1")]).to_yaml()[:11])
+    try:
+        parse("bad.yaml")
+    except ConfigError as error:
+        print(error)
+    heavy = {"torch", "transformers", "datasets", "peft", "numpy", "am_data", "am_models", "my_targets"}
+    print(sorted(heavy & sys.modules.keys()))
+    """
+    before = sorted(Path().iterdir())
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        "recipe: sft",
+        "bad.yaml:10: checkpont: unknown key; did you mean 'checkpoint'?",
+        "[]",
+    ]
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("sede: 1", "config.yaml:10: sede: unknown key; did you mean 'seed'?"),
+        ("seed: 1\nseed: 2", "config.yaml:11: seed: duplicate key; it is already set on line 10"),
+        ("seed: 1.5", "config.yaml:10: seed: expected an integer, got 1.5"),
+        ("seed: true", "config.yaml:10: seed: expected an integer, got True"),
+        ("seed: -1", "config.yaml:10: seed: must be at least 0, got -1"),
+        ("run_dir: 2024", "config.yaml:10: run_dir: expected a path, got 2024"),
+        ("dataloader: {shuffle: 1}", "config.yaml:10: dataloader.shuffle: expected true or false, got 1"),
+        ("dataloader: true", "config.yaml:10: dataloader: expected a mapping with shuffle, got True"),
+        (
+            "distributed:\n  strategy: fspd2",
+            "config.yaml:11: distributed.strategy: must be one of 'fsdp2', 'ddp', got 'fspd2'; did you mean 'fsdp2'?",
+        ),
+        (
+            "distributed: {tp_size: 2}",
+            "config.yaml:10: distributed.tp_size: must be 1: this recipe divides work over data-parallel ranks "
+            "only, got 2",
+        ),
+        (
+            "distributed: {dp_size: 3, dp_replicate_size: 2}",
+            "config.yaml:10: distributed: dp_size=3 is not a multiple of dp_replicate_size=2; "
+            "dp_size counts all data-parallel ranks, replicas included",
+        ),
+        ("clip_grad_norm: {max_norm: 0}", "config.yaml:10: clip_grad_norm.max_norm: must be greater than 0, got 0"),
+        (
+            "clip_grad_norm: {max_norm: .nan}",
+            "config.yaml:10: clip_grad_norm.max_norm: must be greater than 0, got nan",
+        ),
+        ("generate:\n  prompts:\n  - a\n  - 3", "config.yaml:13: generate.prompts.1: expected text, got 3"),
+        ("generate: {prompts: hello}", "config.yaml:10: generate.prompts: expected a list, got 'hello'"),
+        ("kernels: of", "config.yaml:10: kernels: must be one of 'auto', 'off', got 'of'; did you mean 'off'?"),
+        ("checkpoint: {keep_last: 0}", "config.yaml:10: checkpoint.keep_last: must be at least 1, got 0"),
+        ("lr_scheduler: {warmup_steps: 11}", "config.yaml:1: lr_scheduler.warmup_steps=11 is longer than the run"),
+        ("lr_scheduler: {style: linear, min_lr: 1.0}", "config.yaml:1: lr_scheduler.min_lr=1.0 is above optimizer.lr"),
+        ("validation_dataset_a: 3", "config.yaml:10: validation_dataset_a: expected a mapping with _target_"),
+        ("validation_dataset: {_target_: nodots}", "config.yaml:10: validation_dataset._target_: 'nodots' is not the"),
+        ("loss_fn: {_target_: [a]}", "config.yaml:10: loss_fn._target_: expected text, got a list of 1"),
+        (
+            "seed: !!python/name:os.system",
+            "config.yaml:10: seed: the tag tag:yaml.org,2002:python/name:os.system is not",
+        ),
+        ("seed: !!int x", "config.yaml:10: seed: 'x' does not fit its tag"),
+        ("seed: [1", "config.yaml:11: not YAML: "),
+        ("seed: &a [*a]", "config.yaml:10: seed.0: an alias that contains itself"),
+        ("<<: {seed: 1}", "config.yaml:10: <<: keys must be plain text; write merged keys out"),
+    ],
+)
+def test_refused_with_file_line_path_and_constraint(write, extra, message):
+    assert refused(write(MINIMAL + extra + "\n")).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("recipe: sft\n", "", "config.yaml:1: the key 'recipe' is required: one of sft"),
+        ("recipe: sft", "recipe: stf", "config.yaml:1: recipe: must be one of sft, got 'stf'"),
+        ("  lr: 1e-4", "  lrr: 1e-4", "config.yaml:7: optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ("  lr: 1e-4", "  eps: 1e-4", "config.yaml:6: optimizer: the key 'lr' is required"),
+        ("  lr: 1e-4", "  lr: -1e-4", "config.yaml:7: optimizer.lr: must be at least 0, got -0.0001"),
+        ("  lr: 1e-4", "  lr: fast", "config.yaml:7: optimizer.lr: expected a number, got 'fast'"),
+        (
+            "  lr: 1e-4",
+            "  lr: 1\n  amsgard: true",
+            "config.yaml:8: optimizer.amsgard: unknown key; did you mean 'amsgrad'?",
+        ),
+        (
+            "  lr: 1e-4",
+            "  lr: 1\n  betas: [0.9]",
+            "config.yaml:8: optimizer.betas: expected a list of 2, got a list of 1",
+        ),
+        ("  lr: 1e-4", "  lr: 1\n  betas: [0.9, 1]", "config.yaml:8: optimizer.betas.1: must be in [0, 1), got 1"),
+        (
+            "  lr: 1e-4",
+            "  lr: 1\n  param_group_overrides:\n  - {pattern: '('}",
+            "config.yaml:9: optimizer.param_group_overrides.0.pattern: must be a regular expression, got '('",
+        ),
+        (
+            "  lr: 1e-4",
+            "  lr: 1\n  param_group_overrides:\n  - {pattern: a, lr_mul: 2}",
+            "config.yaml:9: optimizer.param_group_overrides.0.lr_mul: unknown key; did you mean 'lr_mult'?",
+        ),
+        ("max_steps: 10", "max_steps: 0", "config.yaml:9: step_scheduler.max_steps: must be at least 1, got 0"),
+        ("max_steps: 10", "max_steps: 8.0", "config.yaml:9: step_scheduler.max_steps: expected an integer, got 8.0"),
+        ("max_steps: 10", "max_steps: null", "config.yaml:8: step_scheduler: set max_steps, num_epochs or both"),
+        (
+            "max_steps: 10",
+            "max_steps: 10\n  global_batch_size: 10\n  local_batch_size: 4",
+            "config.yaml:8: step_scheduler: global_batch_size=10 is not a multiple of local_batch_size=4; change one",
+        ),
+        (
+            "max_steps: 10",
+            "max_steps: 1\n  global_batch_size: 0",
+            "config.yaml:10: step_scheduler.global_batch_size: must",
+        ),
+        ("name_or_path: some/folder", "dtype: auto", "config.yaml:2: model: give exactly one of name_or_path"),
+        ("some/folder", "x\n  config: {model_type: llama}", "config.yaml:2: model: give exactly one of name_or_path"),
+        ("name_or_path: some/folder", "config: {hidden_size: 3}", "config.yaml:2: model: config needs a model_type"),
+        (
+            "name_or_path: some/folder",
+            "config: {model_type: llama}",
+            "config.yaml:1: tokenizer.name_or_path is required with model.config",
+        ),
+        ("path: rows.jsonl", "path: a\n  rows: b", "config.yaml:5: dataset.path: means the same as rows"),
+        (MINIMAL, "", "config.yaml:1: expected a mapping of sections, got null"),
+        (MINIMAL, "- a", "config.yaml:1: expected a mapping of sections, got a list of 1"),
+    ],
+)
+def test_refused_values_of_required_sections(write, old, new, message):
+    assert refused(write(MINIMAL.replace(old, new))).startswith(message)
+
+
+def test_a_missing_file_is_a_config_error(write):
+    write()
+    assert refused(Path("confg.yaml")) == "confg.yaml: cannot read the config: No such file or directory"
+
+
+def test_yaml_scalars_are_those_of_yaml_1_2(write):
+    """PyYAML alone reads `off` as False, `1e-4` as text and a date as a date."""
+    text = MINIMAL + "kernels: off\ndistributed: {activation_checkpointing: none, dp_size: none}\nrun_dir: 2024-01-01\n"
+    config = parse(write(text))
+    assert config.kernels == "off"
+    assert config.distributed.activation_checkpointing == "none"
+    assert config.distributed.dp_size is None
+    assert config.run_dir == Path("2024-01-01")
+    assert config.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "read"),
+    [
+        ("optimizer.lr", "1e-5", lambda config: config.optimizer.lr == 1e-5),
+        ("optimizer.lr", "1", lambda config: type(config.optimizer.lr) is float),
+        ("optimizer.betas", "[0.5, 0.6]", lambda config: config.optimizer.betas == (0.5, 0.6)),
+        ("optimizer.amsgrad", "true", lambda config: config.optimizer.hyperparameters()["amsgrad"] is True),
+        ("clip_grad_norm.max_norm", "none", lambda config: config.clip_grad_norm.max_norm is None),
+        ("clip_grad_norm.max_norm", "null", lambda config: config.clip_grad_norm.max_norm is None),
+        ("distributed.activation_checkpointing", "none", lambda c: c.distributed.activation_checkpointing == "none"),
+        ("run_dir", "2024", lambda config: config.run_dir == Path("2024")),
+        ("model.name_or_path", "1e3", lambda config: config.model.name_or_path == "1e3"),
+        ("generate.prompts", "['a: b', c]", lambda config: config.generate.prompts == ("a: b", "c")),
+        ("generate.prompts.1", "[unclosed", lambda config: config.generate.prompts == ("first", "[unclosed")),
+        ("generate.prompts.0", "Who: me # you", lambda config: config.generate.prompts[0] == "Who: me # you"),
+        ("dataset.limit", "3", lambda config: config.dataset.arguments["limit"] == 3),
+        ("dataset.path", "other", lambda config: config.dataset.arguments["rows"] == "other"),
+        ("peft.r", "8", lambda config: config.peft.lora.arguments == {"r": 8}),
+        ("peft.bias", "none", lambda config: config.peft.lora.arguments == {"bias": "none"}),
+        ("validation_dataset_b.path", "v", lambda config: list(config.validation_datasets) == ["val_loss_b"]),
+        ("dataset.columns.prompt", "q", lambda config: config.dataset.arguments["columns"] == {"prompt": "q"}),
+    ],
+)
+def test_overrides(write, path, text, read):
+    source = (
+        MINIMAL.replace("rows.jsonl", "rows.jsonl\n  columns: {prompt: p}") + "generate: {prompts: [first, second]}\n"
+    )
+    assert read(parse(write(source), [(path, text)]))
+
+
+def test_the_last_override_wins(write):
+    assert parse(write(), [("seed", "1"), ("seed", "2")]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("optimzer.lr", "1", "config.yaml:1 (--optimzer.lr): optimzer: unknown key; did you mean 'optimizer'?"),
+        ("optimizer.lrr", "1", "config.yaml:6 (--optimizer.lrr): optimizer.lrr: unknown key; did you mean 'lr'?"),
+        ("sede", "1", "config.yaml:1 (--sede): sede: unknown key; did you mean 'seed'?"),
+        (
+            "checkpoint.keep_lst",
+            "1",
+            "config.yaml:1 (--checkpoint.keep_lst): checkpoint.keep_lst: unknown key; did you mean 'keep_last'?",
+        ),
+        ("optimizer.lr", "fast", "config.yaml:6 (--optimizer.lr): optimizer.lr: expected a number, got 'fast'"),
+        (
+            "optimizer.lr.x",
+            "1",
+            "config.yaml:7 (--optimizer.lr.x): optimizer.lr.x: optimizer.lr is 0.0001, which has no 'x'",
+        ),
+        (
+            "generate.prompts.7",
+            "a",
+            "config.yaml:10 (--generate.prompts.7): generate.prompts.7: no such item; generate.prom",
+        ),
+        ("generate.prompts.x", "a", "config.yaml:10 (--generate.prompts.x): generate.prompts.x: no such item"),
+        (
+            "dataset.columns.promt",
+            "q",
+            "config.yaml:5 (--dataset.columns.promt): dataset.columns.promt: unknown key: "
+            "an override cannot add it; did you mean 'prompt'?",
+        ),
+        (
+            "dataset.options.a",
+            "q",
+            "config.yaml:4 (--dataset.options.a): dataset.options.a: unknown key: an override cannot",
+        ),
+        ("optimizer..lr", "1", "config.yaml:1: --optimizer..lr: not a dotted path"),
+        (
+            "step_scheduler",
+            "3",
+            "config.yaml:1 (--step_scheduler): step_scheduler: expected a mapping with global_batch_s",
+        ),
+    ],
+)
+def test_overrides_create_nothing(write, path, text, message):
+    source = MINIMAL.replace("  path: rows.jsonl", "  columns: {prompt: p}") + "generate: {prompts: [first, second]}\n"
+    assert refused(write(source), [(path, text)]).startswith(message)
+
+
+CUSTOM = MINIMAL.replace("path: rows.jsonl", "_target_: my_targets.Rows\n  path: rows.jsonl")
+
+
+def test_targets_build_recursively_and_runtime_arguments_win(write):
+    text = CUSTOM.replace("rows.jsonl", "rows.jsonl\n  transform: {_target_: my_targets.scale, factor: 2}\n  limit: 5")
+    config = parse(write(text))
+    check_targets_of_dataset(config)
+    rows = config.dataset.build(tokenizer="tok", limit=9)
+    assert (rows.tokenizer, rows.path, rows.transform, rows.limit) == ("tok", "rows.jsonl", ("scale", 2, 0), 9)
+
+
+def check_targets_of_dataset(config):
+    config.dataset.bind(("tokenizer",))
+
+
+def test_a_class_method_and_an_argument_under_any_name(write):
+    config = parse(write(CUSTOM.replace("my_targets.Rows", "my_targets.Rows.from_pretrained\n  anything: 1")))
+    check_targets_of_dataset(config)
+    assert config.dataset.build(tokenizer="tok").options == {"anything": 1}
+
+
+def test_callable_applies_the_configured_arguments(write):
+    config = parse(write(MINIMAL + "loss_fn: {_target_: my_targets.scale, offset: 4}\n"))
+    config.loss_fn.bind(partial=True)
+    assert config.loss_fn.callable()(2) == ("scale", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "my_targets.Rows",
+            "my_target.Rows",
+            "config.yaml:5: dataset._target_: 'my_target.Rows': no module named 'my_target'",
+        ),
+        (
+            "my_targets.Rows",
+            "my_targets.Rosw",
+            "config.yaml:5: dataset._target_: 'my_targets.Rosw': my_targets has no 'Rosw'; did you mean 'Rows'?",
+        ),
+        (
+            "my_targets.Rows",
+            "my_targets.Rows.from_pretraned",
+            "config.yaml:5: dataset._target_: 'my_targets.Rows.from_pretraned': my_targets.Rows has no "
+            "'from_pretraned'; did you mean 'from_pretrained'?",
+        ),
+        (
+            "my_targets.Rows",
+            "my_targets.VERSION",
+            "config.yaml:5: dataset._target_: 'my_targets.VERSION' is a int, not a",
+        ),
+        (
+            "path: rows.jsonl",
+            "path: a\n  limt: 3",
+            "config.yaml:7: dataset.limt: my_targets.Rows takes no such argument; did you mean 'limit'?",
+        ),
+        ("  path: rows.jsonl\n", "", "config.yaml:4: dataset: my_targets.Rows needs 'path'"),
+        (
+            "path: rows.jsonl",
+            "path: a\n  tokenizer: b",
+            "config.yaml:7: dataset.tokenizer: the recipe passes this argument",
+        ),
+        (
+            "my_targets.Rows",
+            "my_targets.without_tokenizer",
+            "config.yaml:4: dataset: my_targets.without_tokenizer must take",
+        ),
+        (
+            "path: rows.jsonl",
+            "path: a\n  transform:\n    _target_: my_targets.scale\n    facter: 2",
+            "config.yaml:9: dataset.transform.facter: my_targets.scale takes no such argument; did you mean 'factor'?",
+        ),
+        (
+            "path: rows.jsonl",
+            "path: [{_target_: my_targets.scale}]",
+            "config.yaml:6: dataset.path.0: my_targets.scale needs 'factor'",
+        ),
+    ],
+)
+def test_targets_are_held_against_their_signature(write, old, new, message):
+    assert refused(write(CUSTOM.replace(old, new)), targets=True).startswith(message)
+
+
+def test_an_override_of_a_target_argument_is_held_against_the_signature(write):
+    message = refused(write(CUSTOM), [("dataset.limti", "3")], targets=True)
+    assert message.startswith(
+        "config.yaml:4 (--dataset.limti): dataset.limti: my_targets.Rows takes no such argument; did"
+    )
+
+
+def test_a_target_whose_module_fails_to_import_says_why(write):
+    path = write(CUSTOM.replace("my_targets.Rows", "broken.Rows"))
+    Path("broken.py").write_text("import not_there_at_all\n")
+    message = refused(path, targets=True)
+    assert message == "config.yaml:5: dataset._target_: importing broken failed: No module named 'not_there_at_all'"
+
+
+def test_torch_and_peft_targets(write):
+    text = CUSTOM + "peft: {r: 4, target_modules: all-linear}\nloss_fn: {_target_: my_targets.scale}\n"
+    config = parse(write(text), [("optimizer.amsgrad", "true"), ("optimizer.betas", "[0.9, 0.95]")])
+    check_targets(config)
+    assert config.peft.lora_config().r == 4
+    assert config.optimizer.factory().__name__ == "AdamW"
+    assert config.optimizer.hyperparameters() == {"lr": 1e-4, "betas": (0.9, 0.95), "amsgrad": True}
+    message = refused(write(text), [("peft.lora_alfa", "3")], targets=True)
+    assert message.startswith(
+        "config.yaml:11 (--peft.lora_alfa): peft.lora_alfa: peft.LoraConfig takes no such argument; did"
+    )
+    message = refused(write(text), [("optimizer._target_", "torch.optim.SGD"), ("optimizer.eps", "1")], targets=True)
+    assert message == "config.yaml:6: optimizer: torch.optim.SGD must take 'eps', which the recipe passes to it"
+    message = refused(write(text), [("optimizer._target_", "torch.optim.AdmW")], targets=True)
+    assert message.endswith("'torch.optim.AdmW': torch.optim has no 'AdmW'; did you mean 'AdamW'?")
+
+
+def test_an_inline_model_config_is_held_against_its_class(write):
+    text = CUSTOM.replace("name_or_path: some/folder", "config:\n    model_type: llama\n    hidden_size: 64")
+    text += "tokenizer: {name_or_path: t}\nloss_fn: {_target_: my_targets.scale}\n"
+    config = parse(write(text), [("model.config.num_hidden_layers", "1"), ("model.dtype", "bfloat16")])
+    check_targets(config)
+    assert (config.model.hf_config(None).hidden_size, config.model.hf_config(None).num_hidden_layers) == (64, 1)
+    assert str(config.model.hf_config(None).dtype) == "torch.bfloat16"
+    message = refused(write(text), [("model.config.hiden_size", "1")], targets=True)
+    assert message.startswith(
+        "config.yaml:3 (--model.config.hiden_size): model.config.hiden_size: LlamaConfig has no such"
+    )
+    assert message.endswith("did you mean 'hidden_size'?")
+    message = refused(write(text.replace(": llama", ": lama")), targets=True)
+    assert message == "config.yaml:4: model.config.model_type: unknown 'lama'; did you mean 'llama'?"
+
+
+def test_environment(write, monkeypatch):
+    monkeypatch.setenv("AM_DATA", "/data")
+    monkeypatch.setenv("AM_LR", "3e-4")
+    text = MINIMAL.replace("rows.jsonl", "${AM_DATA}/rows.jsonl\n  limit: ${AM_LIMIT,7}\n  literal: $${x}")
+    config = parse(write(text.replace("1e-4", "${AM_LR}") + "run_dir: ${AM_RUN,runs/7}\n"))
+    assert config.dataset.arguments == {"rows": "/data/rows.jsonl", "limit": 7, "literal": "${x}"}
+    assert config.optimizer.lr == 3e-4
+    assert config.run_dir == Path("runs/7")
+    saved = config.to_yaml()
+    for reference in ("rows: ${AM_DATA}/rows.jsonl", "limit: ${AM_LIMIT,7}", "literal: $${x}", "lr: ${AM_LR}"):
+        assert reference in saved
+    assert "/data" not in saved
+    config.save(Path("saved.yaml"))
+    assert parse("saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("${AM_DTA}", "the environment variable AM_DTA is not set; did you mean 'AM_DATA'?"),
+        ("a/${QQ_1}/b", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
+        ("${oc.env:X}", "${oc.env:X} is not a reference; write ${NAME} or ${NAME,default}, and $${ for a plain ${"),
+    ],
+)
+def test_a_missing_variable_names_the_line(write, monkeypatch, reference, message):
+    monkeypatch.setenv("AM_DATA", "/data")
+    path = write(MINIMAL.replace("rows.jsonl", reference))
+    assert refused(path) == f"config.yaml:5: dataset.path: {message}"
+    assert parse(path, [("dataset.path", "other")]).dataset.arguments == {"rows": "other"}
+
+
+def test_a_value_from_the_environment_stays_out_of_messages(write, monkeypatch):
+    monkeypatch.setenv("AM_LR", "hunter2")
+    message = refused(write(MINIMAL.replace("1e-4", "${AM_LR}")))
+    assert message == "config.yaml:7: optimizer.lr: expected a number, got ${AM_LR}"
+
+
+def test_secrets_are_neither_shown_nor_saved(write, monkeypatch):
+    monkeypatch.setenv("HF", "hunter1")
+    text = MINIMAL.replace(
+        "path: rows.jsonl", "path: x\n  hf_token: ${HF,hunter3}\n  api_key: hunter2\n  pad_token: <pad>\n  password: 1"
+    )
+    config = parse(write(text))
+    assert config.dataset.arguments["hf_token"] == "hunter1"
+    for shown in (str(config), repr(config), config.to_yaml(), repr(config.dataset), str(config.identity())):
+        assert "hunter" not in shown
+    saved = config.to_yaml()
+    assert "hf_token: ${HF}" in saved
+    assert "api_key: ${API_KEY}" in saved
+    assert "pad_token: <pad>" in saved
+    config.save(Path("saved.yaml"))
+    message = refused(Path("saved.yaml"))
+    assert re.search(r"saved.yaml:\d+: dataset.api_key: the environment variable API_KEY is not set", message)
+    monkeypatch.setenv("API_KEY", "hunter2")
+    monkeypatch.setenv("PASSWORD", "1")
+    assert parse("saved.yaml").dataset.arguments["api_key"] == "hunter2"
+
+
+def test_the_saved_config_reads_back_equal(write):
+    text = MINIMAL + textwrap.dedent("""\
+    validation_dataset: {path: a}
+    validation_dataset_math: {path: b}
+    peft: {r: 8, adapter_dtype: float32, rank_pattern: {q_proj: 4}, bias: none}
+    kernels: {attention: off, "1e-4": "1e-4", when: "2024-01-01", answer: "yes", empty: "", number: "0x1f", nothing: ~}
+    generate: {prompts: ["multi\\nline: é", "null", "1e5"]}
+    """)
+    config = parse(
+        write(text),
+        [
+            ("optimizer.param_group_overrides", "[{pattern: bias, wd_mult: 0}]"),
+            ("optimizer._target_", "my_targets.scale"),
+        ],
+    )
+    config.save(Path("saved.yaml"))
+    again = parse("saved.yaml")
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+    assert again.identity() == config.identity()
+    assert again.run_dir == Path("runs/config")
+    assert again.kernels["1e-4"] == "1e-4"
+    assert again.optimizer.overrides() == [{"pattern": "bias", "lr_mult": 1.0, "wd_mult": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "different"),
+    [
+        ("model.dtype", "float32", ["model.dtype"]),
+        ("tokenizer.name_or_path", "t", ["tokenizer.name_or_path"]),
+        ("dataset.limit", "3", ["dataset.limit"]),
+        ("packed_sequence.packed_sequence_size", "64", ["packed_sequence.packed_sequence_size"]),
+        ("peft.r", "4", ["peft"]),
+        ("optimizer.lr", "1e-5", ["optimizer.lr"]),
+        ("optimizer.amsgrad", "true", ["optimizer.amsgrad"]),
+        ("lr_scheduler.warmup_steps", "3", ["lr_scheduler.warmup_steps"]),
+        ("loss_fn.chunk_size", "64", ["loss_fn.chunk_size"]),
+        ("seed", "1", ["seed"]),
+        ("step_scheduler.global_batch_size", "8", ["step_scheduler.global_batch_size"]),
+        ("step_scheduler.local_batch_size", "2", []),
+        ("step_scheduler.max_steps", "100", []),
+        ("step_scheduler.val_every_steps", "1", []),
+        ("validation_dataset.path", "x", []),
+        ("run_dir", "elsewhere", []),
+        ("kernels", "off", []),
+        ("distributed.strategy", "ddp", []),
+        ("checkpoint.keep_last", "1", []),
+        ("generate.max_new_tokens", "1", []),
+        ("export.enabled", "false", []),
+    ],
+)
+def test_identity(write, path, text, different):
+    source = write()
+    assert identity_difference(parse(source).identity(), parse(source, [(path, text)]).identity()) == different
+
+
+def test_the_length_of_a_decaying_schedule_is_identity(write):
+    source = write(MINIMAL + "lr_scheduler: {style: cosine}\n")
+    longer = parse(source, [("step_scheduler.max_steps", "20")])
+    assert identity_difference(parse(source).identity(), longer.identity()) == ["step_scheduler.max_steps"]
+
+
+def test_identity_notices_another_value_of_a_variable_but_not_of_a_secret(write, monkeypatch):
+    source = write(MINIMAL.replace("rows.jsonl", "${AM_DATA}\n  hf_token: ${HF}"))
+    identities = []
+    for data, token in (("a", "1"), ("b", "1"), ("b", "2")):
+        monkeypatch.setenv("AM_DATA", data)
+        monkeypatch.setenv("HF", token)
+        identities.append(parse(source).identity())
+    assert identity_difference(identities[0], identities[1]) == ["dataset.rows"]
+    assert identity_difference(identities[1], identities[2]) == []
+
+
+def test_a_later_error_about_a_value_names_its_line(write):
+    config = parse(write(), [("seed", "3")])
+    assert str(config.error("optimizer.lr", "x")) == "config.yaml:7: optimizer.lr: x"
+    assert str(config.error("seed", "x")) == "config.yaml:1 (--seed): seed: x"
+    assert str(config.error("optimizer.eps", "x")) == "config.yaml:6: optimizer.eps: x"
+
+
+def test_public_names():
+    import am_recipes.config
+
+    assert am_recipes.config.__all__ == [
+        "ConfigError",
+        "SftConfig",
+        "Target",
+        "check_targets",
+        "identity_difference",
+        "parse",
+    ]
