@@ -256,6 +256,15 @@ def test_the_norm_of_plain_parameters_is_accumulated_in_float64():
     assert grad_norm(model.weight).item() == pytest.approx(math.sqrt(2.0), rel=1e-6)
 
 
+def test_bfloat16_gradients_are_scaled_by_an_unrounded_factor():
+    parameters = with_gradients(torch.full((64,), 1.5, dtype=torch.bfloat16), torch.tensor([5.0]))
+    clip_grad_norm_(parameters, 3.9)
+    # The norm was 13. 1.5 * 0.3 rounds to 230 / 512; with 0.3 rounded to bfloat16 first it would be 231 / 512.
+    assert parameters[0].grad.dtype == torch.bfloat16
+    assert parameters[0].grad.unique().tolist() == [230 / 512]
+    assert parameters[1].grad.item() == pytest.approx(1.5, rel=1e-6)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_gradients_with_a_norm_that_is_not_finite_are_returned_unscaled(bad):
     parameters = with_gradients(torch.tensor([3.0, bad]), torch.tensor([4.0]))

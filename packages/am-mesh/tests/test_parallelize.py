@@ -569,9 +569,13 @@ def partial_worker() -> list[float]:
     part = torch.full((2, 3), 1.0 + mesh.get_local_rank(0))
     parameter.grad = DTensor.from_local(part, mesh, [Partial(), Shard(0)])
     silent = nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0), Shard(1)]))
-    return [grad_norm([parameter, silent], norm_type).item() for norm_type in (2.0, math.inf)]
+    norms = [grad_norm([parameter, silent], norm_type).item() for norm_type in (2.0, math.inf)]
+    poisoned = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0), Shard(1)])
+    poisoned.to_local()[:, :1] = math.nan if mesh.get_local_rank(0) == 0 else 1.0
+    silent.grad = poisoned
+    return norms + [grad_norm(silent, norm_type).isfinite().item() for norm_type in (2.0, math.inf)]
 
 
-def test_partial_sums_are_added_before_the_norm_is_taken():
+def test_the_norm_adds_partial_sums_first_and_shows_a_nan_of_one_rank_to_all():
     for norms in run_distributed(partial_worker, 4):
-        assert norms == pytest.approx([3.0 * math.sqrt(12.0), 3.0], rel=1e-6)
+        assert norms == [pytest.approx(3.0 * math.sqrt(12.0), rel=1e-6), 3.0, False, False]

@@ -18,8 +18,8 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     Under torchrun (`RANK` is set) the group is torchrun's; otherwise it is a group of one over an in-process store,
     which opens no port. CUDA where there is a GPU (device `LOCAL_RANK`, NCCL for CUDA tensors and gloo for CPU ones),
     else CPU and gloo. `timeout_minutes` is how long a collective may wait for the slowest rank. The group is destroyed
-    on exit, unless it existed before: then it is used and left alone, so a program embedded in another framework
-    works unchanged.
+    on exit, unless it existed before: then it is used and left alone with the device its owner has chosen, so a program
+    embedded in another framework works unchanged.
 
     Raises `ValueError` for a `timeout_minutes` that is not positive or a `LOCAL_RANK` without a GPU of its own.
     """
