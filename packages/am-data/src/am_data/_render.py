@@ -179,20 +179,17 @@ class Renderer:
             if ids[:start] != encoded[place]:
                 # White space at the end of a prompt may split otherwise when text follows; a clean cut is enough.
                 start = _first_token(offsets, len(prompts[place]), turn)
-            end_of_turn = self._last_special(encoded[len(trained) + place], turn)
+            end_of_turn = self._last_special(encoded[len(trained) + place], upto[place], turn)
             if end_of_turn not in ids[start:]:
                 raise RowRefusedError("no end-of-turn token", f"turn {turn} is not closed as it is when it comes last")
             spans.append((start, ids.index(end_of_turn, start) + 1))
         return spans
 
-    def _last_special(self, ids: list[int], turn: int) -> int:
-        """The end-of-turn token: the last special one, after which only white space may follow."""
-        for place in range(len(ids) - 1, -1, -1):
-            if ids[place] in self._special_ids:
-                tail = self._tokenizer.decode(ids[place + 1 :])
-                if not tail.strip():
-                    return ids[place]
-                break
+    def _last_special(self, ids: list[int], text: str, turn: int) -> int:
+        """The end-of-turn token of a rendering: its last special one, after which only white space may follow."""
+        last = next((token for token in reversed(ids) if token in self._special_ids), None)
+        if last is not None and not text.rpartition(self._tokenizer.convert_ids_to_tokens(last))[2].strip():
+            return last
         raise RowRefusedError(
             "no end-of-turn token",
             f"turn {turn} ends without a special token, so the model would not learn to stop; "
