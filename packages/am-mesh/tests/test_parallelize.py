@@ -191,8 +191,8 @@ def test_averaging_instead_of_summing_is_noticed():
     assert min(found.values()) > 0.4
 
 
-# bfloat16 has 8 bits: each of the few dozen products and sums on the way errs by up to 2^-9.
-BFLOAT16_TOLERANCE = 2e-2
+# Each rounding errs by up to 2^-9, and ranks round other sums than one process; measured 2^-6, a wrong divisor gives 1/2.
+BFLOAT16_TOLERANCE = 2.0**-5
 
 
 @pytest.mark.parametrize(("world_size", "axes", "options"), LAYOUTS)
@@ -200,7 +200,7 @@ def test_bfloat16_computes_the_same_on_one_rank_and_on_many(world_size, axes, op
     options = options | {"param_dtype": torch.bfloat16}
     (expected,) = run_distributed(worker, 1, {}, options, {}, 1)
     full = reference()
-    assert 1e-4 < max(differences(expected, full).values()) < 5 * BFLOAT16_TOLERANCE
+    assert 1e-4 < max(differences(expected, full).values()) < 4 * BFLOAT16_TOLERANCE
     for actual in run_distributed(worker, world_size, axes, options, {}, 1):
         assert {gradient.dtype for gradient in actual[1].values()} == {torch.float32}
         assert max(differences(actual, expected).values()) <= BFLOAT16_TOLERANCE
