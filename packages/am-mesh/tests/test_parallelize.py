@@ -191,7 +191,7 @@ def test_averaging_instead_of_summing_is_noticed():
     assert min(found.values()) > 0.4
 
 
-# Each rounding errs by up to 2^-9, and ranks round other sums than one process; measured 2^-6, a wrong divisor gives 1/2.
+# Each rounding errs by up to 2^-9, and ranks round other sums than one process; measured 2^-6; a wrong divisor: 2^-1.
 BFLOAT16_TOLERANCE = 2.0**-5
 
 
