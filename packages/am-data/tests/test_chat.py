@@ -1,6 +1,7 @@
 """Row layouts, files, refused rows and the report."""
 
 import json
+import time
 
 import datasets
 import numpy as np
@@ -171,6 +172,31 @@ def test_the_last_turn_alone_can_be_trained(tokenizer):
     assert every.fingerprint != last.fingerprint
 
 
+def test_worker_processes_change_nothing(tokenizer):
+    rows = [ROW, BAD, {"messages": MESSAGES * 2}] * 100
+    alone, together = (am_data.ChatDataset(rows, tokenizer, num_proc=number) for number in (1, 2))
+    assert together.fingerprint == alone.fingerprint
+    assert together.report == alone.report
+
+
+class OneRowASecond(list):
+    """Rows that arrive just after a full second, each in a second of its own."""
+
+    def __iter__(self):
+        for row in super().__iter__():
+            time.sleep(1.02 - time.time() % 1)
+            yield row
+
+
+def test_a_template_that_writes_the_time_is_followed(tokenizer, templates):
+    template = "{{ strftime_now('%S') + '\n' }}" + templates["chatml"]
+    dataset = am_data.ChatDataset(OneRowASecond([ROW, ROW]), tokenizer, chat_template=template)
+    assert dataset.report.rows_kept == 2
+    assert dataset[0]["input_ids"].tolist() != dataset[1]["input_ids"].tolist()
+    later = am_data.ChatDataset(OneRowASecond([ROW, ROW]), tokenizer, chat_template=template)
+    assert later.fingerprint == dataset.fingerprint
+
+
 def test_the_fingerprint_follows_the_content(tokenizer):
     other = {"messages": [{"role": "user", "content": "What is two plus 2?"}, MESSAGES[1]]}
     same = am_data.ChatDataset([ROW], tokenizer).fingerprint
@@ -185,6 +211,7 @@ def test_the_fingerprint_follows_the_content(tokenizer):
         ({"format": "chatml"}, "format='chatml' is unknown; choose one of auto"),
         ({"on_bad_row": "skip"}, "on_bad_row='skip' is unknown"),
         ({"max_length": 0}, "max_length=0 must be at least 1"),
+        ({"num_proc": 0}, "num_proc=0 must be at least 1"),
     ],
 )
 def test_unknown_options_are_errors(tokenizer, options, message):

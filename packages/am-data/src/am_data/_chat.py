@@ -3,7 +3,10 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +19,7 @@ from am_data._rows import Row, Rows, read_rows
 from am_data._tokens import Example, TokenDataset
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
 _FORMATS = ("auto", "messages", "alpaca", "sharegpt", "prompt_completion")
@@ -36,7 +40,8 @@ class ChatDataset:
     cut at the end with `truncation=True`; it is refused too where the cut leaves nothing under loss.
 
     A refused row is left out and counted in `report` (`on_bad_row="drop"`) or ends the build with a ValueError that
-    names it ("raise"). ValueError also where no row is left. Every rank reads all rows.
+    names it ("raise"). ValueError also where no row is left. Every rank reads all rows, with `num_proc` processes (more
+    than one pay from some ten thousand rows on; they start anew, so a script needs `if __name__ == "__main__":`).
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class ChatDataset:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         on_bad_row: Literal["drop", "raise"] = "drop",
         name: str | None = None,
+        num_proc: int = 1,
     ) -> None:
         if format not in _FORMATS:
             raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(_FORMATS)}")
@@ -60,6 +66,8 @@ class ChatDataset:
             raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'drop' or 'raise'")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token, or None for no limit")
+        if num_proc < 1:
+            raise ValueError(f"num_proc={num_proc} must be at least 1 process")
         if truncation and max_length is None:
             raise ValueError("truncation=True needs max_length, the tokens to cut to")
         renderer = Renderer(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
@@ -68,43 +76,30 @@ class ChatDataset:
             raise ValueError(f"0 rows were read from {_describe(rows)} (split={split!r}); give at least one")
         layout = detect_format(list(source[0])) if format == "auto" else format
 
+        masker = _Masker(renderer, layout, train_on, max_length, truncation)
         dropped: dict[str, Dropped] = {}
-        truncated = 0
-        content = hashlib.blake2b(digest_size=16)
-
-        def examples() -> Iterator[Example]:
-            nonlocal truncated
-            for index, row in enumerate(source):
-                try:
-                    messages, tools = normalise(row, layout)
-                    ids, labels = renderer.mask(messages, tools=tools, train_on=train_on)
-                    full_length = len(ids)
-                    ids, labels = _cut(ids, labels, max_length, truncation)
-                except RowRefusedError as refusal:
-                    row_id = _row_id(row, index)
-                    if on_bad_row == "raise":
-                        raise ValueError(f"row {row_id}: {refusal}; mend it, or pass on_bad_row='drop'") from refusal
-                    _note(dropped, refusal, row_id)
-                    continue
-                truncated += len(ids) < full_length
-                # Not the whole rendering: a template may write today's date, and a position must survive midnight.
-                content.update(json.dumps([messages, tools, len(ids)], sort_keys=True, default=str).encode())
-                content.update(labels[labels != IGNORE_INDEX].tobytes())
-                yield {"input_ids": ids, "labels": labels}
-
-        kept = list(examples())
+        kept: list[_Kept] = []
+        for index, outcome in enumerate(_outcomes(masker, source, num_proc)):
+            if isinstance(outcome, _Kept):
+                kept.append(outcome)
+                continue
+            row_id = _row_id(source[index], index)
+            if on_bad_row == "raise":
+                raise ValueError(f"row {row_id}: {outcome.text}; mend it, or pass on_bad_row='drop'")
+            _note(dropped, outcome, row_id)
         if not kept:
             reasons = "\n".join(describe_dropped(dropped))
             raise ValueError(f"all {len(source)} rows of {_describe(rows)} were refused:\n{reasons}")
-        self._tokens = TokenDataset(kept, fingerprint=content.hexdigest())
+        fingerprint = hashlib.blake2b(b"".join(row.digest for row in kept), digest_size=16).hexdigest()
+        self._tokens = TokenDataset((row.example for row in kept), fingerprint=fingerprint)
         self._report = DatasetReport(
             rows_read=len(source),
             rows_kept=len(kept),
-            rows_truncated=truncated,
+            rows_truncated=sum(row.truncated for row in kept),
             dropped=dropped,
             num_tokens=self._tokens.num_tokens,
             num_supervised_tokens=self._tokens.num_supervised_tokens,
-            samples=[_segments(tokenizer, example) for example in kept[:_NUM_SAMPLES]],
+            samples=[_segments(tokenizer, row.example) for row in kept[:_NUM_SAMPLES]],
         )
 
     @property
@@ -129,23 +124,71 @@ class ChatDataset:
         return self._tokens[index]
 
 
-def _cut(
-    ids: NDArray[np.int64], labels: NDArray[np.int64], max_length: int | None, truncation: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    if max_length is not None and len(ids) > max_length:
-        if not truncation:
-            raise RowRefusedError("longer than max_length", f"{len(ids)} tokens, max_length={max_length}")
-        ids, labels = ids[:max_length], labels[:max_length]
-        if not (labels != IGNORE_INDEX).any():
-            raise RowRefusedError("nothing under loss after truncation", f"the prompt fills max_length={max_length}")
-    return ids, labels
+@dataclass(frozen=True)
+class _Kept:
+    example: Example
+    truncated: bool
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class _Refused:
+    reason: str
+    detail: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Masker:
+    """One row to its tokens and mask; travels to worker processes."""
+
+    renderer: Renderer
+    layout: Format
+    train_on: TrainOn
+    max_length: int | None
+    truncation: bool
+
+    def __call__(self, row: Row) -> _Kept | _Refused:
+        try:
+            messages, tools = normalise(row, self.layout)
+            ids, labels = self.renderer.mask(messages, tools=tools, train_on=self.train_on)
+            full_length = len(ids)
+            ids, labels = self._cut(ids, labels)
+        except RowRefusedError as refusal:
+            return _Refused(refusal.reason, refusal.detail, str(refusal))
+        # Not the whole rendering: a template may write today's date, and a saved position must survive midnight.
+        content = json.dumps([messages, tools, len(ids)], sort_keys=True, default=str).encode()
+        targets = labels[labels != IGNORE_INDEX].tobytes()
+        digest = hashlib.blake2b(content + targets, digest_size=16).digest()
+        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest)
+
+    def _cut(self, ids: NDArray[np.int64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids, labels
+        if not self.truncation:
+            raise RowRefusedError("longer than max_length", f"{len(ids)} tokens, max_length={self.max_length}")
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        # The first token of a sequence is nobody's target.
+        if not (labels[1:] != IGNORE_INDEX).any():
+            detail = f"the prompt fills max_length={self.max_length}"
+            raise RowRefusedError("nothing under loss after truncation", detail)
+        return ids, labels
+
+
+def _outcomes(masker: _Masker, source: "Sequence[Row] | datasets.Dataset", num_proc: int) -> Iterator[_Kept | _Refused]:
+    if num_proc == 1:
+        yield from map(masker, source)
+        return
+    # Not forked: tokenizers hold threads, which do not survive a fork.
+    with ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(masker, source, chunksize=256)
 
 
 def _row_id(row: Row, index: int) -> str:
     return str(row["id"]) if row.get("id") is not None else str(index)
 
 
-def _note(dropped: dict[str, Dropped], refusal: RowRefusedError, row_id: str) -> None:
+def _note(dropped: dict[str, Dropped], refusal: _Refused, row_id: str) -> None:
     entry = dropped.setdefault(refusal.reason, Dropped(detail=refusal.detail))
     entry.count += 1
     if len(entry.examples) < _NUM_EXAMPLE_IDS:
