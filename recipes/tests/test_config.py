@@ -388,7 +388,7 @@ def test_callable_applies_the_configured_arguments(write):
         (
             "my_targets.Rows",
             "my_targets.without_tokenizer",
-            "config.yaml:4: dataset: my_targets.without_tokenizer must take",
+            "config.yaml:4: dataset.tokenizer: my_targets.without_tokenizer takes no",
         ),
         (
             "path: rows.jsonl",
@@ -432,7 +432,7 @@ def test_torch_and_peft_targets(write):
         "config.yaml:11 (--peft.lora_alfa): peft.lora_alfa: peft.LoraConfig takes no such argument; did"
     )
     message = refused(write(text), [("optimizer._target_", "torch.optim.SGD"), ("optimizer.eps", "1")], targets=True)
-    assert message == "config.yaml:6: optimizer: torch.optim.SGD must take 'eps', which the recipe passes to it"
+    assert message == "config.yaml:7: optimizer.eps: torch.optim.SGD takes no 'eps', which the recipe passes to it"
     message = refused(write(text), [("optimizer._target_", "torch.optim.AdmW")], targets=True)
     assert message.endswith("'torch.optim.AdmW': torch.optim has no 'AdmW'; did you mean 'AdamW'?")
 
@@ -589,6 +589,14 @@ def test_a_later_error_about_a_value_names_its_line(write):
     assert str(config.error("optimizer.lr", "x")) == "config.yaml:7: optimizer.lr: x"
     assert str(config.error("seed", "x")) == "config.yaml:1 (--seed): seed: x"
     assert str(config.error("optimizer.eps", "x")) == "config.yaml:6: optimizer.eps: x"
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+def test_the_shipped_configs_fit_what_they_name(path):
+    check_targets(parse(path))
 
 
 def test_public_names():

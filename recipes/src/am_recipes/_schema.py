@@ -98,7 +98,7 @@ class Target:
                 raise self._place(name).error(f"{self.path} takes no such argument{nearest(name, named)}")
         for name in provided:
             if name not in named and not takes_any:
-                raise self.place.error(f"{self.path} must take {name!r}, which the recipe passes to it")
+                raise self.place.child(name).error(f"{self.path} takes no {name!r}, which the recipe passes to it")
         missing = [
             name
             for name, parameter in named.items()

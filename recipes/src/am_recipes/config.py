@@ -8,7 +8,6 @@ back to an equal one: values from the environment are written as the references 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from am_recipes._saved import fingerprints, written
 from am_recipes._schema import Check, DefaultTarget, Inline, Prefixed, Target, plain, read_section
-from am_recipes._yaml import ConfigError, Node, Place, dump, is_secret, load, nearest, override, resolve, walk
+from am_recipes._yaml import ConfigError, Node, Place, dump, load, nearest, override, resolve, walk
 
 if TYPE_CHECKING:
     import torch
@@ -318,7 +318,7 @@ class SftConfig:
 
         Where the schedule decays, the length of the run is part of it: it decides the rate of every step.
         """
-        values = _replace_leaves(plain(self), "", lambda path, value: _fingerprint(path, value, self.environment))
+        values = fingerprints(plain(self), self.environment)
         sections = ("model", "tokenizer", "dataset", "packed_sequence", "dataloader", "peft")
         result = {key: values[key] for key in (*sections, "optimizer", "lr_scheduler", "loss_fn", "seed")}
         result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
@@ -332,7 +332,7 @@ class SftConfig:
 
     def to_yaml(self) -> str:
         """The resolved config: defaults written out, environment references as they were, secrets as references."""
-        return dump(_replace_leaves(plain(self), "", lambda path, value: _written(path, value, self.environment)))
+        return dump(written(plain(self), self.environment))
 
     def save(self, path: Path) -> None:
         """Write `to_yaml` to ``path``; one rank calls this."""
@@ -440,32 +440,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _replace_leaves(value: Any, path: str, new: Any) -> Any:
-    """The same nesting with every scalar replaced by ``new(dotted path, scalar)``."""
-    prefix = f"{path}." if path else ""
-    if isinstance(value, Mapping):
-        return {key: _replace_leaves(child, prefix + key, new) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_replace_leaves(child, f"{prefix}{index}", new) for index, child in enumerate(value)]
-    return new(path, value)
-
-
-def _written(path: str, value: Any, environment: Mapping[str, str]) -> Any:
-    """A secret is never written: in its place stands a reference named after its key, for the rerun to fill in."""
-    if is_secret(path) and value is not None:
-        source = environment.get(path, f"${{{path.rsplit('.', 1)[-1].upper()}}}")
-        return re.sub(r"(\$\{\w+),[^}]*\}", r"\1}", source)
-    if path in environment:
-        return environment[path]
-    return value.replace("${", "$${") if isinstance(value, str) else value
-
-
-def _fingerprint(path: str, value: Any, environment: Mapping[str, str]) -> Any:
-    """A secret does not identify a run; what came from the environment does, but only its digest is kept."""
-    if is_secret(path):
-        return None
-    if path in environment:
-        return f"{environment[path]} blake2b:{hashlib.blake2b(str(value).encode(), digest_size=8).hexdigest()}"
-    return value
