@@ -282,7 +282,7 @@ def test_weight_map_refuses_computed_tensors():
     converter = WeightConverter("q_proj.weight", "q_proj.weight", operations=[Interleave(dim=0)])
     register_checkpoint_conversion_mapping("LlamaForCausalLM", [converter])
     try:
-        with pytest.raises(ValueError, match="llama: .*q_proj"):
+        with pytest.raises(ValueError, match=r"llama: .*q_proj"):
             am_models.weight_map(stock("llama"))
     finally:
         register_checkpoint_conversion_mapping("LlamaForCausalLM", [], overwrite=True)

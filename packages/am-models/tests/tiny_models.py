@@ -22,6 +22,7 @@ SMALL = {
     "eos_token_id": 2,
 }
 EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+GEMMA = {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -35,14 +36,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("GemmaConfig", {"head_dim": 8}),
-    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
-    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma2": ("Gemma2Config", {**GEMMA, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", GEMMA),
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "cohere2": ("Cohere2Config", {"logit_scale": 0.25, "sliding_window": 4, "head_dim": 8}),
-    "gpt2": (
-        "GPT2Config",
-        {"n_embd": 32, "n_head": 4, "n_layer": 2, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
-    ),
+    "gpt2": ("GPT2Config", {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}),
 }
 DECLARED = [name for name in CONFIGS if name != "gpt2"]
 

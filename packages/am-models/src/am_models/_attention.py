@@ -148,12 +148,13 @@ def _attention(
     if position_bias is not None or cache is not None:
         raise ValueError("position_bias and paged caches are not supported; use kernels={'attention': False}")
     causal = module.is_causal if is_causal is None else is_causal
-    mask, window = attention_mask, None
-    if isinstance(mask, LazyMask):
-        if mask.plain or document_ids is not None:
-            mask, window = None, mask.window
-        else:
-            mask = mask.tensor()
+    mask, window = None, None
+    if not isinstance(attention_mask, LazyMask):
+        mask = attention_mask
+    elif attention_mask.plain or document_ids is not None:
+        window = attention_mask.window
+    else:
+        mask = attention_mask.tensor()
     # A mask already holds causality; one query alone sees every key; an empty static cache has keys of the future.
     num_queries = query.shape[2]
     if mask is not None or num_queries == 1:

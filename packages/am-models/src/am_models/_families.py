@@ -42,8 +42,7 @@ class Family:
 
 
 def _llama_like(module: str, prefix: str, **facts: Any) -> Family:
-    parts = {"attention": "Attention", "norm": "RMSNorm", "gated_mlp": "MLP"}
-    return Family(module, rotary=True, **{part: prefix + suffix for part, suffix in parts.items()}, **facts)
+    return Family(module, f"{prefix}Attention", rotary=True, norm=f"{prefix}RMSNorm", gated_mlp=f"{prefix}MLP", **facts)
 
 
 FAMILIES = {
@@ -78,7 +77,7 @@ FAMILIES = {
 
 
 def family_class(family: Family, name: str) -> type[nn.Module]:
-    """The class `name` of the family's modelling file; AttributeError if the installed transformers has no such class."""
+    """The class `name` of the family's modelling file; AttributeError where the installed transformers has none."""
     return getattr(importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}"), name)
 
 

@@ -1,4 +1,4 @@
-"""Forwards put on single module instances: the module, its class, its parameters and their names stay what they were."""
+"""Forwards put on single module instances: the module, its class, its parameters and their names stay."""
 
 from __future__ import annotations
 

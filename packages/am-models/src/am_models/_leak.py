@@ -35,7 +35,7 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 2 * length + 2), generator=generator).repeat(4, 1)
     for row, span in enumerate(spans.values(), start=1):
-        # Another token for sure, whatever the vocabulary.
+        # Less than a whole turn of the vocabulary: another token for sure.
         tokens[row, span] = (
             tokens[row, span] + 1 + torch.randint(vocabulary - 1, (1,), generator=generator)
         ) % vocabulary
@@ -53,7 +53,7 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
             moved = (logits[row, span] - logits[0, span]).abs().max().item()
             if watched not in (changed, "padding") and not moved <= limit:
                 raise RuntimeError(
-                    f"{model.config.model_type}: the logits of {watched} move by {moved:.3g} (limit {limit:.3g}) when {changed} "
-                    f"changes, with attention {model.config._attn_implementation!r}; train on unpacked batches, or use "
+                    f"{model.config.model_type}: the logits of {watched} move by {moved:.3g} (limit {limit:.3g}) when "
+                    f"{changed} changes, with attention {model.config._attn_implementation!r}; do not pack, or use "
                     'kernels={"attention": True} if the family is declared'
                 )

@@ -36,7 +36,7 @@ def forward_with_loss(model: nn.Module, loss_fn: Callable[..., torch.Tensor], **
 
 
 def install_forward_with_loss(model: nn.Module, family: Family | None) -> str:
-    """Install the method and the per-batch document plan on this instance; return what the report says about the loss."""
+    """Install the method and the per-batch document plan on this instance; return the report's line on the loss."""
     if "forward_with_loss" not in vars(model):
         model.forward_with_loss = MethodType(_forward_with_loss, model)
         model.base_model.register_forward_pre_hook(plan_documents, with_kwargs=True)
@@ -72,8 +72,8 @@ def _forward_with_loss(
         )
     if family.router_loss and config.output_router_logits:
         raise ValueError(
-            f"{config.model_type}: output_router_logits=True adds a router loss that forward_with_loss does not compute; "
-            "set model.config.output_router_logits = False"
+            f"{config.model_type}: output_router_logits=True adds a router loss that forward_with_loss does not "
+            "compute; set model.config.output_router_logits = False"
         )
     hidden = self.base_model(**inputs).last_hidden_state
     return loss_fn(

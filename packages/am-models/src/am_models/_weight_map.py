@@ -33,10 +33,10 @@ class _View(torch.Tensor):
 def weight_map(model: nn.Module) -> list[dict[str, Any]]:
     """Records of the tensors in the family's files that are not simply a parameter under its own name.
 
-    Each is `{"file": str, "parameter": str, "slice": [[start, stop] or None, ...], "transpose": bool}`: the tensor `file`
-    is `parameter[slice]` (one entry per dim of the parameter, None = whole), with its last two dims swapped if
+    Each is `{"file": str, "parameter": str, "slice": [[start, stop] or None, ...], "transpose": bool}`: the tensor
+    `file` is `parameter[slice]` (one entry per dim of the parameter, None = whole), with its last two dims swapped if
     `transpose`, reshaped to drop the dims of size one that the slice leaves. A parameter without a record is stored
-    whole under its own name; `[]` means that files and modules agree. Plain data: JSON-able and independent of the model.
+    whole under its own name; `[]` means that files and modules agree. Plain data, JSON-able, independent of the model.
 
     Runs on meta-device and sharded models alike (global shapes are used) and reads no weights.
     Raises ValueError, naming the family, where a file tensor is not a slice of one parameter (values are computed, or
@@ -53,8 +53,8 @@ def weight_map(model: nn.Module) -> list[dict[str, Any]]:
         owner = owners.get(view.untyped_storage()._cdata)
         if owner is None:
             raise ValueError(
-                f"{family}: transformers computes the file tensor {file_name!r} from the parameters instead of slicing one; "
-                "weight_map describes slices and transposes only. Save this family with its own save_pretrained"
+                f"{family}: transformers computes the file tensor {file_name!r} from the parameters instead of slicing "
+                "one; weight_map describes slices and transposes only. Save this family with its own save_pretrained"
             )
         box, transpose = _locate(view, views[owner], family, file_name)
         if file_name != owner or transpose or any(box):
@@ -75,7 +75,7 @@ def _locate(
         ]
         if not candidates:
             raise ValueError(
-                f"{family}: the file tensor {file_name!r} of shape {tuple(view.shape)} is a rearrangement of its parameter of "
+                f"{family}: the file tensor {file_name!r} of shape {tuple(view.shape)} rearranges its parameter of "
                 f"shape {tuple(parameter.shape)}; weight_map describes slices and transposes only"
             )
         # Dims of size one share their neighbour's stride: prefer the dim of the same size, then the first.
