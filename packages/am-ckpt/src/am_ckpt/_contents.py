@@ -1,0 +1,201 @@
+"""What a checkpoint holds, seen from one rank: collected from live objects, without writing anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import xxhash
+from torch import nn
+from torch.optim import Optimizer
+
+from am_ckpt._codec import encode
+from am_ckpt._layout import require_file_name
+from am_ckpt._model import mesh_axes, stored_tensors
+from am_ckpt._optimizer import optimizer_contents
+from am_ckpt._shards import Held, Piece, assign, byte_blocks, dtype_name, pieces
+
+MODEL = "model"
+SECTIONS = ("model", "optim")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that gives and takes its state, as data like that of torch's schedulers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@runtime_checkable
+class Adapter(Stateful, Protocol):
+    """A small model beside a frozen one: its state is full plain tensors by the names of the adapter file.
+
+    ``state_dict()`` may be collective: every rank calls it. ``named_parameters()`` yields the same names with the
+    parameters being trained, so that optimizer state is stored under them.
+    """
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass
+class Contents:
+    """What this rank holds: tensors by section (``model``, ``optim``) and name, and the other state by entry."""
+
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {name: {} for name in SECTIONS})
+    state: dict[str, tuple[bytes, dict[str, torch.Tensor]]] = field(default_factory=dict)
+    adapter: dict[str, torch.Tensor] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    optimizers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ranks tell each other about their contents: plain data, no tensors."""
+
+    held: dict[str, dict[str, Held]]
+    state_digests: dict[str, str]
+    state_bytes: int
+    axes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The agreed contents: every tensor with its boxes, and the boxes each rank writes, by section."""
+
+    merged: dict[str, dict[str, Held]]
+    shares: dict[str, list[dict[str, list[Any]]]]
+
+
+def parameter_names(model: Any) -> dict[int, str]:
+    """``id(parameter)`` -> name for ``state["model"]``, a module or an adapter."""
+    if isinstance(model, nn.Module):
+        return {id(stored.tensor): stored.name for stored in stored_tensors(model) if stored.is_parameter}
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def require_entries(state: Mapping[str, Any]) -> None:
+    """Raise for entry names that cannot be file names and values that have no state."""
+    for entry, value in state.items():
+        require_file_name(entry, "state:")
+        if entry == MODEL:
+            if not isinstance(value, nn.Module | Adapter):
+                raise TypeError(
+                    f"state['model'] is {type(value).__name__}; give an nn.Module, or an object with state_dict(), "
+                    "load_state_dict() and named_parameters()"
+                )
+        elif isinstance(value, Optimizer):
+            if MODEL not in state:
+                raise ValueError(f"state[{entry!r}] is an optimizer, stored by parameter name: state needs 'model' too")
+        elif not isinstance(value, Stateful):
+            raise TypeError(
+                f"state[{entry!r}] is {type(value).__name__}; it needs state_dict() and load_state_dict() to be resumed"
+            )
+
+
+def collect(state: Mapping[str, Any], contents: Contents) -> Description:
+    """Fill ``contents`` from the live objects of ``state`` and describe them to the other ranks."""
+    require_entries(state)
+    names: dict[int, str] = {}
+    if MODEL in state:
+        model = state[MODEL]
+        names = parameter_names(model)
+        if isinstance(model, nn.Module):
+            for stored in stored_tensors(model):
+                contents.tensors["model"][stored.name] = stored.tensor
+                contents.aliases.update(dict.fromkeys(stored.aliases, stored.name))
+        else:
+            contents.adapter = _adapter_tensors(model.state_dict())
+    for entry, value in state.items():
+        if isinstance(value, Optimizer):
+            tensors, rest = optimizer_contents(entry, value, names)
+            twice = sorted(set(tensors) & set(contents.tensors["optim"]))
+            if twice:
+                raise ValueError(
+                    f"state[{entry!r}] and another optimizer both hold {twice[:3]}; give each its own parameters"
+                )
+            contents.tensors["optim"].update(tensors)
+            contents.optimizers.append(entry)
+            contents.state[entry] = _encoded(rest, entry)
+        elif entry != MODEL:
+            contents.state[entry] = _encoded(value.state_dict(), entry)
+    return _describe(contents)
+
+
+def _encoded(value: Any, entry: str) -> tuple[bytes, dict[str, torch.Tensor]]:
+    data, tensors = encode(value, entry)
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(), tensors
+
+
+def _adapter_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    for name, tensor in state.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta:
+            raise TypeError(
+                f"state['model'].state_dict()[{name!r}] must be a full plain tensor, it is {type(tensor).__name__}"
+            )
+        dtype_name(tensor.dtype, name)
+    return state
+
+
+def _describe(contents: Contents) -> Description:
+    held: dict[str, dict[str, Held]] = {}
+    for section, tensors in contents.tensors.items():
+        held[section] = {}
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise ValueError(f"{section} tensor {name!r} is on the meta device and has no values to store")
+            dtype = dtype_name(tensor.dtype, f"{section} tensor {name!r}")
+            boxes = tuple(piece.box for piece in pieces(tensor, f"{section} tensor {name!r}"))
+            held[section][name] = Held(dtype, tuple(tensor.shape), boxes)
+    digests = {}
+    size = sum(tensor.nbytes for tensor in (contents.adapter or {}).values())
+    for entry, (text, tensors) in contents.state.items():
+        hasher = xxhash.xxh3_128(text)
+        for name in sorted(tensors):
+            hasher.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+            for block in byte_blocks(tensors[name]):
+                hasher.update(block)
+        digests[entry] = hasher.hexdigest()
+        size += len(text) + sum(tensor.nbytes for tensor in tensors.values())
+    return Description(
+        held, digests, size, mesh_axes([t for tensors in contents.tensors.values() for t in tensors.values()])
+    )
+
+
+def make_plan(described: Sequence[Description]) -> Plan:
+    """Every rank's part, computed alike on all ranks; ``ValueError`` where what they hold does not fit together."""
+    first = described[0].state_digests
+    for rank, description in enumerate(described[1:], start=1):
+        different = sorted(
+            entry
+            for entry in first.keys() | description.state_digests.keys()
+            if first.get(entry) != description.state_digests.get(entry)
+        )
+        if different:
+            raise ValueError(
+                f"state {different} differs between rank 0 and rank {rank}; one copy is stored for all ranks, so give "
+                "state that is equal on every rank (a global cursor and seed, not a rank's own)"
+            )
+    merged, shares = {}, {}
+    for section in SECTIONS:
+        try:
+            merged[section], shares[section] = assign([description.held[section] for description in described])
+        except ValueError as error:
+            raise ValueError(f"{section}: {error}") from error
+    return Plan(merged, shares)
+
+
+def owned_pieces(contents: Contents, plan: Plan, section: str, rank: int) -> list[dict[str, Piece]]:
+    """What ``rank`` writes of a section, one dict per file: a name occurs once in a safetensors file."""
+    files: list[dict[str, Piece]] = []
+    for name, boxes in plan.shares[section][rank].items():
+        here = {piece.box: piece for piece in pieces(contents.tensors[section][name], name)}
+        for index, box in enumerate(boxes):
+            if index == len(files):
+                files.append({})
+            files[index][name] = here[box]
+    return files

@@ -1,0 +1,574 @@
+"""Hugging Face folders: weights straight into shards, and shards straight into a folder.
+
+Loading compares the files with the model first, then every rank reads only the bytes of its own shards. Saving lays out
+the files first, then every rank writes its own ranges of them: no rank holds a whole model, or a whole tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, parse_json, read_header
+from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
+from am_ckpt._io import create, fsync_directory, remove, require_space, write_all, write_bytes
+from am_ckpt._model import Stored, stored_tensors, unwrap
+from am_ckpt._ranks import agree, rank_and_size, rank_zero
+from am_ckpt._read import Chunk, Reader, Source, whole_sources
+from am_ckpt._restore import nearest
+from am_ckpt._shards import (
+    Box,
+    Held,
+    Piece,
+    as_bytes,
+    assign,
+    cut,
+    dtype_name,
+    is_direct,
+    pieces,
+    require_exact_cover,
+    runs,
+    split,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# In the metadata of an export's weight files: the names of all its files. Only such a folder is replaced.
+_EXPORT_KEY = "am_ckpt_export"
+_MAX_INDEX_BYTES = 256 * 2**20
+_CASTABLE = {"F16", "BF16", "F32", "F64"}
+_COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tensor of the files and the part of a parameter that it is: see :func:`load_hf`."""
+
+    file: str
+    parameter: str
+    box: Box
+    transpose: bool
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape in the file, but for dims of size one, which may be left out there."""
+        size = self.box.size
+        return (*size[:-2], size[-1], size[-2]) if self.transpose else size
+
+
+def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
+
+    What :func:`save_hf` copies from ``files_from``; also fit for ``Checkpointer(files=)``.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in _COPIED)
+        if wanted and path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED):
+            found[path.name] = path
+    return found
+
+
+def load_hf(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    mapping: Sequence[Mapping[str, Any]] | None = None,
+    initialise: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    ignore: Sequence[str] = (),
+    initialiser: Initialiser | None = None,
+    seed: int = 0,
+) -> None:
+    """Fill ``model`` with the weights of a Hugging Face folder, in place. Collective: every rank calls it.
+
+    ``model`` may be on the meta device, whole or sharded (DTensor): tensors on meta get memory on ``device`` (default:
+    the mesh's device for shards, the CPU for the rest), real ones keep theirs; tied weights stay tied. Each rank reads
+    only the byte ranges of its own shards. Values are cast to the parameter's dtype where both are floating point.
+    Buffers that no file holds (rotary frequencies) are recomputed by the modules themselves.
+
+    ``folder`` holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names.
+
+    ``mapping`` lists where files and module differ: ``{"file": name in the file, "parameter": name in the module,
+    "slice": [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
+    file}``. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
+
+    ``initialise``: shell-style patterns of parameters that are initialised instead of loaded, by ``initialiser(module)``
+    if given, else by the module's own code (``reset_parameters``, transformers' ``_init_weights``); the values depend
+    on the parameter's name and ``seed`` alone. ``ignore``: patterns of names in the files that the model does without.
+
+    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one ``ValueError`` with
+    counts and nearest names before anything is touched. Damaged or missing files raise ``ValueError`` and
+    ``FileNotFoundError``.
+    """
+    path = Path(folder)
+    context = f"{path} was not loaded"
+    bare = unwrap(model)
+    patterns = (initialise,) if isinstance(initialise, str) else tuple(initialise)
+    plans: list[_LoadPlan] = []
+    agree(context, lambda: plans.append(_LoadPlan(bare, path, mapping, patterns)))
+    plan = plans[0]
+    wanted = agree(context, plan.wanted)
+    agree(context, lambda: plan.check(set().union(*wanted), ignore))
+    with Reader(follow_symlinks=True) as reader:
+        agree(
+            f"{path} was loaded in part, the model is not usable",
+            lambda: _fill(bare, plan, reader, torch.device(device) if device is not None else None, initialiser, seed),
+        )
+
+
+def _fill(
+    model: nn.Module,
+    plan: _LoadPlan,
+    reader: Reader,
+    device: torch.device | None,
+    initialiser: Initialiser | None,
+    seed: int,
+) -> None:
+    buffers = materialise(model, device)
+    recompute_buffers(model, buffers, initialiser)
+    # Before the weights: initialisation code may touch more than the parameter it is asked for.
+    initialise_parameters(model, plan.patterns, seed, initialiser)
+    with torch.no_grad():
+        for stored in stored_tensors(model):
+            for record, source in plan.reads(stored):
+                for piece in pieces(stored.tensor, stored.name):
+                    part = _file_piece(record, piece)
+                    if part is not None:
+                        reader.read(source, part)
+            _require_equal_ties(stored, plan, reader)
+
+
+def _require_equal_ties(stored: Stored, plan: _LoadPlan, reader: Reader) -> None:
+    """A file may hold a tied tensor under both names; then both must hold the same."""
+    for name, source in plan.repeated(stored):
+        for piece in pieces(stored.tensor, stored.name):
+            again = torch.empty_like(piece.values)
+            reader.read(source, Piece(piece.box, again))
+            if not torch.equal(again, piece.values):
+                raise ValueError(
+                    f"{stored.name!r} and {name!r} are one tied tensor in the model, but the file holds different values; "
+                    "set tie_word_embeddings to what the weights say"
+                )
+
+
+class _LoadPlan:
+    """What this rank's model needs from the files, and whether they have it."""
+
+    def __init__(
+        self, model: nn.Module, folder: Path, mapping: Sequence[Mapping[str, Any]] | None, patterns: tuple[str, ...]
+    ) -> None:
+        self.patterns = patterns
+        self._sources = hf_sources(folder)
+        self._stored = stored_tensors(model)
+        self._records = _records_by_parameter(
+            mapping, {p.name: tuple(s.tensor.shape) for s in self._stored for p in s.places}
+        )
+        self._mapped = {str(record["parameter"]) for record in mapping or ()}
+
+    def _needs(self, stored: Stored) -> list[Record]:
+        """The records of a tensor: those of the mapping, or the file's tensor of the same name (tied: of any name)."""
+        names = [place.name for place in stored.places]
+        for name in names:
+            if name in self._records:
+                return self._records[name]
+        name = next((name for name in names if name in self._sources), names[0])
+        shape = tuple(stored.tensor.shape)
+        return [Record(name, stored.name, Box((0,) * len(shape), shape), False)]
+
+    def reads(self, stored: Stored) -> list[tuple[Record, Source]]:
+        if matches(stored, self.patterns):
+            return []
+        return [(record, _squeezed(self._sources[record.file])) for record in self._needs(stored)]
+
+    def repeated(self, stored: Stored) -> list[tuple[str, Source]]:
+        """Other names under which the files hold the same tied tensor."""
+        if matches(stored, self.patterns) or len(stored.places) == 1:
+            return []
+        used = {record.file for record in self._needs(stored)}
+        others = [place.name for place in stored.places if place.name not in used and place.name not in self._records]
+        return [(name, self._sources[name]) for name in others if name in self._sources]
+
+    def wanted(self) -> set[str]:
+        """Names in the files, and ``parameter:`` names of the model, that this rank knows what to do with."""
+        names = {place.name for stored in self._stored for place in stored.places}
+        files = {record.file for stored in self._stored for record in self._needs(stored)}
+        return names | files | {f"parameter:{name}" for name in names}
+
+    def check(self, wanted: set[str], ignore: Sequence[str]) -> None:
+        """Raise one ``ValueError`` with all differences; ``wanted`` is the union over ranks (of pipeline stages)."""
+        missing, shapes = [], []
+        for stored in self._stored:
+            if not matches(stored, self.patterns):
+                for record in self._needs(stored):
+                    if record.file not in self._sources:
+                        missing.append(record.file)
+                    else:
+                        shapes += _mismatch(record, self._sources[record.file], stored.tensor)
+        unexpected = [
+            name
+            for name in self._sources
+            if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in ignore)
+        ]
+        unknown = sorted(name for name in self._mapped if f"parameter:{name}" not in wanted)
+        here = [name for name in wanted if not name.startswith("parameter:")]
+        problems = _listed("missing in the files", missing, self._sources)
+        problems += _listed("in the files only", unexpected, here)
+        problems += _listed("named by mapping, but no parameter", unknown, here)
+        if shapes:
+            problems.append(f"{len(shapes)} of other shape or dtype: {'; '.join(shapes[:5])}")
+        if problems:
+            raise ValueError(f"the model does not match the files: {'. '.join(problems)}")
+
+
+def _listed(what: str, names: Sequence[str], candidates: Any) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} {what}: {', '.join(name + nearest(name, candidates) for name in names[:5])}"]
+
+
+def _mismatch(record: Record, source: Source, parameter: torch.Tensor) -> list[str]:
+    name = dtype_name(parameter.dtype, record.parameter)
+    if _without_ones(record.file_shape) != _without_ones(source.shape):
+        return [f"{record.parameter}: model {list(record.file_shape)}, file {list(source.shape)} ({record.file})"]
+    if name != source.dtype and not {name, source.dtype} <= _CASTABLE:
+        return [f"{record.parameter}: model {name}, file {source.dtype}; convert or dequantise the file first"]
+    return []
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def _squeezed(source: Source) -> Source:
+    """The same bytes, described without dims of size one."""
+    (chunk,) = source.chunks
+    shape = _without_ones(source.shape)
+    return Source(source.dtype, shape, [Chunk(chunk.path, chunk.begin, Box((0,) * len(shape), shape))])
+
+
+def _file_piece(record: Record, piece: Piece) -> Piece | None:
+    """The part of a local piece that a record covers, in the coordinates of the file's tensor without dims of one."""
+    region = piece.box.intersect(record.box)
+    if region is None:
+        return None
+    inside = Box(tuple(a - b for a, b in zip(region.offset, piece.box.offset, strict=True)), region.size)
+    values = cut(piece.values, inside)
+    offset = [a - b for a, b in zip(region.offset, record.box.offset, strict=True)]
+    size, full = list(region.size), list(record.box.size)
+    if record.transpose:
+        values = values.transpose(-1, -2)
+        for row in (offset, size, full):
+            row[-1], row[-2] = row[-2], row[-1]
+    kept = [dim for dim, total in enumerate(full) if total != 1]
+    box = Box(tuple(offset[dim] for dim in kept), tuple(size[dim] for dim in kept))
+    return Piece(
+        box, values.squeeze([dim for dim, total in enumerate(full) if total == 1]) if len(kept) < len(full) else values
+    )
+
+
+def _records_by_parameter(
+    mapping: Sequence[Mapping[str, Any]] | None, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[Record]]:
+    """The mapping's records of the parameters in ``shapes``; ``ValueError`` where they do not tile a parameter."""
+    records: dict[str, list[Record]] = {}
+    for item in mapping or ():
+        if set(item) != {"file", "parameter", "slice", "transpose"}:
+            raise ValueError(f"mapping record {dict(item)!r} must have exactly file, parameter, slice and transpose")
+        name = item["parameter"]
+        if name in shapes:
+            records.setdefault(name, []).append(_record(item, shapes[name]))
+    for name, parts in records.items():
+        require_exact_cover(f"mapping of {name!r}", shapes[name], [record.box for record in parts])
+    return records
+
+
+def _record(item: Mapping[str, Any], shape: tuple[int, ...]) -> Record:
+    ranges = item["slice"] if item["slice"] is not None else [None] * len(shape)
+    if len(ranges) != len(shape) or (item["transpose"] and len(shape) < 2):
+        raise ValueError(f"mapping record {dict(item)!r} does not fit the parameter's shape {list(shape)}")
+    pairs = [
+        (0, size) if pair is None else (int(pair[0]), int(pair[1])) for pair, size in zip(ranges, shape, strict=True)
+    ]
+    box = Box(tuple(start for start, _ in pairs), tuple(stop - start for start, stop in pairs))
+    return Record(item["file"], item["parameter"], box, bool(item["transpose"]))
+
+
+def hf_sources(folder: Path) -> dict[str, Source]:
+    """The tensors of a Hugging Face folder by name; every header is checked, no data is read."""
+    if (folder / INDEX).is_file():
+        return _indexed_sources(folder)
+    if (folder / SINGLE).is_file():
+        return whole_sources(folder / SINGLE, read_header(folder / SINGLE, follow_symlinks=True))
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder; give the local folder of a model, not the name of one on a hub"
+        )
+    there = sorted(path.name for path in folder.iterdir())
+    advice = ""
+    if any(name.startswith("shard-") for name in there):
+        advice = "; it holds the shards of a training checkpoint: load them with Checkpointer.load"
+    elif any(name.endswith((".bin", ".pt", ".pth")) for name in there):
+        advice = "; it holds pickled weights, which can run code: convert them to safetensors first"
+    raise FileNotFoundError(
+        f"{folder} has neither {SINGLE} nor {INDEX}{advice} (found {', '.join(there[:8]) or 'nothing'})"
+    )
+
+
+def _indexed_sources(folder: Path) -> dict[str, Source]:
+    where = folder / INDEX
+    if where.stat().st_size > _MAX_INDEX_BYTES:
+        raise ValueError(f"{where} has {where.stat().st_size} bytes, more than the {_MAX_INDEX_BYTES} allowed")
+    index = parse_json(where.read_bytes(), str(where))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{where} has no weight_map of names to file names")
+    files: dict[str, dict[str, Source]] = {}
+    for name in sorted(set(weight_map.values())):
+        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(".safetensors"):
+            raise ValueError(f"{where} names {name!r}; only safetensors files of the folder itself are read")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing; {INDEX} expects {len(set(weight_map.values()))} files"
+            )
+        files[name] = whole_sources(folder / name, read_header(folder / name, follow_symlinks=True))
+    absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name]]
+    if absent:
+        raise ValueError(
+            f"{where} places {absent[0]!r} in {weight_map[absent[0]]}, which lacks it ({len(absent)} such)"
+        )
+    return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
+
+
+def save_hf(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    mapping: Sequence[Mapping[str, Any]] | None = None,
+    files_from: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write ``model``, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
+
+    Weights go to ``model.safetensors``, or to several files with an index where they exceed ``max_shard_size`` (bytes,
+    or text such as ``"5GB"``). Every rank writes the ranges of its own shards, so memory stays bounded and ``folder``
+    must be on a file system that all ranks share. Tied weights are written once, dtypes are the model's, ``mapping``
+    (see :func:`load_hf`) is applied in reverse.
+
+    ``files_from``: a folder whose config, tokenizer, chat template and code are copied (:func:`hf_files`). Without it a
+    transformers model writes its own config; other models get weights alone.
+
+    The folder appears complete or not at all. An existing one is replaced if it is empty or an export of this function
+    with nothing added; otherwise ``FileExistsError``.
+    """
+    target = Path(folder).absolute()
+    context = f"{target} was not written"
+    bare = unwrap(model)
+    rank = rank_and_size()[0]
+    tensors: dict[str, Stored] = {}
+    held = agree(context, lambda: _held(bare, tensors))
+    plan = agree(context, lambda: _SavePlan(held, mapping, _byte_count(max_shard_size)))[rank]
+    extra = rank_zero(context, lambda: _extra_files(bare, files_from, tensors))
+    export_id = rank_zero(context, lambda: secrets.token_hex(8))
+    staging = target.with_name(f".{target.name}-staging-{export_id}")
+    try:
+        rank_zero(context, lambda: plan.stage(target, staging, extra))
+        agree(context, lambda: plan.write(staging, tensors, rank, sorted(extra)))
+        rank_zero(context, lambda: _publish(staging, target))
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _held(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
+    held = {}
+    for stored in stored_tensors(model):
+        if stored.tensor.is_meta:
+            raise ValueError(f"{stored.name!r} is on the meta device and has no values to write")
+        tensors[stored.name] = stored
+        boxes = tuple(piece.box for piece in pieces(stored.tensor, stored.name))
+        held[stored.name] = Held(dtype_name(stored.tensor.dtype, stored.name), tuple(stored.tensor.shape), boxes)
+    return held
+
+
+def _byte_count(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size)
+    if match is None:
+        raise ValueError(f"max_shard_size={size!r} must be a number of bytes, or text such as '5GB' or '500MiB'")
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
+
+
+def _extra_files(
+    model: nn.Module, files_from: str | os.PathLike[str] | None, tensors: Mapping[str, Stored]
+) -> dict[str, bytes]:
+    """The files beside the weights, checked against the model where config.json speaks of tied weights."""
+    extra: dict[str, bytes] = {}
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if files_from is not None:
+        extra = {name: path.read_bytes() for name, path in hf_files(files_from).items()}
+        if "config.json" not in extra:
+            raise FileNotFoundError(f"files_from={files_from} has no config.json")
+    elif transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        config = json.loads(model.config.to_json_string())
+        # FSDP2 puts a class of its own in front.
+        names = [kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP")]
+        config["architectures"] = config.get("architectures") or names[:1]
+        extra["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        if model.can_generate():
+            extra["generation_config.json"] = model.generation_config.to_json_string().encode()
+    if "config.json" in extra:
+        _require_same_ties(json.loads(extra["config.json"]).get("tie_word_embeddings"), tensors)
+    return extra
+
+
+def _require_same_ties(tied: bool | None, tensors: Mapping[str, Stored]) -> None:
+    head = "lm_head.weight"
+    if tied is False and any(head in stored.aliases for stored in tensors.values()):
+        raise ValueError(f"{head} is tied in the model, config.json says tie_word_embeddings=false: it would be lost")
+    if tied is True and head in tensors and not tensors[head].aliases:
+        raise ValueError(
+            f"{head} is separate in the model, config.json says tie_word_embeddings=true: it would be ignored"
+        )
+
+
+class _SavePlan:
+    """Names, files and headers of an export: equal on every rank."""
+
+    def __init__(
+        self, held: list[dict[str, Held]], mapping: Sequence[Mapping[str, Any]] | None, max_shard_bytes: int
+    ) -> None:
+        merged, self._shares = assign(held)
+        by_parameter = _records_by_parameter(mapping, {name: item.shape for name, item in merged.items()})
+        self._records = {
+            name: by_parameter.get(name, [Record(name, name, Box((0,) * len(item.shape), item.shape), False)])
+            for name, item in merged.items()
+        }
+        described: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, records in self._records.items():
+            for record in records:
+                if record.file in described:
+                    raise ValueError(f"two parts of the model are mapped to {record.file!r}")
+                # A part of one index along a dim loses that dim: experts are stored one by one.
+                parameter = merged[name].shape
+                single = [d for d, size in enumerate(record.box.size) if size == 1 and parameter[d] != 1]
+                shape = tuple(size for d, size in enumerate(record.file_shape) if d not in single)
+                described[record.file] = (merged[name].dtype, shape)
+        groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+        used = 0
+        for file, (dtype, shape) in described.items():
+            size = element_count(shape) * ITEM_BYTES[dtype]
+            if groups[-1] and used + size > max_shard_bytes:
+                groups.append({})
+                used = 0
+            groups[-1][file] = (dtype, shape)
+            used += size
+        names = [f"model-{index:05d}-of-{len(groups):05d}.safetensors" for index in range(1, len(groups) + 1)]
+        self._files = dict(zip([SINGLE] if len(groups) == 1 else names, groups, strict=True))
+        self._home = {tensor: name for name, group in self._files.items() for tensor in group}
+
+    def _headers(self, extra: Sequence[str]) -> dict[str, Header]:
+        listed = [*self._files, *extra, *([INDEX] if len(self._files) > 1 else [])]
+        metadata = {"format": "pt", _EXPORT_KEY: json.dumps(sorted(listed))}
+        return {name: build_header(group, metadata) for name, group in self._files.items()}
+
+    def stage(self, target: Path, staging: Path, extra: Mapping[str, bytes]) -> None:
+        """Create the folder with its small files, and the weight files with their headers and full size."""
+        _require_replaceable(target)
+        headers = self._headers(sorted(extra))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        total = sum(header.file_bytes for header in headers.values())
+        require_space(target.parent, total + sum(map(len, extra.values())))
+        os.mkdir(staging)
+        for name, content in extra.items():
+            write_bytes(staging / name, content)
+        if len(headers) > 1:
+            size = sum(header.file_bytes - header.data_start for header in headers.values())
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._home.items()))}
+            write_bytes(staging / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        for name, header in headers.items():
+            descriptor = create(staging / name, header.file_bytes)
+            try:
+                os.ftruncate(descriptor, header.file_bytes)
+                write_all(descriptor, header.text, 0)
+            finally:
+                os.close(descriptor)
+
+    def write(self, staging: Path, tensors: Mapping[str, Stored], rank: int, extra: Sequence[str]) -> None:
+        """Write the ranges that this rank owns, and fsync."""
+        headers = self._headers(extra)
+        descriptors: dict[str, int] = {}
+        try:
+            for name in self._files:
+                descriptors[name] = os.open(staging / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            for parameter, boxes in self._shares[rank].items():
+                here = {piece.box: piece for piece in pieces(tensors[parameter].tensor, parameter)}
+                for box in boxes:
+                    for record in self._records[parameter]:
+                        part = _file_piece(record, here[box])
+                        if part is not None:
+                            home = self._home[record.file]
+                            _write_part(descriptors[home], headers[home], record, part)
+            for descriptor in descriptors.values():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+
+def _write_part(descriptor: int, header: Header, record: Record, part: Piece) -> None:
+    entry = header.entries[record.file]
+    item = ITEM_BYTES[entry.dtype]
+    shape = _without_ones(record.file_shape)
+    whole = Box((0,) * len(shape), shape)
+    blocks = [Box((0,) * len(shape), part.box.size)] if is_direct(part.values) else list(split(part.box.size, item))
+    for block in blocks:
+        memory = as_bytes(cut(part.values, block).cpu().contiguous())
+        region = Box(tuple(a + b for a, b in zip(part.box.offset, block.offset, strict=True)), block.size)
+        for outer, inner, count in runs(region, whole, region):
+            write_all(descriptor, memory[inner * item : (inner + count) * item], entry.begin + outer * item)
+
+
+def _require_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} exists and is not a folder")
+    there = {path.name for path in target.iterdir()}
+    if not there:
+        return
+    listed: set[str] = set()
+    for name in sorted(there):
+        if name.endswith(".safetensors"):
+            with suppress(ValueError):
+                listed = set(json.loads(read_header(target / name).metadata.get(_EXPORT_KEY, "[]")))
+            break
+    if not there <= listed:
+        raise FileExistsError(
+            f"{target} holds files that this function did not write ({', '.join(sorted(there - listed)[:5])}); "
+            "move them away or choose another folder"
+        )
+
+
+def _publish(staging: Path, target: Path) -> None:
+    fsync_directory(staging)
+    if target.exists() and any(target.iterdir()):
+        remove(target)
+    os.rename(staging, target)
+    fsync_directory(target.parent)

@@ -1,0 +1,266 @@
+"""Durable file operations: exclusive creation, fallocate, complete reads and writes, fsync, leases, two-step deletes.
+
+Nothing here knows about tensors. Every write is checked to the last byte and fsynced before the function returns;
+an fsync error is final, since the kernel may have dropped the pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+# Writes are cut here so that a signal or a short write repeats little.
+_MAX_WRITE = 64 * 2**20
+# What file systems without fallocate answer.
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """xxh3-128 of ``data``, 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of the file's content, read in 1 MiB blocks."""
+    hasher = xxhash.xxh3_128()
+    descriptor = open_for_reading(path)
+    try:
+        while block := os.read(descriptor, 2**20):
+            hasher.update(block)
+    finally:
+        os.close(descriptor)
+    return hasher.hexdigest()
+
+
+def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
+    """A descriptor of a regular file; a symbolic link, FIFO or device raises ``ValueError`` instead of being followed.
+
+    ``follow_symlinks=True`` is for folders in the layout of the Hugging Face cache, whose files are links.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if not follow_symlinks:
+        flags |= os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a symbolic link; checkpoints consist of regular files") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    return descriptor
+
+
+def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, path: Path) -> None:
+    """Fill ``buffer`` from byte ``offset`` of the file; raises ``ValueError`` where the file ends before."""
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done : done + _MAX_WRITE]], offset + done)
+        if count == 0:
+            raise ValueError(
+                f"{path}: truncated: it ends at byte {offset + done}, byte {offset + len(view)} was needed"
+            )
+        done += count
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write every byte of ``data`` at ``offset``, absorbing short writes."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done : done + _MAX_WRITE], offset + done)
+
+
+def create(path: Path, size: int) -> int:
+    """Create ``path`` exclusively and reserve ``size`` bytes where the file system can; returns the descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        if size and sys.platform == "linux":
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in _NO_FALLOCATE:
+                    raise
+    except OSError as error:
+        os.close(descriptor)
+        raise _with_path(error, path) from error
+    return descriptor
+
+
+def _with_path(error: OSError, path: Path) -> OSError:
+    """System calls on descriptors do not know the file's name: add it."""
+    return error if error.filename is not None else OSError(error.errno, error.strerror, str(path))
+
+
+def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
+    """Write ``header`` and then ``blocks`` to a new file of ``size`` bytes in all, fsync it, and return its record.
+
+    The record: ``bytes``, ``xxh3_128`` of the file, and ``data_xxh3_128`` of what follows the header (the header names
+    the save, so only the latter is equal for equal content).
+    """
+    descriptor = create(path, size)
+    try:
+        whole, data = xxhash.xxh3_128(header), xxhash.xxh3_128()
+        write_all(descriptor, header, 0)
+        position = len(header)
+        for block in blocks:
+            for start in range(0, len(block), 2**20):
+                # Hashed in pieces that stay in the cache while both digests read them.
+                piece = block[start : start + 2**20]
+                whole.update(piece)
+                data.update(piece)
+            write_all(descriptor, block, position)
+            position += len(block)
+        if position != size:
+            raise AssertionError(f"{path}: wrote {position} bytes, planned {size}")
+        os.fsync(descriptor)
+    except OSError as error:
+        raise _with_path(error, path) from error
+    finally:
+        os.close(descriptor)
+    return {"bytes": size, "xxh3_128": whole.hexdigest(), "data_xxh3_128": data.hexdigest()}
+
+
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a small new file durably; returns its record (``bytes``, ``xxh3_128``)."""
+    record = write_file(path, content, len(content), ())
+    del record["data_xxh3_128"]
+    return record
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_space(directory: Path, planned_bytes: int) -> None:
+    """Raise ``OSError(ENOSPC)`` unless the file system holds ``planned_bytes`` plus 2 %."""
+    needed = planned_bytes + planned_bytes // 50
+    information = os.statvfs(directory)
+    free = information.f_bavail * information.f_frsize
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"needed {needed} bytes ({needed / 2**30:.2f} GiB, 2 % of it margin), free are {free} ({free / 2**30:.2f} GiB); "
+            "free some space, lower keep_last, or choose another directory",
+            str(directory),
+        )
+
+
+def point(link: Path, target: str) -> None:
+    """Make ``link`` a relative symbolic link to ``target``, replacing an older link atomically."""
+    temporary = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
+    os.symlink(target, temporary)
+    try:
+        os.replace(temporary, link)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    fsync_directory(link.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder in two steps, so that a crash never leaves a half-deleted one under its own name."""
+    trash = path.with_name(f".trash-{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, trash)
+    fsync_directory(path.parent)
+    shutil.rmtree(trash)
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        # Not Linux, or /proc is hidden: the caller falls back to what it knows.
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
+    # The command name is in parentheses and may hold spaces; the start time is field 22.
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def own_lease() -> dict[str, Any]:
+    """Who is writing: enough to tell later whether that process is still alive."""
+    return {
+        "host": socket.gethostname(),
+        "boot_id": _read_text("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "start_time": _start_time(os.getpid()),
+        "created": time.time(),
+    }
+
+
+def lease_state(path: Path) -> str:
+    """``dead``, ``alive`` or ``unknown`` (another machine or container) for the writer named in a lease file.
+
+    A missing or half-written lease is ``unknown`` during its first minute, then ``dead``: the writer died before it
+    could sign.
+    """
+    own = own_lease()
+    try:
+        lease = json.loads(path.read_bytes())
+        pid, start_time = int(lease["pid"]), lease["start_time"]
+        place = (lease["boot_id"], lease["pid_namespace"])
+        host = lease["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # The folder holds nothing but an unsigned start. Only our own new folder can be that young.
+        return "dead" if time.time() - path.parent.stat().st_mtime > 60 else "unknown"
+    if place != (own["boot_id"], own["pid_namespace"]):
+        return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+    if pid == own["pid"] and start_time == own["start_time"]:
+        # A save of this process that has ended: saves are synchronous, so none is under way.
+        return "dead"
+    if start_time:
+        return "alive" if _start_time(pid) == start_time else "dead"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "dead"
+    except PermissionError:
+        return "alive"
+    return "alive"
+
+
+def clean_stale(directory: Path, prefixes: tuple[str, ...]) -> list[str]:
+    """Remove staging folders of dead writers and unfinished deletes under ``directory``; returns what live ones remain."""
+    remaining = []
+    for entry in sorted(directory.iterdir()):
+        if entry.name.startswith(".trash-"):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name.startswith(prefixes) and entry.is_dir() and not entry.is_symlink():
+            state = lease_state(entry / "lease.json")
+            if state == "dead":
+                remove(entry)
+            elif state == "alive":
+                remaining.append(entry.name)
+    return remaining

@@ -1,0 +1,114 @@
+"""Optimizer state by parameter name: independent of group order, of ranks, and of who owned which shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+def named_groups(entry: str, optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
+    """Parameter names of each group; ``names`` maps ``id(parameter)`` to its name in the model."""
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"state[{entry!r}]: parameter {position} of group {index}, shape {list(parameter.shape)}, is not a "
+                    "parameter of state['model']; build the optimizer after the model has its final parameters "
+                    "(sharding, load_hf and adapters replace them)"
+                )
+        groups.append([names[id(parameter)] for parameter in group["params"]])
+    return groups
+
+
+def optimizer_contents(
+    entry: str, optimizer: Optimizer, names: Mapping[int, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors by ``<slot>/<parameter name>``, and everything else: type, groups with their options, other values."""
+    groups = named_groups(entry, optimizer, names)
+    described = [
+        {"parameters": members, "options": {key: value for key, value in group.items() if key != "params"}}
+        for members, group in zip(groups, optimizer.param_groups, strict=True)
+    ]
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            for slot, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(slot, str) or "/" in slot:
+                    raise TypeError(f"state[{entry!r}]: slot {slot!r} of {name!r} must be a string without '/'")
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{slot}/{name}"] = value
+                else:
+                    values.setdefault(name, {})[slot] = value
+    return tensors, {"type": type(optimizer).__name__, "groups": described, "values": values}
+
+
+def match_groups(
+    entry: str, optimizer: Optimizer, names: Mapping[int, str], saved: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """For each group of ``optimizer``, the options of the saved group with the same parameters.
+
+    Raises ``ValueError`` where the type or the grouping differs.
+    """
+    if saved["type"] != type(optimizer).__name__:
+        raise ValueError(f"state[{entry!r}] is {type(optimizer).__name__}, the checkpoint holds {saved['type']}")
+    options = {frozenset(group["parameters"]): group["options"] for group in saved["groups"]}
+    result = []
+    for index, members in enumerate(named_groups(entry, optimizer, names)):
+        if frozenset(members) not in options:
+            known = {name for group in saved["groups"] for name in group["parameters"]}
+            new = [name for name in members if name not in known]
+            raise ValueError(
+                f"state[{entry!r}]: group {index} ({len(members)} parameters, first {members[:3]}) is none of the checkpoint's "
+                f"{len(options)} groups; parameters that the checkpoint's optimizer does not have: {new[:5] or 'none'}. "
+                "Group the parameters as in the saved run"
+            )
+        result.append(options[frozenset(members)])
+    if len(result) != len(saved["groups"]):
+        raise ValueError(f"state[{entry!r}] has {len(result)} parameter groups, the checkpoint {len(saved['groups'])}")
+    return result
+
+
+def new_slot(
+    slot: str, parameter: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+) -> torch.Tensor:
+    """An uninitialised tensor for a slot that the optimizer has not made yet, laid out as torch would.
+
+    A slot of the parameter's shape is sharded and placed like it. Any other (``step`` above all) is a plain tensor: on
+    the CPU, or on the parameter's device where the options say ``capturable`` or ``fused``.
+    """
+    if slot != "step" and shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    on_device = slot != "step" or options.get("capturable") or options.get("fused")
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return torch.empty(shape, dtype=dtype, device=local.device if on_device else "cpu")
+
+
+def apply(
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    options: list[dict[str, Any]],
+    slots: Mapping[str, dict[str, Any]],
+) -> None:
+    """Install group options and per-parameter slots (parameter name -> slot -> value)."""
+    positions = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+    optimizer.load_state_dict(
+        {
+            "state": {},
+            "param_groups": [
+                {**saved, "params": [next(positions) for _ in group["params"]]}
+                for saved, group in zip(options, optimizer.param_groups, strict=True)
+            ],
+        }
+    )
+    # Set directly: load_state_dict casts every floating slot to the parameter's dtype, which loses fp32 moments.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if names[id(parameter)] in slots:
+                optimizer.state[parameter] = dict(slots[names[id(parameter)]])

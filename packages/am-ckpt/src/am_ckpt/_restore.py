@@ -1,0 +1,262 @@
+"""Loading a step into live objects: everything is compared first, then bytes are read into place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from am_ckpt._codec import decode
+from am_ckpt._contents import MODEL, parameter_names, require_entries
+from am_ckpt._format import Header, parse_json
+from am_ckpt._layout import checked_header, read_file, read_manifest
+from am_ckpt._model import stored_tensors
+from am_ckpt._optimizer import apply, match_groups, new_slot
+from am_ckpt._ranks import agree
+from am_ckpt._read import Chunk, Reader, Source, require_readable, whole_sources
+from am_ckpt._shards import DTYPES, Box, Piece, dtype_name, pieces
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_MAX_STATE_BYTES = 2**30
+
+
+def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> None:
+    """Load the checkpoint ``folder`` into ``state``; see :meth:`Checkpointer.load`. Collective."""
+    with Reader() as reader:
+        step = _Step(folder, reader)
+        # Per rank: comparing may find differences on one rank only, and must stop all of them before any byte changes.
+        actions: list[Callable[[], None]] = []
+        agree(
+            f"{folder} was not loaded, nothing was changed", lambda: actions.extend(step.prepare(state, fingerprints))
+        )
+        agree(
+            f"{folder} was loaded in part, the state is not usable", lambda: [action() for action in actions] and None
+        )
+
+
+class _Step:
+    """One checkpoint folder opened for loading."""
+
+    def __init__(self, folder: Path, reader: Reader) -> None:
+        self._folder = folder
+        self._reader = reader
+        self._manifest: dict[str, Any] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """Compare ``state`` with the checkpoint and return what must be done, in order."""
+        require_entries(state)
+        self._manifest = read_manifest(self._folder)
+        self._records = {record["path"]: record for record in self._manifest["files"]}
+        saved = self._manifest["fingerprints"]
+        different = {
+            key: (saved[key], value) for key, value in fingerprints.items() if key in saved and saved[key] != value
+        }
+        if different:
+            lines = "; ".join(f"{key}: checkpoint {there!r}, here {here!r}" for key, (there, here) in different.items())
+            raise ValueError(f"the checkpoint belongs to another run: {lines}")
+        there = {*self._manifest["state"], MODEL}
+        missing = [entry for entry in state if entry not in there]
+        if missing:
+            raise ValueError(f"the checkpoint has no state {missing}; it holds {sorted(there)}")
+        actions = []
+        if MODEL in state:
+            model = state[MODEL]
+            actions.append(self._module(model) if isinstance(model, nn.Module) else self._adapter(model))
+        for entry, value in state.items():
+            if entry != MODEL:
+                is_optimizer = entry in self._manifest["optimizers"]
+                if is_optimizer != isinstance(value, Optimizer):
+                    raise ValueError(
+                        f"state[{entry!r}] is {type(value).__name__}, the checkpoint's {entry!r} is "
+                        f"{'an optimizer' if is_optimizer else 'no optimizer'}"
+                    )
+                data = self._state(entry)
+                if isinstance(value, Optimizer):
+                    actions.append(self._optimizer(entry, value, parameter_names(state[MODEL]), data))
+                else:
+                    actions.append(_load_state(value, data))
+        return actions
+
+    def _state(self, entry: str) -> Any:
+        """The decoded state of an entry. Its files' digests were checked when the step was chosen."""
+        tensors: dict[str, torch.Tensor] = {}
+        path = self._folder / "state" / f"{entry}.safetensors"
+        if f"state/{path.name}" in self._records:
+            tensors = self._whole_tensors(path, f"state/{path.name}")
+        text = self._folder / "state" / f"{entry}.json"
+        return decode(parse_json(read_file(text, _MAX_STATE_BYTES), str(text)), tensors, entry)
+
+    def _whole_tensors(self, path: Path, name: str) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for key, source in whole_sources(path, checked_header(path, self._records[name])).items():
+            tensors[key] = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+            self._reader.read(source, Piece(source.chunks[0].box, tensors[key]))
+        return tensors
+
+    def _sources(self, section: str) -> dict[str, Source]:
+        """The sharded tensors of a section with all their chunks; the manifest says which there must be."""
+        sources = {
+            name: Source(item["dtype"], tuple(item["shape"]))
+            for name, item in self._manifest["tensors"][section].items()
+        }
+        for record in self._manifest["files"]:
+            if record["path"].startswith(f"{section}/shard-"):
+                path = self._folder / record["path"]
+                self._add_chunks(sources, path, checked_header(path, record))
+        return sources
+
+    def _add_chunks(self, sources: dict[str, Source], path: Path, header: Header) -> None:
+        info = json.loads(header.metadata["DCP_SHARDING_INFO"])
+        for name, entry in header.entries.items():
+            box = Box(tuple(info[name]["saved_offsets"]), entry.shape)
+            source = sources[name]
+            if entry.dtype != source.dtype or tuple(info[name]["global_shape"]) != source.shape:
+                raise ValueError(f"{path}: {name!r} is not the tensor that the manifest describes")
+            source.chunks.append(Chunk(path, entry.begin, box))
+
+    def _module(self, model: nn.Module) -> Callable[[], None]:
+        if self._manifest["model"] != "module":
+            raise ValueError("the checkpoint holds an adapter; give the adapter as state['model'], over its base model")
+        sources = self._sources("model")
+        stored = stored_tensors(model)
+        aliases = self._manifest["aliases"]
+        known = {name: aliases.get(name, name) for name in [*sources, *aliases]}
+        problems = []
+        origin: dict[str, str] = {}
+        pairs: list[tuple[str, Source, torch.Tensor]] = []
+        for item in stored:
+            names = [place.name for place in item.places]
+            found = sorted({known[name] for name in names if name in known})
+            if len(found) > 1:
+                problems.append(f"{names} are one tied tensor here, but separate in the checkpoint")
+            elif found and found[0] in origin:
+                problems.append(f"{item.name} and {origin[found[0]]} are separate here, but tied in the checkpoint")
+            elif found:
+                origin[found[0]] = item.name
+                pairs.append((item.name, sources[found[0]], item.tensor))
+        here = {place.name for item in stored for place in item.places}
+        problems += _name_differences(
+            [item.name for item in stored if not any(place.name in known for place in item.places)],
+            [name for name in sources if not {name, *(a for a, target in aliases.items() if target == name)} & here],
+            here,
+            set(known),
+        )
+        problems += [line for name, source, tensor in pairs for line in _shape_difference(name, source, tensor)]
+        _raise_differences("the model", problems)
+        ready = [(source, piece) for name, source, tensor in pairs for piece in _readable(name, source, tensor)]
+        return lambda: self._fill(ready)
+
+    def _fill(self, ready: Iterable[tuple[Source, Piece]]) -> None:
+        with torch.no_grad():
+            for source, piece in ready:
+                self._reader.read(source, piece)
+
+    def _adapter(self, model: Any) -> Callable[[], None]:
+        if self._manifest["model"] != "adapter":
+            raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
+        path = self._folder / "model" / ADAPTER_FILE
+        sources = whole_sources(path, checked_header(path, self._records[f"model/{ADAPTER_FILE}"]))
+        now = model.state_dict()
+        problems = _name_differences(
+            [n for n in now if n not in sources], [n for n in sources if n not in now], now, sources
+        )
+        for name in now.keys() & sources.keys():
+            problems += _shape_difference(name, sources[name], now[name])
+        _raise_differences("the adapter", problems)
+        tensors = self._whole_tensors(path, f"model/{ADAPTER_FILE}")
+
+        def load() -> None:
+            model.load_state_dict(tensors)
+
+        return load
+
+    def _optimizer(self, entry: str, optimizer: Optimizer, names: dict[int, str], saved: Any) -> Callable[[], None]:
+        options = match_groups(entry, optimizer, names, saved)
+        by_parameter: dict[str, dict[str, Source]] = {}
+        for key, source in self._sources("optim").items():
+            slot, _, name = key.partition("/")
+            by_parameter.setdefault(name, {})[slot] = source
+        plan: list[tuple[torch.Tensor, str, dict[str, Any], dict[str, Source]]] = []
+        for group, chosen in zip(optimizer.param_groups, options, strict=True):
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                slots = by_parameter.get(name, {})
+                for slot, source in slots.items():
+                    boxes = (
+                        [piece.box for piece in pieces(parameter, name)]
+                        if source.shape == tuple(parameter.shape)
+                        else []
+                    )
+                    require_readable(f"{slot}/{name}", source, boxes)
+                plan.append((parameter, name, chosen, slots))
+
+        def load() -> None:
+            # The old state goes first: both at once would double the optimizer's memory.
+            optimizer.state.clear()
+            values: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in saved["values"].items()}
+            with torch.no_grad():
+                for parameter, name, chosen, slots in plan:
+                    for slot, source in slots.items():
+                        tensor = new_slot(slot, parameter, source.shape, DTYPES[source.dtype], chosen)
+                        for piece in _readable(f"{slot}/{name}", source, tensor):
+                            self._reader.read(source, piece)
+                        values.setdefault(name, {})[slot] = tensor
+            apply(optimizer, names, options, values)
+
+        return load
+
+
+def _load_state(value: Any, data: Any) -> Callable[[], None]:
+    def load() -> None:
+        value.load_state_dict(data)
+
+    return load
+
+
+def _readable(name: str, source: Source, tensor: torch.Tensor) -> list[Piece]:
+    """This rank's pieces of ``tensor``, after checking that the source holds each of them completely."""
+    parts = pieces(tensor, name)
+    require_readable(name, source, [piece.box for piece in parts])
+    return parts
+
+
+def _shape_difference(name: str, source: Source, tensor: torch.Tensor) -> list[str]:
+    here = (dtype_name(tensor.dtype, name), tuple(tensor.shape))
+    if tensor.is_meta:
+        return [f"{name} is on the meta device: give it memory first (load_hf, or to_empty)"]
+    if here == (source.dtype, source.shape):
+        return []
+    return [f"{name}: here {here[0]} {list(here[1])}, in the checkpoint {source.dtype} {list(source.shape)}"]
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """`` (nearest: other)``, or nothing where no candidate is similar."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _name_differences(
+    missing: list[str], unexpected: list[str], here: Iterable[str], there: Iterable[str]
+) -> list[str]:
+    lines = []
+    if missing:
+        # Similarity is quadratic in the number of names: only for those that are shown.
+        shown = ", ".join(name + nearest(name, there) for name in missing[:5])
+        lines.append(f"{len(missing)} not in the checkpoint: {shown}")
+    if unexpected:
+        shown = ", ".join(name + nearest(name, here) for name in unexpected[:5])
+        lines.append(f"{len(unexpected)} only in the checkpoint: {shown}")
+    return lines
+
+
+def _raise_differences(what: str, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{what} does not match the checkpoint: {'; '.join(problems[:8])}{more}")

@@ -1,0 +1,300 @@
+"""Which part of a tensor is where: boxes, the tensors' bytes, and who writes what.
+
+A *box* is a rectangle of a global tensor: offset and size per dim. A tensor on this rank is a list of *pieces*, boxes
+with the plain tensor that holds their values: one box for whole and evenly or unevenly sharded tensors, none for a rank
+that got an empty shard, several only where a strided sharding interleaves. Ranks exchange boxes, so replicas (DDP, HSDP,
+0-d steps) are seen to be the same box and exactly one of their holders writes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from am_ckpt._format import ITEM_BYTES, element_count
+
+Shape = tuple[int, ...]
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# Copies to and from other devices, casts and strided tensors pass through a buffer of about this size.
+BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """A rectangle of a global tensor, in elements."""
+
+    offset: Shape
+    size: Shape
+
+    @property
+    def count(self) -> int:
+        return element_count(self.size)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, or None where there is none."""
+        begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        end = tuple(
+            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
+        )
+        if any(stop <= start for start, stop in zip(begin, end, strict=True)):
+            return None
+        return Box(begin, tuple(stop - start for start, stop in zip(begin, end, strict=True)))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor and the plain local tensor of the same size that holds its values."""
+
+    box: Box
+    values: torch.Tensor
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    """The safetensors name of ``dtype``; ``TypeError`` naming ``what`` where the format has none."""
+    if dtype not in DTYPE_NAMES:
+        raise TypeError(f"{what} has dtype {dtype}, which safetensors cannot hold; supported are {', '.join(DTYPES)}")
+    return DTYPE_NAMES[dtype]
+
+
+def pieces(tensor: torch.Tensor, what: str) -> list[Piece]:
+    """This rank's pieces of ``tensor``, plain or DTensor; ``what`` names it in errors. Empty boxes are left out."""
+    if not isinstance(tensor, DTensor):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            raise TypeError(f"{what} is a {type(tensor).__qualname__}; plain tensors and DTensors can be stored")
+        box = Box((0,) * tensor.dim(), tuple(tensor.shape))
+        return [Piece(box, tensor.detach())] if box.count else []
+    local = tensor.to_local().detach()
+    segments = _segments(tensor, what)
+    if any(sum(size for _, size in row) == 0 for row in segments):
+        return []
+    if tuple(sum(size for _, size in row) for row in segments) != tuple(local.shape):
+        raise AssertionError(f"{what}: placements {tensor.placements} describe {segments}, the shard is {local.shape}")
+    result = []
+    for choice in itertools.product(*(_with_local_starts(row) for row in segments)):
+        part = local
+        for dim, (_, size, start) in enumerate(choice):
+            part = part.narrow(dim, start, size)
+        result.append(Piece(Box(tuple(c[0] for c in choice), tuple(c[1] for c in choice)), part))
+    return result
+
+
+def _with_local_starts(row: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    starts = itertools.accumulate((size for _, size in row), initial=0)
+    return [(offset, size, start) for (offset, size), start in zip(row, starts, strict=False)]
+
+
+def _segments(tensor: DTensor, what: str) -> list[list[tuple[int, int]]]:
+    """Per dim, the (offset, size) runs of the global tensor that this rank's shard holds, in local order."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return [[] for _ in tensor.shape] or [[]]
+    rows: list[list[tuple[int, int]]] = [[(0, size)] for size in tensor.shape]
+    for dim in range(tensor.dim()):
+        sharded = [
+            (placement, tensor.device_mesh.size(axis), coordinate[axis])
+            for axis, placement in enumerate(tensor.placements)
+            if not isinstance(placement, Replicate) and _shard_dim(placement, tensor.dim(), what) == dim
+        ]
+        if any(isinstance(placement, _StridedShard) for placement, _, _ in sharded):
+            indices = torch.arange(tensor.shape[dim])
+            for placement, parts, index in sharded:
+                # A placement cuts its own dim; here the tensor has only that one.
+                own = (
+                    _StridedShard(0, split_factor=placement.split_factor)
+                    if isinstance(placement, _StridedShard)
+                    else Shard(0)
+                )
+                indices = own._split_tensor(indices, parts, with_padding=False)[0][index]
+            rows[dim] = _runs(indices.tolist())
+        else:
+            start, size = 0, tensor.shape[dim]
+            for _, parts, index in sharded:
+                chunk = -(-size // parts)
+                begin = min(chunk * index, size)
+                start, size = start + begin, min(chunk, size - begin)
+            rows[dim] = [(start, size)]
+    return rows
+
+
+def _shard_dim(placement: object, num_dims: int, what: str) -> int:
+    if isinstance(placement, (Shard, _StridedShard)):
+        return placement.dim % num_dims
+    raise ValueError(f"{what} is placed as {placement}; reduce it to a sharded or replicated tensor before saving")
+
+
+def _runs(indices: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and index == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    return runs
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable, as bytes."""
+    flat = tensor.detach().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())
+
+
+def is_direct(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory can be read and written in place: contiguous and on the CPU."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def split(size: Shape, item_bytes: int) -> Iterator[Box]:
+    """Cut a box of this size into boxes of at most about ``BLOCK_BYTES``, in row-major order."""
+    row = element_count(size[1:]) * item_bytes
+    if not size or row * size[0] <= BLOCK_BYTES:
+        yield Box((0,) * len(size), size)
+    elif row > BLOCK_BYTES:
+        for index in range(size[0]):
+            for box in split(size[1:], item_bytes):
+                yield Box((index, *box.offset), (1, *box.size))
+    else:
+        step = BLOCK_BYTES // row
+        for start in range(0, size[0], step):
+            yield Box((start,) + (0,) * (len(size) - 1), (min(step, size[0] - start), *size[1:]))
+
+
+def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """The view of ``tensor`` that ``box`` describes."""
+    for dim, (start, size) in enumerate(zip(box.offset, box.size, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
+def byte_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The values of a tensor of any device and layout, row-major, as blocks of bytes; no copy where memory allows."""
+    if is_direct(tensor):
+        yield as_bytes(tensor)
+        return
+    for box in split(tuple(tensor.shape), tensor.element_size()):
+        yield as_bytes(cut(tensor, box).cpu().resolve_conj().resolve_neg().contiguous())
+
+
+def runs(region: Box, outer: Box, inner: Box) -> Iterator[tuple[int, int, int]]:
+    """Runs of ``region`` that are contiguous in two row-major arrays, which hold the boxes ``outer`` and ``inner``.
+
+    Yields (first element in ``outer``'s array, first element in ``inner``'s array, number of elements).
+    """
+    size = region.size
+    # The trailing dims that the region covers completely in both arrays form one run, with the dim before them.
+    first = len(size)
+    while first > 0:
+        first -= 1
+        if size[first] != outer.size[first] or size[first] != inner.size[first]:
+            break
+    length = element_count(size[first:])
+    strides = [(element_count(outer.size[dim + 1 :]), element_count(inner.size[dim + 1 :])) for dim in range(len(size))]
+    begin_outer = sum((region.offset[d] - outer.offset[d]) * strides[d][0] for d in range(len(size)))
+    begin_inner = sum((region.offset[d] - inner.offset[d]) * strides[d][1] for d in range(len(size)))
+    for index in itertools.product(*(range(n) for n in size[:first])):
+        yield (
+            begin_outer + sum(i * strides[d][0] for d, i in enumerate(index)),
+            begin_inner + sum(i * strides[d][1] for d, i in enumerate(index)),
+            length,
+        )
+
+
+def require_exact_cover(what: str, shape: Shape, boxes: Sequence[Box]) -> None:
+    """Raise ``ValueError`` unless ``boxes`` tile a tensor of ``shape``: every element once, none outside."""
+    whole = Box((0,) * len(shape), shape)
+    for box in boxes:
+        if box.intersect(whole) != box:
+            raise ValueError(f"{what} has shape {list(shape)}, a shard of it lies outside: {describe(box)}")
+    # Sorted by offset, boxes can only overlap while they overlap on the first dim: few comparisons for shards.
+    ordered = sorted(boxes)
+    active: list[Box] = []
+    for box in ordered:
+        if box.size:
+            active = [other for other in active if other.offset[0] + other.size[0] > box.offset[0]]
+        for other in active:
+            if box.intersect(other) is not None:
+                raise ValueError(f"{what}: two shards overlap: {describe(other)} and {describe(box)}")
+        active.append(box)
+    covered = sum(box.count for box in boxes)
+    if covered != whole.count:
+        raise ValueError(
+            f"{what} has {whole.count} elements, its shards hold {covered}: a rank's part is missing "
+            f"(found {', '.join(describe(box) for box in ordered[:4]) or 'none'})"
+        )
+
+
+def describe(box: Box) -> str:
+    """``[0:4, 2:8]``."""
+    return "[" + ", ".join(f"{start}:{start + size}" for start, size in zip(box.offset, box.size, strict=True)) + "]"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of one tensor: exchanged between ranks, so plain data only."""
+
+    dtype: str
+    shape: Shape
+    boxes: tuple[Box, ...]
+
+
+def assign(held: Sequence[dict[str, Held]]) -> tuple[dict[str, Held], list[dict[str, list[Box]]]]:
+    """Decide who writes what, from what every rank holds (index = rank). Every rank computes the same answer.
+
+    Returns each tensor with all its distinct boxes, and per rank the boxes it writes. A box held by several ranks goes
+    to the one with the fewest bytes so far. Raises ``ValueError`` where ranks disagree on dtype or shape, or where the
+    boxes do not tile the tensor.
+    """
+    names = list(dict.fromkeys(name for rank in held for name in rank))
+    merged: dict[str, Held] = {}
+    shares: list[dict[str, list[Box]]] = [{} for _ in held]
+    load = [0] * len(held)
+    replicated: list[tuple[str, Box, list[int]]] = []
+    for name in names:
+        holders: dict[Box, list[int]] = {}
+        described = {(rank[name].dtype, rank[name].shape) for rank in held if name in rank}
+        if len(described) > 1:
+            raise ValueError(f"{name!r} differs between ranks: {sorted(described)}")
+        for index, rank in enumerate(held):
+            for box in rank[name].boxes if name in rank else ():
+                holders.setdefault(box, []).append(index)
+        ((dtype, shape),) = described
+        require_exact_cover(repr(name), shape, list(holders))
+        merged[name] = Held(dtype, shape, tuple(sorted(holders)))
+        for box, ranks in holders.items():
+            if len(ranks) == 1:
+                shares[ranks[0]].setdefault(name, []).append(box)
+                load[ranks[0]] += box.count * ITEM_BYTES[dtype]
+            else:
+                replicated.append((name, box, ranks))
+    for name, box, ranks in replicated:
+        owner = min(ranks, key=lambda index: (load[index], index))
+        shares[owner].setdefault(name, []).append(box)
+        load[owner] += box.count * ITEM_BYTES[merged[name].dtype]
+    return merged, shares
