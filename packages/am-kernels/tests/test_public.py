@@ -30,7 +30,8 @@ def test_public_names() -> None:
 
 
 def test_importing_pulls_in_no_extra() -> None:
-    code = "import sys, am_kernels; print([m for m in ('transformers', 'torchao', 'transformer_engine') if m in sys.modules])"
+    extras = ("transformers", "torchao", "transformer_engine")
+    code = f"import sys, am_kernels; print([m for m in {extras!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -1,3 +1,22 @@
 """Mixture-of-experts routing, permutation and grouped GEMM for PyTorch."""
 
-__all__: list[str] = []
+from . import reference
+from ._experts import GroupedExperts, experts_forward
+from ._grouped_mm import grouped_mm
+from ._moe import LocalDispatch, MoE
+from ._permute import Permutation, permute, unpermute
+from ._router import Router, route
+
+__all__ = [
+    "GroupedExperts",
+    "LocalDispatch",
+    "MoE",
+    "Permutation",
+    "Router",
+    "experts_forward",
+    "grouped_mm",
+    "permute",
+    "reference",
+    "route",
+    "unpermute",
+]
