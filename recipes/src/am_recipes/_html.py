@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -46,9 +47,7 @@ def render(page: Page) -> str:
         _chart("Loss per target token", losses, 1040, 300, _short),
         '<div class="row">',
         _chart("Learning rate", [Series("lr", _points(train, "lr"), 3)], 520, 220, _short, from_zero=True),
-        _chart(
-            "Gradient norm, before clipping", [Series("grad norm", _points(train, "grad_norm"), 4)], 520, 220, _short
-        ),
+        _chart("Gradient norm, before clipping", [Series("norm", _points(train, "grad_norm"), 4)], 520, 220, _short),
         _chart(
             "Tokens per second, all processes",
             [Series("tokens/s", _points(train, "tokens_per_second"), 5)],
@@ -67,6 +66,11 @@ def render(page: Page) -> str:
         ),
         "</div>",
     ]
+    if len(train) > MAX_POINTS:
+        size = _bucket_size(len(train))
+        charts.append(
+            f'<p class="foot">Lines are means of {size} steps, bands reach from the smallest to the largest.</p>'
+        )
     sections = [
         _header(page, train, validation_names),
         _list_section("Warnings", page.warnings, "warning"),
@@ -76,7 +80,7 @@ def render(page: Page) -> str:
         _next_steps(page.next_steps),
         _list_section("Set up", page.notes, "note"),
         _details("Configuration", f"<pre>{escape(page.config)}</pre>"),
-        _details("Launches and versions", "".join(_launch(launch) for launch in page.launches)),
+        _details("Launches and versions", "\n".join(_launch(launch) for launch in page.launches)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -158,9 +162,7 @@ def _samples(samples: Sequence[Sequence[tuple[str, bool]]]) -> str:
         + "</pre>"
         for sample in samples
     ]
-    legend = (
-        '<p class="hint">What the model reads; it learns to write what is <mark>marked</mark>, and nothing else.</p>'
-    )
+    legend = '<p class="hint">What the model reads; it learns to write what is <mark>marked</mark> alone.</p>'
     return f'<section class="card"><h2>Training samples</h2>{legend}{"".join(blocks)}</section>'
 
 
@@ -186,7 +188,8 @@ def _launch(launch: Mapping[str, Any]) -> str:
     versions = "  ".join(f"{name} {version}" for name, version in launch["versions"].items())
     start = "from the start" if launch["resume_step"] is None else f"from step {launch['resume_step']}"
     facts = f"{launch['time']}  {start}, {launch['world_size']} processes on {launch['device']}"
-    return f"<pre>{escape(facts)}\n$ {escape(launch['command'])}\ncommit {escape(str(launch['git']))}\n{escape(versions)}</pre>"
+    commit = f"commit {launch['git'] or 'unknown'}"
+    return f"<pre>{escape(chr(10).join([facts, '$ ' + launch['command'], commit, versions]))}</pre>"
 
 
 @dataclass(frozen=True)
@@ -280,16 +283,16 @@ def _pointer(
         for x, y in line.points:
             columns.setdefault(x, []).append((line, y))
     places = sorted(columns)
-    edges = [left, *((across(a) + across(b)) / 2 for a, b in zip(places, places[1:])), right]
+    edges = [left, *((across(a) + across(b)) / 2 for a, b in pairwise(places)), right]
     parts = []
-    for x, start, end in zip(places, edges, edges[1:]):
+    for x, (start, end) in zip(places, pairwise(edges), strict=True):
         text = f"step {x:,.0f}   " + "   ".join(f"{line.name} {write(y)}" for line, y in columns[x])
         anchor = "start" if across(x) < (left + right) / 2 else "end"
         dots = "".join(
             f'<circle class="c{line.color}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="4.5"/>' for line, y in columns[x]
         )
         parts.append(
-            f'<g class="at"><rect x="{start:.1f}" y="{top - 12}" width="{end - start:.1f}" height="{bottom - top + 30}"/>'
+            f'<g class="at"><rect x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="{bottom - top}"/>'
             f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{top}" y2="{bottom}"/>{dots}'
             f'<text x="{across(x):.1f}" y="{top - 5}" text-anchor="{anchor}">{escape(text)}</text></g>'
         )
@@ -313,17 +316,21 @@ def _thin(points: Points) -> Points:
 
 
 def _buckets(points: Points) -> list[Points]:
-    size = math.ceil(len(points) / MAX_POINTS)
+    size = _bucket_size(len(points))
     return [points[start : start + size] for start in range(0, len(points), size)]
 
 
-def _mean(values: Any) -> float:
+def _bucket_size(num_points: int) -> int:
+    return math.ceil(num_points / MAX_POINTS)
+
+
+def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
 
 
 def _ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart), the first at or below ``low``, the last past ``high``."""
+    """Round numbers, 1, 2, 2.5 or 5 times a power of ten apart, from at or below ``low`` to at or past ``high``."""
     if high == low:
         low, high = (low - 0.5, high + 0.5) if whole else (low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1))
     raw = (high - low) / max(wanted, 1)
@@ -369,13 +376,14 @@ h4 { font-size: 11px; letter-spacing: .06em; text-transform: uppercase; color: v
 .good { color: var(--good); } .bad { color: var(--bad); } .busy { color: var(--busy); }
 .reason { color: var(--bad); margin: -8px 0 18px; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 1px; margin: 0 0 20px;
-  background: var(--rule); border: 1px solid var(--rule); border-radius: 12px; overflow: hidden; }
+  background: var(--card); border: 1px solid var(--rule); border-radius: 12px; overflow: hidden; }
 dl div { background: var(--card); padding: 12px 16px; box-shadow: 0 0 0 1px var(--rule); }
 dt { font-size: 12px; color: var(--soft); } dd { margin: 2px 0 0; font-size: 17px; font-weight: 600;
   font-variant-numeric: tabular-nums; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 20px 22px;
   margin: 0 0 20px; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 18px 26px; margin-top: 18px; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 18px 26px;
+  margin-top: 18px; }
 svg { display: block; width: 100%; height: auto; overflow: visible; font-size: 12px; }
 svg .title { font-weight: 600; font-size: 14px; fill: var(--ink); }
 svg .tick { fill: var(--soft); font-variant-numeric: tabular-nums; } svg .grid { stroke: var(--rule); }
@@ -384,7 +392,8 @@ circle { fill: var(--c); } polygon { fill: var(--c); opacity: .16; }
 .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); } .c5 { --c: var(--c5); }
 .c6 { --c: var(--c6); }
 .at rect { fill: transparent; } .at line { stroke: var(--soft); stroke-dasharray: 3 3; }
-.at text { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 5px; white-space: pre; }
+.at text { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--card); stroke-width: 5px;
+  white-space: pre; }
 .at line, .at text, .at circle { visibility: hidden; pointer-events: none; }
 .at:hover line, .at:hover text, .at:hover circle { visibility: visible; }
 pre { margin: 0 0 10px; padding: 12px 14px; border-radius: 8px; background: var(--page); border: 1px solid var(--rule);
@@ -392,6 +401,7 @@ pre { margin: 0 0 10px; padding: 12px 14px; border-radius: 8px; background: var(
   overflow-wrap: anywhere; }
 pre:last-child { margin-bottom: 0; } pre i { color: var(--soft); font-style: normal; }
 .warning { border-color: var(--bad); } .hint { color: var(--soft); margin: -6px 0 12px; }
+.foot { color: var(--soft); margin: 14px 0 0; font-size: 13px; }
 mark { background: var(--mark); color: var(--mark-ink); border-radius: 3px; padding: 1px 0; }
 article + article { border-top: 1px solid var(--rule); margin-top: 16px; padding-top: 16px; }
 .prompt { font-weight: 600; margin: 0 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; }

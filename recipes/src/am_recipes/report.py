@@ -100,8 +100,8 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.active and kind is not None:
-            self._close(f"failed: {kind.__name__}: {error}")
+        if self.active and not self._metrics.closed:
+            self._close("stopped" if kind is None else f"failed: {kind.__name__}: {error}")
 
     def note(self, fact: object) -> None:
         """Print ``str(fact)`` and keep it for the page: what was chosen, counted or found before training."""
@@ -115,7 +115,7 @@ class Report:
             self._page.samples = [list(sample) for sample in samples]
 
     def answers(self, moment: str, answers: Iterable[tuple[str, str]]) -> None:
-        """Keep (prompt, answer) pairs of the model at a moment such as ``before`` or ``after``; they survive a resume."""
+        """Keep (prompt, answer) pairs of a moment such as ``before`` or ``after`` training; they survive a resume."""
         if self.active:
             self._record["answers"][moment] = [[prompt, answer] for prompt, answer in answers]
             self._write_record()
@@ -134,8 +134,8 @@ class Report:
     ) -> None:
         """Record an optimizer step, counted from 1.
 
-        ``loss`` is per target token; ``lr`` the rate the step was taken with; ``tokens`` and ``target_tokens`` are those
-        of this step over all ranks, without padding; ``seconds`` how long it took, without validation or saving.
+        ``loss`` is per target token; ``lr`` the rate the step was taken with; ``tokens`` and ``target_tokens`` count
+        this step over all ranks, without padding; ``seconds`` is how long it took, without validation or saving.
         """
         if not self.active:
             return
