@@ -135,6 +135,7 @@ def test_run_json_says_what_ran(tmp_path: Path) -> None:
         assert launch["world_size"] == 4
         assert {"python", "torch", "transformers", "am-recipes"} <= launch["versions"].keys()
         report.finish(goal={"max_steps": 20, "num_epochs": None})
+    assert '<span class="pill good">finished</span>' in page(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["finished"] == {"max_steps": 20, "num_epochs": None}
     assert (tmp_path / "config.yaml").read_text() == CONFIG
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -180,6 +181,14 @@ def test_an_error_is_recorded(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         run_out_of_luck(tmp_path)
     assert "failed: RuntimeError: out of luck" in page(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is None
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
+    with start(tmp_path) as report:
+        report.finish(status="stopped after step 3; run the same command again")
+    assert '<span class="pill busy">stopped</span>' in page(tmp_path)
+    assert "stopped after step 3; run the same command again</p>" in page(tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["finished"] is None
 
 

@@ -110,9 +110,9 @@ def _header(page: Page, train: Sequence[Row], validation_names: Sequence[str]) -
     if page.launches:
         facts.append(("Processes", str(page.launches[-1]["world_size"])))
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    kind = page.status.split(":")[0]
+    kind = page.status.split(maxsplit=1)[0].rstrip(":")
     color = {"finished": "good", "running": "busy", "failed": "bad"}.get(kind, "busy")
-    reason = f'<p class="reason">{escape(page.status)}</p>' if page.status != kind else ""
+    reason = f'<p class="reason {color}">{escape(page.status)}</p>' if page.status != kind else ""
     return (
         f'<header><h1>{escape(page.title)} <span class="pill {color}">{escape(kind)}</span></h1>{reason}'
         f"<dl>{cells}</dl></header>"
@@ -374,7 +374,7 @@ h4 { font-size: 11px; letter-spacing: .06em; text-transform: uppercase; color: v
 .pill { font-size: 13px; font-weight: 600; letter-spacing: 0; vertical-align: 5px; margin-left: 8px; padding: 3px 10px;
   border-radius: 99px; border: 1px solid currentColor; }
 .good { color: var(--good); } .bad { color: var(--bad); } .busy { color: var(--busy); }
-.reason { color: var(--bad); margin: -8px 0 18px; overflow-wrap: anywhere; }
+.reason { margin: -8px 0 18px; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(178px, 1fr)); gap: 1px; margin: 0 0 20px;
   background: var(--card); border: 1px solid var(--rule); border-radius: 12px; overflow: hidden; }
 dl div { background: var(--card); padding: 12px 16px; box-shadow: 0 0 0 1px var(--rule); }

@@ -158,7 +158,7 @@ class Report:
         """Record validation losses after ``step`` steps (0: before training), by data set; ``""`` is the only one."""
         if not self.active:
             return
-        row = {"step": step} | {f"val_loss_{name}" if name else "val_loss": value for name, value in losses.items()}
+        row = {"step": step} | losses
         self._write_row(row)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
         self._print(f"step {step}/{self._total_steps}  {shown}")
