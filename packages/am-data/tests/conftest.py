@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 # `datasets` reads this when it is imported; without it every run would leave the tests' files in the user's cache.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="am-data-tests-")
+_CACHE = tempfile.TemporaryDirectory(prefix="am-data-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 SPECIAL = (
     "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

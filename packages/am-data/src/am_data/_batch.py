@@ -35,23 +35,26 @@ def collate(
     there is no loss), all int64, and `document_ids` int32, from 1 in every row, 0 for padding.
 
     `pad_to_multiple_of` rounds the tokens of a row up (context parallelism); `max_length` fixes them. No samples at all
-    give one row of padding without targets. Raises ValueError for a row longer than `max_length`.
+    give a document of one `pad_token_id` without a target. Raises ValueError for a row longer than `max_length`.
     """
     if layout not in ("packed", "padded"):
         raise ValueError(f"layout={layout!r} is unknown; choose 'packed' or 'padded'")
     documents = [sample if isinstance(sample, list) else [sample] for sample in samples]
+    if not documents:
+        # A document, not padding: a rank that has run out must still compute a gradient, if only zero, for every
+        # parameter, or the ranks' collectives would not match.
+        documents = [[{"input_ids": np.array([pad_token_id]), "labels": np.array([IGNORE_INDEX])}]]
     if layout == "packed":
         documents = [[example for sample in documents for example in sample]]
-    rows = documents or [[]]
-    lengths = [sum(len(example["input_ids"]) for example in row) for row in rows]
-    width = _width(max(lengths), pad_to_multiple_of, max_length)
+    longest = max(sum(len(example["input_ids"]) for example in row) for row in documents)
+    shape = (len(documents), _width(longest, pad_to_multiple_of, max_length))
     batch: dict[str, NDArray] = {
-        "input_ids": np.full((len(rows), width), pad_token_id, dtype=np.int64),
-        "position_ids": np.zeros((len(rows), width), dtype=np.int64),
-        "shift_labels": np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64),
-        "document_ids": np.zeros((len(rows), width), dtype=np.int32),
+        "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
+        "position_ids": np.zeros(shape, dtype=np.int64),
+        "shift_labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
+        "document_ids": np.zeros(shape, dtype=np.int32),
     }
-    for row, examples in enumerate(rows):
+    for row, examples in enumerate(documents):
         begin = 0
         for document, example in enumerate(examples, start=1):
             end = begin + len(example["input_ids"])
@@ -72,6 +75,4 @@ def _width(longest: int, multiple: int | None, max_length: int | None) -> int:
         if longest > max_length:
             raise ValueError(f"a row has {longest} tokens, max_length={max_length}; raise it or use smaller batches")
         return max_length
-    # Even a batch without samples has a token: a forward pass of a rank that has run out needs one.
-    longest = max(longest, 1)
     return longest if multiple is None else -(-longest // multiple) * multiple
