@@ -62,7 +62,18 @@ def test_sigterm_reaches_the_workers_and_says_that_the_run_can_be_continued(star
 
 @pytest.mark.parametrize(
     ("statuses", "worst"),
-    [([], 0), ([0, 0], 0), ([0, 75], 75), ([75, 1], 1), ([2, 1, 0], 2), ([-9, 1], 137), ([-15, 75], 143)],
+    [
+        ([], 0),
+        ([0, 0], 0),
+        ([0, 75], 75),
+        ([75, 1], 1),
+        ([2, 1, 0], 2),
+        ([-9, 1], 137),
+        ([-15, 75], 75),
+        ([-15, 2], 2),
+        ([0, -15], 143),
+        ([-15, -9], 137),
+    ],
 )
 def test_worst_status(statuses, worst):
     assert launch.worst_status(statuses) == worst

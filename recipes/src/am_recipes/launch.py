@@ -62,11 +62,13 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
 def worst_status(statuses: Iterable[int]) -> int:
     """One exit status for several ranks: a failure outranks 75 (stopped, can be continued), which outranks 0.
 
-    Ranks that a signal killed count as failures with 128 + its number, as a shell reports them.
+    Ranks that a signal killed count as failures with 128 + its number, as a shell reports them; SIGTERM only where
+    nothing else happened, because torchrun sends it to the other ranks once one has failed.
     """
     positive = [128 - status if status < 0 else status for status in statuses]
-    failures = [status for status in positive if status not in (0, PREEMPTED)]
-    return max(failures or positive, default=0)
+    own = [status for status in positive if status not in (0, 128 + signal.SIGTERM)]
+    failures = [status for status in own if status != PREEMPTED]
+    return max(failures or own or positive, default=0)
 
 
 def main() -> int:
