@@ -53,7 +53,9 @@ def config_of(family: str, **changes: Any) -> Any:
 def stock(family: str, **changes: Any) -> torch.nn.Module:
     """A seeded stock model, its weights large enough that attention matters to the logits."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes)).train()
+    # transformers 5.17 chooses sdpa for Gemma 2 and drops its soft-cap; later versions choose eager themselves.
+    arguments = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes), **arguments).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -25,7 +25,7 @@ class Family:
     softcap: configuration key of `tanh(logits / c) * c`; None or a null value: not applied.
     scale, inverse_scale: configuration key whose value multiplies or divides the logits (before the soft-cap).
     router_loss: the stock forward adds a router loss when `config.output_router_logits` is set.
-    default_attention: what transformers chooses where the user names no `attn_implementation`.
+    default_attention: beside sdpa, what transformers chooses where the user names no `attn_implementation`.
     """
 
     module: str

@@ -52,7 +52,7 @@ def experts_forward(
     self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: hidden_states [T, D], top_k_index and top_k_weights [T, A] to [T, D]."""
-    return am_moe.xxx(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    return am_moe.experts_forward(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
 
 
 def register_experts() -> None:

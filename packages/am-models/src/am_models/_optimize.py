@@ -107,7 +107,8 @@ def _own_config(model: nn.Module) -> None:
 
 def _attention_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
     current = model.config._attn_implementation
-    if request == "auto" and current != family.default_attention and not _attention.uses_documents(model):
+    usual = current in ("sdpa", family.default_attention) or _attention.uses_documents(model)
+    if request == "auto" and not usual:
         return _stock(f"attn_implementation={current!r} was chosen")
     if model.config.attention_dropout:
         return _stock(f"attention_dropout={model.config.attention_dropout} needs transformers' own attention")
@@ -143,7 +144,6 @@ def _activation_plan(model: nn.Module, family: Family, request: str | bool) -> _
 def _experts_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
     if family.experts is None:
         return _stock(f"{family.module} has no experts")
-    return _stock("am_moe is not built yet")
     if model.config.hidden_act not in ("silu", "swish"):
         return _stock(f"hidden_act={model.config.hidden_act!r} is not silu")
     current = model.config._experts_implementation
