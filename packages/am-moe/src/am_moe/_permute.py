@@ -14,7 +14,7 @@ class Permutation:
     """How R = T * A slots (slot t * A + a is token t's a-th choice) are sorted by expert, stable in slot order.
 
     `order [R]`: the slot of each sorted row. `inverse [R]`: the sorted row of each slot. `offsets [E]` int32: where
-    each expert's rows end; dropped slots come after `offsets[-1]`. `dropped [T, A]` bool, None where no slot is dropped.
+    each expert's rows end; dropped slots come after `offsets[-1]`. `dropped [T, A]` bool, None if no slot is dropped.
     `top_k`: A.
     """
 
