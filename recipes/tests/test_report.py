@@ -84,12 +84,14 @@ def test_a_step_is_one_complete_row(tmp_path: Path) -> None:
             "target_tokens": 60,
             "tokens_per_second": 200.0,
         }
-        report.validation(1, {"": 2.25})
-        report.validation(1, {"chat": 2.0, "code": 3.0})
+        report.validation(1, {"val_loss": 2.25})
+        report.validation(1, {"val_loss_chat": 2.0, "val_loss_code": 3.0})
         assert rows(tmp_path)[1:] == [
             {"step": 1, "val_loss": 2.25},
             {"step": 1, "val_loss_chat": 2.0, "val_loss_code": 3.0},
         ]
+        with pytest.raises(ValueError, match=r"\['chat'\] must be named val_loss or val_loss_<name>"):
+            report.validation(1, {"chat": 2.0})
 
 
 def test_numbers_json_has_no_word_for_become_null_with_a_warning(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_numbers_json_has_no_word_for_become_null_with_a_warning(tmp_path: Path)
 def test_resuming_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     with start(tmp_path, identity={"seed": 1}) as first:
         first.answers("before", [("Why?", "Because.")])
-        first.validation(0, {"": 3.0})
+        first.validation(0, {"val_loss": 3.0})
         for number in range(1, 6):
             step(first, number, loss=float(number))
     # A power failure cuts a line off.
@@ -152,7 +154,7 @@ def test_other_ranks_do_nothing(tmp_path: Path) -> None:
         report.samples([[("a", True)]])
         report.answers("before", [("a", "b")])
         step(report, 1)
-        report.validation(1, {"": 1.0})
+        report.validation(1, {"val_loss": 1.0})
         report.write_page()
         report.finish()
     assert not (tmp_path / "run").exists()
@@ -198,7 +200,7 @@ def test_plain_output_has_a_line_every_few_steps(tmp_path: Path) -> None:
         report.note("kernels: [torch]")
         for number in range(1, 26):
             step(report, number)
-        report.validation(25, {"": 2.0})
+        report.validation(25, {"val_loss": 2.0})
         report.finish(next_steps=["am-ckpt verify RUN"])
     lines = output.getvalue().splitlines()
     assert lines[0] == "kernels: [torch]"
@@ -226,7 +228,7 @@ def test_a_terminal_shows_a_bar_that_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 10, 1000])
 def test_the_page_stands_alone_whatever_the_length(tmp_path: Path, num_steps: int) -> None:
     with start(tmp_path, total_steps=max(num_steps, 1)) as report:
-        report.validation(0, {"": 3.0})
+        report.validation(0, {"val_loss": 3.0})
         for number in range(1, num_steps + 1):
             step(report, number, loss=3.0 / number, lr=0.0)
         report.finish()
@@ -245,7 +247,7 @@ def test_the_page_stands_alone_whatever_the_length(tmp_path: Path, num_steps: in
 def test_values_under_the_pointer(tmp_path: Path) -> None:
     with start(tmp_path) as report:
         step(report, 1, loss=2.5)
-        report.validation(1, {"": 2.25})
+        report.validation(1, {"val_loss": 2.25})
         report.finish()
     assert "step 1   train 2.5   validation 2.25</text>" in page(tmp_path)
 
@@ -257,7 +259,7 @@ def test_text_cannot_become_markup(tmp_path: Path) -> None:
         report.samples([[(HOSTILE, True), (HOSTILE, False)]])
         report.answers(HOSTILE, [(HOSTILE, HOSTILE)])
         step(report, 1)
-        report.validation(1, {HOSTILE: 1.0})
+        report.validation(1, {f"val_loss_{HOSTILE}": 1.0})
         report.finish(status=f"failed: {HOSTILE}", next_steps=[HOSTILE, f"# {HOSTILE}"])
     tags = Tags(page(tmp_path))
     assert tags.open == []

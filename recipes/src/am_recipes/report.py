@@ -155,9 +155,15 @@ class Report:
         self._show(row)
 
     def validation(self, step: int, losses: Mapping[str, float]) -> None:
-        """Record validation losses after ``step`` steps (0: before training), by data set; ``""`` is the only one."""
+        """Record validation losses per target token after ``step`` steps (0: before training).
+
+        Their names are ``val_loss``, or ``val_loss_<name>`` where there are several data sets; ValueError otherwise.
+        """
         if not self.active:
             return
+        wrong = [name for name in losses if name != "val_loss" and not name.startswith("val_loss_")]
+        if wrong:
+            raise ValueError(f"validation losses {wrong} must be named val_loss or val_loss_<name>; rename them")
         row = {"step": step} | losses
         self._write_row(row)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
