@@ -164,7 +164,7 @@ class Report:
         wrong = [name for name in losses if name != "val_loss" and not name.startswith("val_loss_")]
         if wrong:
             raise ValueError(f"validation losses {wrong} must be named val_loss or val_loss_<name>; rename them")
-        row = {"step": step} | losses
+        row = {"step": step, **losses}
         self._write_row(row)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "step")
         self._print(f"step {step}/{self._total_steps}  {shown}")
