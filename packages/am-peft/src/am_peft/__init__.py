@@ -1,3 +1,24 @@
 """LoRA on any PyTorch model, with PEFT's configuration and PEFT's files."""
 
-__all__: list[str] = []
+from am_peft._apply import apply_lora, initialise_lora, merge_lora
+from am_peft._files import Adapter, adapter_files, adapter_state_dict, load_adapter, save_adapter
+from am_peft._freeze import ReportRow, TrainableReport, freeze, trainable_report
+from am_peft._layer import AppliedLora, LoraFactor, LoraLinear
+
+__all__ = [
+    "Adapter",
+    "AppliedLora",
+    "LoraFactor",
+    "LoraLinear",
+    "ReportRow",
+    "TrainableReport",
+    "adapter_files",
+    "adapter_state_dict",
+    "apply_lora",
+    "freeze",
+    "initialise_lora",
+    "load_adapter",
+    "merge_lora",
+    "save_adapter",
+    "trainable_report",
+]

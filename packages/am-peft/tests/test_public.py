@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import am_peft
+
+
+def test_all_is_the_documented_names():
+    assert am_peft.__all__ == [
+        "Adapter",
+        "AppliedLora",
+        "LoraFactor",
+        "LoraLinear",
+        "ReportRow",
+        "TrainableReport",
+        "adapter_files",
+        "adapter_state_dict",
+        "apply_lora",
+        "freeze",
+        "initialise_lora",
+        "load_adapter",
+        "merge_lora",
+        "save_adapter",
+        "trainable_report",
+    ]
+    assert set(am_peft.__all__) <= set(vars(am_peft))
+
+
+def test_import_leaves_peft_and_transformers_alone():
+    code = "import sys, am_peft; print([name for name in ('peft', 'transformers') if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
