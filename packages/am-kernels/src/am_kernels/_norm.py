@@ -1,4 +1,4 @@
-"""RMSNorm with a hand-derived gradient: a third of the passes over memory that autograd makes of transformers' formula.
+"""RMSNorm with a hand-derived gradient: fewer passes over memory than autograd makes through transformers' formula.
 
 With r = rsqrt(mean(x^2) + eps), y = x r w:  dx = r (g w - x r mean(g w x r)),  dw = sum over rows of g x r.
 Only x, w and r (one number per row) are kept for backward.
