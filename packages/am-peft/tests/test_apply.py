@@ -4,9 +4,13 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from am_peft import LoraLinear, apply_lora, initialise_lora, merge_lora, trainable_report
+
+# peft 0.21 asks transformers 5.23 under a name that is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TINY = {
     "hidden_size": 32,
@@ -102,7 +106,7 @@ def test_rank_and_alpha_patterns_and_rslora():
 
 def test_names_of_the_base_stay_and_only_adapters_train():
     base = qwen2()
-    before = {name: parameter for name, parameter in base.named_parameters()}
+    before = dict(base.named_parameters())
     model = apply_lora(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     after = dict(model.named_parameters())
     assert before.keys() <= after.keys()
@@ -179,10 +183,10 @@ def test_dropout_keeps_the_mean():
     randomise(model)
     x = torch.randn(1, 8)
     expected = model.eval()(x)
+    update = expected - nn.functional.linear(x, model[0].weight, model[0].bias)
     mean = model.train()(x.expand(20000, 8)).mean(0, keepdim=True)
-    assert (mean - expected).abs().max() < 0.05 * (
-        expected - nn.functional.linear(x, model[0].weight, model[0].bias)
-    ).abs().max() + 0.05
+    # 20,000 draws: a wrong factor of 2 would be off by the whole update.
+    assert (mean - expected).abs().max() < 0.1 * update.abs().max()
 
 
 def test_meta_device_and_seeded_values():
@@ -320,7 +324,7 @@ def test_twice_is_refused():
 
 
 def test_tied_weights_are_refused_where_they_would_be_wrong():
-    with pytest.raises(ValueError, match="modules_to_save='lm_head' shares a weight with model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"modules_to_save='lm_head' shares a weight with model\.embed_tokens\.weight"):
         apply_lora(llama(tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model = apply_lora(llama(tie_word_embeddings=True), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="cannot merge 'lm_head': its weight is shared"):
@@ -341,17 +345,17 @@ def test_a_head_that_peft_would_train_must_be_named():
     assert model.score.weight.requires_grad
 
 
-def test_training_with_activation_checkpointing():
-    model = apply_lora(llama(), LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
-
-    def gradients():
-        model.zero_grad()
-        model(TOKENS, labels=TOKENS).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    expected = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    actual = gradients()
-    assert expected.keys() == actual.keys()
-    for name, grad in actual.items():
-        assert (grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_under_activation_checkpointing(use_reentrant):
+    model = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5))
+    apply_lora(model, LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    x = torch.randn(4, 6, requires_grad=True)
+    inputs = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    model(x).square().sum().backward()
+    expected = [tensor.grad for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert len(inputs) == 5
+    for tensor, grad in zip(inputs, expected):
+        torch.testing.assert_close(tensor.grad, grad, rtol=1e-6, atol=1e-7)

@@ -31,8 +31,8 @@ def fill(model):
 
 def shard(model):
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for index in (0, 2, 4):
-        fully_shard(model[index], mesh=mesh) if index == 4 else None
+    # The head is a group of its own, the adapted layers belong to the root's.
+    fully_shard(model[4], mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 

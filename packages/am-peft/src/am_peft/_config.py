@@ -168,7 +168,8 @@ def _modules_to_save(config: LoraConfig, names: list[str], strict: bool) -> list
         if "*" in entry:
             found = [name for name in names if fnmatch.fnmatchcase(name, entry)]
         else:
-            found = [name for name in names if name == entry or name.endswith(f".{entry}")]
+            # PEFT compares without a dot here, so "norm" means "input_layernorm" too.
+            found = [name for name in names if name.endswith(entry)]
         if not found and strict and not (config.task_type in _HEAD_TASKS and entry in _TASK_HEADS):
             raise ValueError(f"modules_to_save entry {entry!r} matches no module; nearest: {nearest(entry, names)}")
         chosen.update(dict.fromkeys(found))
