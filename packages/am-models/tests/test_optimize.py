@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, VOCABULARY, assert_close, config_of, documents, linear_cross_entropy, stock
+from tiny_models import CONFIGS, assert_close, config_of, documents, linear_cross_entropy, stock
 
 import am_models
 
@@ -63,8 +63,9 @@ def test_meta_model_computes_the_same_after_its_weights_arrive():
         model.to_empty(device="cpu")
         model.tie_weights()
         model.load_state_dict(reference.state_dict())
-        for (name, buffer), (_, expected) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
-            buffer.copy_(expected), name
+        # Rotary frequencies are in no state dict: whoever loads a meta model recomputes them.
+        for buffer, expected in zip(model.buffers(), reference.buffers(), strict=True):
+            buffer.copy_(expected)
         assert_close(model(TOKENS).logits, reference(TOKENS).logits, family)
 
 
@@ -209,7 +210,7 @@ def test_unknown_batch_keys_are_refused():
 def test_leak_test_passes_and_changes_nothing(family):
     model = stock(family)
     am_models.optimize(model)
-    model.model.requires_grad_(False) if family != "gpt2" else None
+    model.get_input_embeddings().eval()
     modes = [module.training for module in model.modules()]
     am_models.leak_test(model)
     assert [module.training for module in model.modules()] == modes
@@ -286,7 +287,3 @@ def test_weight_map_refuses_computed_tensors():
             am_models.weight_map(stock("llama"))
     finally:
         register_checkpoint_conversion_mapping("LlamaForCausalLM", [], overwrite=True)
-
-
-def test_vocabulary_constant_matches_the_configs():
-    assert all(config_of(family).vocab_size == VOCABULARY for family in CONFIGS)

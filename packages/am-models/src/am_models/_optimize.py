@@ -165,6 +165,8 @@ _PLANS: dict[str, Callable[[nn.Module, Family, str | bool], _Swap]] = {
 
 def _forward_plan(modules: list[nn.Module], function: Callable[..., Any]) -> _Swap:
     """Put `function` on every module, or on none where another library already replaced a forward."""
+    if not modules:
+        return _stock("this model has no such module")
     foreign = [module for module in modules if "forward" in vars(module) and not _forwards.is_ours(module)]
     if foreign:
         name = type(foreign[0]).__name__
