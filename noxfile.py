@@ -21,7 +21,9 @@ FOLDERS = {name: f"packages/{name}" for name in LIBRARIES} | {"am-recipes": "rec
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests", "alone", "integration", "docs"]
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UV_PYTHON_DOWNLOADS="never")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UV_PYTHON_DOWNLOADS="never"
+)
 
 
 def chosen(session: nox.Session, names: list[str]) -> list[str]:
@@ -77,7 +79,9 @@ def alone(session: nox.Session) -> None:
             *("--constraint", str(constraints), name, "--group", f"{FOLDERS[name]}/pyproject.toml:test"),
             external=True,
         )
-        listed = session.run("uv", "pip", "list", "--python", str(python), "--format", "freeze", external=True, silent=True)
+        listed = session.run(
+            "uv", "pip", "list", "--python", str(python), "--format", "freeze", external=True, silent=True
+        )
         installed = [line.split("==")[0].split(" @")[0] for line in str(listed).splitlines()]
         cuda = [package for package in installed if package.startswith(("nvidia-", "cuda-", "triton"))]
         others = sorted(set(installed) - set(cuda))

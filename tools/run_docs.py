@@ -26,7 +26,9 @@ def documents() -> list[Path]:
 
 def run(command: list[str], cwd: Path) -> None:
     # -W error: an example that warns teaches its readers to ignore warnings.
-    subprocess.run(command, cwd=cwd, check=True, env=os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning:__main__"})
+    subprocess.run(
+        command, cwd=cwd, check=True, env=os.environ | {"PYTHONWARNINGS": "error::DeprecationWarning:__main__"}
+    )
 
 
 def main(arguments: list[str]) -> int:

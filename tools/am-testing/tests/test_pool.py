@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from am_testing import run_distributed
 
 

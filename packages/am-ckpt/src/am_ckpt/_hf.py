@@ -25,6 +25,7 @@ from torch import nn
 from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, parse_json, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
 from am_ckpt._io import create, fsync_directory, remove, require_space, write_all, write_bytes
+from am_ckpt._layout import require_file_name
 from am_ckpt._model import Stored, stored_tensors, unwrap
 from am_ckpt._ranks import agree, rank_and_size, rank_zero
 from am_ckpt._read import Chunk, Reader, Source, whole_sources
@@ -85,7 +86,7 @@ def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 def load_hf(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
     *,
     mapping: Sequence[Mapping[str, Any]] | None = None,
     initialise: Sequence[str] = (),
@@ -101,22 +102,24 @@ def load_hf(
     only the byte ranges of its own shards. Values are cast to the parameter's dtype where both are floating point.
     Buffers that no file holds (rotary frequencies) are recomputed by the modules themselves.
 
-    ``folder`` holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names.
+    ``folder`` holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names. None reads
+    nothing: everything must match ``initialise``.
 
     ``mapping`` lists where files and module differ: ``{"file": name in the file, "parameter": name in the module,
     "slice": [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
     file}``. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
 
-    ``initialise``: shell-style patterns of parameters that are initialised instead of loaded, by ``initialiser(module)``
-    if given, else by the module's own code (``reset_parameters``, transformers' ``_init_weights``); the values depend
-    on the parameter's name and ``seed`` alone. ``ignore``: patterns of names in the files that the model does without.
+    ``initialise``: shell-style patterns of parameters that are initialised instead of loaded, by
+    ``initialiser(module)`` if given, else by the module's own code (``reset_parameters``, transformers'
+    ``_init_weights``); the values depend on the parameter's name and ``seed`` alone. ``ignore``: patterns of names in
+    the files that the model does without.
 
-    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one ``ValueError`` with
-    counts and nearest names before anything is touched. Damaged or missing files raise ``ValueError`` and
+    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one ``ValueError``
+    with counts and nearest names before anything is touched. Damaged or missing files raise ``ValueError`` and
     ``FileNotFoundError``.
     """
-    path = Path(folder)
-    context = f"{path} was not loaded"
+    path = Path(folder) if folder is not None else None
+    context = f"{path} was not loaded" if path is not None else "the model was not initialised"
     bare = unwrap(model)
     patterns = (initialise,) if isinstance(initialise, str) else tuple(initialise)
     plans: list[_LoadPlan] = []
@@ -126,7 +129,7 @@ def load_hf(
     agree(context, lambda: plan.check(set().union(*wanted), ignore))
     with Reader(follow_symlinks=True) as reader:
         agree(
-            f"{path} was loaded in part, the model is not usable",
+            f"{path or 'the model'} was loaded in part, the model is not usable",
             lambda: _fill(bare, plan, reader, torch.device(device) if device is not None else None, initialiser, seed),
         )
 
@@ -161,8 +164,8 @@ def _require_equal_ties(stored: Stored, plan: _LoadPlan, reader: Reader) -> None
             reader.read(source, Piece(piece.box, again))
             if not torch.equal(again, piece.values):
                 raise ValueError(
-                    f"{stored.name!r} and {name!r} are one tied tensor in the model, but the file holds different values; "
-                    "set tie_word_embeddings to what the weights say"
+                    f"{stored.name!r} and {name!r} are one tied tensor in the model, but the file holds different "
+                    "values; set tie_word_embeddings to what the weights say"
                 )
 
 
@@ -170,10 +173,14 @@ class _LoadPlan:
     """What this rank's model needs from the files, and whether they have it."""
 
     def __init__(
-        self, model: nn.Module, folder: Path, mapping: Sequence[Mapping[str, Any]] | None, patterns: tuple[str, ...]
+        self,
+        model: nn.Module,
+        folder: Path | None,
+        mapping: Sequence[Mapping[str, Any]] | None,
+        patterns: tuple[str, ...],
     ) -> None:
         self.patterns = patterns
-        self._sources = hf_sources(folder)
+        self._sources = hf_sources(folder) if folder is not None else {}
         self._stored = stored_tensors(model)
         self._records = _records_by_parameter(
             mapping, {p.name: tuple(s.tensor.shape) for s in self._stored for p in s.places}
@@ -226,8 +233,8 @@ class _LoadPlan:
         ]
         unknown = sorted(name for name in self._mapped if f"parameter:{name}" not in wanted)
         here = [name for name in wanted if not name.startswith("parameter:")]
-        problems = _listed("missing in the files", missing, self._sources)
-        problems += _listed("in the files only", unexpected, here)
+        problems = _listed("missing in the files", missing, unexpected or self._sources)
+        problems += _listed("in the files only", unexpected, missing or here)
         problems += _listed("named by mapping, but no parameter", unknown, here)
         if shapes:
             problems.append(f"{len(shapes)} of other shape or dtype: {'; '.join(shapes[:5])}")
@@ -360,6 +367,7 @@ def save_hf(
     *,
     mapping: Sequence[Mapping[str, Any]] | None = None,
     files_from: str | os.PathLike[str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write ``model``, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
@@ -369,8 +377,9 @@ def save_hf(
     must be on a file system that all ranks share. Tied weights are written once, dtypes are the model's, ``mapping``
     (see :func:`load_hf`) is applied in reverse.
 
-    ``files_from``: a folder whose config, tokenizer, chat template and code are copied (:func:`hf_files`). Without it a
-    transformers model writes its own config; other models get weights alone.
+    ``files_from``: a folder whose config, tokenizer, chat template and code are copied (:func:`hf_files`); ``files``:
+    the contents of such files by name, which come first. Where neither has a config.json, a transformers model writes
+    its own; other models get weights alone.
 
     The folder appears complete or not at all. An existing one is replaced if it is empty or an export of this function
     with nothing added; otherwise ``FileExistsError``.
@@ -382,7 +391,7 @@ def save_hf(
     tensors: dict[str, Stored] = {}
     held = agree(context, lambda: _held(bare, tensors))
     plan = agree(context, lambda: _SavePlan(held, mapping, _byte_count(max_shard_size)))[rank]
-    extra = rank_zero(context, lambda: _extra_files(bare, files_from, tensors))
+    extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
     staging = target.with_name(f".{target.name}-staging-{export_id}")
     try:
@@ -416,7 +425,10 @@ def _byte_count(size: int | str) -> int:
 
 
 def _extra_files(
-    model: nn.Module, files_from: str | os.PathLike[str] | None, tensors: Mapping[str, Stored]
+    model: nn.Module,
+    files_from: str | os.PathLike[str] | None,
+    files: Mapping[str, str | bytes] | None,
+    tensors: Mapping[str, Stored],
 ) -> dict[str, bytes]:
     """The files beside the weights, checked against the model where config.json speaks of tied weights."""
     extra: dict[str, bytes] = {}
@@ -425,7 +437,10 @@ def _extra_files(
         extra = {name: path.read_bytes() for name, path in hf_files(files_from).items()}
         if "config.json" not in extra:
             raise FileNotFoundError(f"files_from={files_from} has no config.json")
-    elif transformers is not None and isinstance(model, transformers.PreTrainedModel):
+    for name, content in (files or {}).items():
+        require_file_name(name, "files:")
+        extra[name] = content.encode() if isinstance(content, str) else content
+    if "config.json" not in extra and transformers is not None and isinstance(model, transformers.PreTrainedModel):
         config = json.loads(model.config.to_json_string())
         # FSDP2 puts a class of its own in front.
         names = [kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP")]

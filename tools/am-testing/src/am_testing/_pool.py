@@ -64,7 +64,9 @@ def _worker(connection: multiprocessing.connection.Connection) -> None:
         except BaseException as error:  # noqa: BLE001 - an import error in the test file must reach the test
             connection.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
             continue
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        )
         try:
             dist.init_process_group(
                 "gloo",
@@ -129,7 +131,9 @@ class Pool:
             if failures or waiting:
                 self.close()
         if failures:
-            raise RuntimeError("\n".join(f"rank {rank} of {world_size}: {text}" for rank, text in sorted(failures.items())))
+            raise RuntimeError(
+                "\n".join(f"rank {rank} of {world_size}: {text}" for rank, text in sorted(failures.items()))
+            )
         if waiting:
             raise TimeoutError(f"ranks {sorted(waiting.values())} of {world_size} did not finish within {timeout} s")
         return results

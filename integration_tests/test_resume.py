@@ -1,0 +1,174 @@
+"""A run that is killed and started again is the run that was never killed.
+
+The recipe runs in processes forked from a server that has imported everything, so that a start costs no seconds and ten
+kills fit into a test. The kills are real: SIGKILL, at random moments, also while a checkpoint is being written.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from am_recipes import config as configs
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "am_recipes.sft",
+        "torch.distributed.fsdp",
+        "transformers.models.llama.modeling_llama",
+        "datasets",
+        "am_ckpt._checkpointer",
+    ]
+)
+
+
+def recipe(overrides: list[tuple[str, str]], rank: int, world_size: int, port: int) -> None:
+    """What `python -m am_recipes.sft -c recipes/configs/tiny.yaml` does, here in a forked process."""
+    from am_recipes import sft
+
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    if world_size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    raise SystemExit(sft.main(configs.parse("recipes/configs/tiny.yaml", overrides)))
+
+
+def start(run_dir: Path, world_size: int = 1, **overrides: str) -> list[Any]:
+    pairs = [("run_dir", str(run_dir)), ("checkpoint.keep_last", "3"), ("step_scheduler.ckpt_every_steps", "1")]
+    pairs += [(key.replace("__", "."), value) for key, value in overrides.items()]
+    port = random.randint(20000, 50000)
+    processes = [SERVER.Process(target=recipe, args=(pairs, rank, world_size, port)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[Any]) -> int:
+    for process in processes:
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+    return max(process.exitcode for process in processes)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+def assert_same_run(run_dir: Path, reference: Path) -> None:
+    assert metrics(run_dir) == metrics(reference)
+    mine, theirs = tensors(run_dir / "checkpoints" / "latest"), tensors(reference / "checkpoints" / "latest")
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert finish(start(run_dir)) == 0
+    return run_dir
+
+
+def test_killed_ten_times_at_random_moments(tmp_path: Path, uninterrupted: Path) -> None:
+    begin = time.monotonic()
+    assert finish(start(tmp_path / "timing")) == 0
+    duration = time.monotonic() - begin
+    generator = random.Random(11)
+    kills = 0
+    for attempt in range(10):
+        run_dir = tmp_path / f"run{attempt}"
+        (process,) = start(run_dir)
+        process.join(generator.uniform(0.05, 0.95) * duration)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        assert finish(start(run_dir)) == 0
+        assert_same_run(run_dir, uninterrupted)
+    assert kills >= 8, "the kills came too late to show anything"
+
+
+def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path) -> None:
+    for _ in range(40):
+        (process,) = start(tmp_path)
+        # Long enough for one more checkpoint, then no mercy.
+        before = len(list((tmp_path / "checkpoints").glob("step_*"))) if (tmp_path / "checkpoints").exists() else 0
+        latest = tmp_path / "checkpoints" / "latest"
+        was = os.readlink(latest) if before else None
+        while process.is_alive() and not (latest.is_symlink() and os.readlink(latest) != was):
+            time.sleep(0.01)
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert finish(start(tmp_path)) == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path) -> None:
+    (process,) = start(tmp_path)
+    while not (tmp_path / "checkpoints" / "latest").is_symlink():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process]) == 75
+    assert 0 < metrics(tmp_path)[-1]["step"] < 10
+    assert finish(start(tmp_path)) == 0
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_finished_run_says_so(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert finish(start(uninterrupted)) == 0
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_runs_directory_is_refused(uninterrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert finish(start(uninterrupted, optimizer__lr="0.5")) != 0
+    assert "optimizer.lr" in capfd.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_rows_once_over_kills_and_changes_of_world_size(tmp_path: Path, uninterrupted: Path) -> None:
+    """1 rank, then 2, then 4, each killed after a few steps: the same losses as one rank without a kill, to 1e-5."""
+    for world_size, until in ((1, 3), (2, 6), (4, None)):
+        processes = start(tmp_path, world_size, checkpoint__keep_last="20")
+        if until is not None:
+            wanted = tmp_path / "checkpoints" / f"step_{until:06d}"
+            while not wanted.exists():
+                assert all(process.is_alive() for process in processes)
+                time.sleep(0.01)
+            for process in processes:
+                os.kill(process.pid, signal.SIGKILL)
+            for process in processes:
+                process.join()
+        else:
+            assert finish(processes) == 0
+    ours, reference = metrics(tmp_path), metrics(uninterrupted)
+    assert len(ours) == len(reference)
+    for row, expected in zip(ours, reference):
+        assert row.keys() == expected.keys()
+        for key in row:
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), (key, row)

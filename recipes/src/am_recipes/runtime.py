@@ -1,0 +1,172 @@
+"""What every recipe needs around its loop: seeding, progress, stop signals, the run directory.
+
+Nothing here calls back into a loop, and nothing here knows what is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import am_ckpt
+import am_mesh
+from am_recipes.config import identity_difference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def seed_everything(seed: int, *coordinates: int) -> None:
+    """Seed torch on every device from ``seed`` and where in the run we are: (step, micro-batch, data rank).
+
+    Deriving instead of carrying the generator state makes dropout a function of the position alone, so a resumed run
+    draws what the uninterrupted one would have drawn.
+    """
+    digest = hashlib.blake2b(repr((seed, *coordinates)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+class Progress:
+    """How far the run is: optimizer steps done. Checkpointed beside the model."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step = state["step"]
+
+
+def total_steps(steps_per_epoch: int, max_steps: int | None, num_epochs: int | None) -> int:
+    """Optimizer steps of the whole run: whichever of the two limits comes first; at least one is set."""
+    limits = [max_steps, None if num_epochs is None else num_epochs * steps_per_epoch]
+    return min(limit for limit in limits if limit is not None)
+
+
+def is_due(step: int, every: int | None, last: int) -> bool:
+    """Whether something done every so many steps (None: only at the end) is due after ``step``."""
+    return step == last or (every is not None and step % every == 0)
+
+
+class StopSignal:
+    """While entered, SIGTERM asks for an orderly stop instead of killing the process."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __enter__(self) -> StopSignal:
+        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self, mesh: DeviceMesh) -> bool:
+        """Whether any rank of ``mesh`` has got the signal; every rank calls it, so that all stop after the same step."""
+        return am_mesh.sum_over(mesh, int(self._received)) > 0
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+
+
+def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[str, Any]) -> bool:
+    """Refuse a directory that holds another run; say whether this very run has already finished there.
+
+    ``identity``: what makes two runs the same run, as nested JSON values. ``goal``: how long it was asked to train.
+    Both are compared with ``run.json``. Every rank calls this, before anything is written.
+
+    Raises ValueError with the keys that differ and their old and new values.
+    """
+    file = run_dir / "run.json"
+    if not file.exists():
+        return False
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    new = json.loads(json.dumps(identity))
+    different = identity_difference(recorded["identity"], new)
+    if different:
+        lines = [
+            f"  {key}: {_lookup(recorded['identity'], key)!r} there, {_lookup(new, key)!r} now" for key in different
+        ]
+        raise ValueError(
+            f"{run_dir} holds a different run:\n" + "\n".join(lines) + "\n"
+            "Give this one its own run_dir, remove that directory, or restore these values to continue it."
+        )
+    return bool(recorded["finished"] == dict(goal))
+
+
+def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
+    for key in dotted.split("."):
+        values = values.get(key) if isinstance(values, Mapping) else None  # type: ignore[assignment]
+    return values
+
+
+def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: str) -> int | None:
+    """Restore ``state`` from the newest checkpoint as ``checkpoint.resume`` says; the step, or None for a fresh start.
+
+    ``auto``: where there is one; ``must``: or raise FileNotFoundError; ``never``: raise FileExistsError if there is one,
+    since training on would mix two runs in one directory. Every rank calls it.
+    """
+    if mode == "never":
+        existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))
+        if existing:
+            raise FileExistsError(
+                f"checkpoint.resume is never, but {checkpoints.directory} holds {', '.join(existing)}; "
+                "remove them, choose another run_dir, or set checkpoint.resume to auto"
+            )
+        return None
+    step = checkpoints.load(state)
+    if step is None and mode == "must":
+        raise FileNotFoundError(
+            f"checkpoint.resume is must, but {checkpoints.directory} holds no checkpoint; "
+            "check run_dir, or set checkpoint.resume to auto"
+        )
+    return step
+
+
+def model_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> dict[str, bytes]:
+    """What stands beside the weights of an export, by file name: config, generation config and tokenizer as this run
+    uses them, and what else ``folder`` (the model's own) has: code, licence, SentencePiece model.
+
+    Call it before the layout: FSDP2 renames the class.
+    """
+    model.config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory() as temporary:
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(temporary)
+        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+    original = am_ckpt.hf_files(folder) if folder is not None else {}
+    return {name: path.read_bytes() for name, path in original.items()} | written
+
+
+def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on ``device``."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs, decoded greedily with the tokenizer's chat template. Every rank calls it."""
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers.append((prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return answers

@@ -1,0 +1,227 @@
+"""Supervised fine-tuning of a causal language model, from config to exported folder. Read it top to bottom.
+
+    automodel CONFIG            python -m am_recipes.sft -c CONFIG            torchrun ... -m am_recipes.sft -c CONFIG
+
+The model is built on the meta device, gets its adapters, its faster parts and its parallel layout, and only then its
+weights, so that no rank ever holds more than its shard. Losses are sums over target tokens, divided once by the number
+of targets of the whole optimizer step, so the result does not depend on how a batch was split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoTokenizer
+
+import am_ckpt
+import am_data
+import am_mesh
+import am_models
+import am_peft
+from am_recipes import assets, cli, optim, runtime
+from am_recipes.config import SftConfig
+from am_recipes.launch import PREEMPTED
+from am_recipes.report import Report
+
+
+def main(config: SftConfig) -> int:
+    """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
+    if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
+        print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+        return 0
+    with am_mesh.process_group(config.distributed.timeout_minutes) as device, runtime.StopSignal() as stop:
+        return train(config, device, stop)
+
+
+def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> int:
+    dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+    data_ranks = dims.mesh("dp")
+
+    # Data: every rank reads the same index and takes its share of each global batch.
+    folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer.name_or_path or folder)
+    if config.tokenizer.chat_template is not None:
+        tokenizer.chat_template = config.tokenizer.chat_template
+    dataset = config.dataset.build(tokenizer=tokenizer)
+    loader = make_loader(config, dataset, data_ranks, training=True)
+    validation = {
+        name: make_loader(config, target.build(tokenizer=tokenizer), data_ranks, training=False)
+        for name, target in config.validation_datasets.items()
+    }
+    total_steps = runtime.total_steps(len(loader), **config.goal())
+
+    # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
+    with torch.device("meta"):
+        model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
+    if config.peft is not None:
+        am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
+    kernels = am_models.optimize(model, kernels=config.kernels)
+    mapping = am_models.weight_map(model)
+    model_files = runtime.model_files(model, tokenizer, folder)
+    model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
+    fresh = ("*lora_*",) if folder else ("*",)
+    am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
+    am_models.leak_test(model)
+
+    # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
+    optimizer = optim.build_optimizer(
+        model,
+        optimizer=config.optimizer.factory(),
+        overrides=config.optimizer.overrides(),
+        **config.optimizer.hyperparameters(),
+    )
+    schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
+    progress = runtime.Progress()
+    state = {
+        "model": am_peft.Adapter(model) if config.peft is not None else model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "data": loader,
+        "progress": progress,
+    }
+    keep_best = config.checkpoint.keep_best
+    checkpoints = am_ckpt.Checkpointer(
+        config.run_dir / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
+        files=am_peft.adapter_files(model) if config.peft is not None else model_files,
+        mapping=mapping,
+    )
+    resumed = runtime.resume(checkpoints, state, config.checkpoint.resume)
+
+    loss_fn = config.loss_fn.callable()
+    with Report(
+        config.run_dir,
+        config.to_yaml(),
+        total_steps=total_steps,
+        rank=torch.distributed.get_rank(),
+        world_size=dims.world_size,
+        resume_step=resumed,
+        identity=config.identity(),
+    ) as log:
+        for fact in (dataset.report, kernels, am_peft.trainable_report(model), optim.describe(optimizer)):
+            log.note(fact)
+        log.samples(dataset.report.samples)
+        if resumed is None and validation:
+            log.validation(0, evaluate(model, loss_fn, validation, data_ranks, device))
+
+        for micro_batches in itertools.islice(loader, total_steps - progress.step):
+            began = time.monotonic()
+            # The divisor is known before any backward, so that every token of the step weighs the same.
+            targets = am_mesh.sum_over(data_ranks, count(micro_batches, "shift_labels", but=-100))
+            tokens = am_mesh.sum_over(data_ranks, count(micro_batches, "document_ids", but=0))
+
+            model.train()
+            loss = torch.zeros((), device=device)
+            for number, batch in enumerate(micro_batches):
+                runtime.seed_everything(config.seed, progress.step, number, data_ranks.get_local_rank())
+                with am_mesh.gradient_sync(model, number == len(micro_batches) - 1):
+                    part = am_models.forward_with_loss(model, loss_fn, **runtime.to_device(batch, device)) / targets
+                    part.backward()
+                loss += part.detach()
+            grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.step += 1
+
+            log.step(
+                progress.step,
+                epoch=loader.epoch,
+                loss=am_mesh.sum_over(data_ranks, loss).item(),
+                grad_norm=grad_norm.item(),
+                lr=rate,
+                tokens=tokens,
+                target_tokens=targets,
+                seconds=time.monotonic() - began,
+            )
+            stopping = stop.requested(data_ranks)
+            losses: dict[str, float] | None = None
+            if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
+                losses = evaluate(model, loss_fn, validation, data_ranks, device)
+                log.validation(progress.step, losses)
+            due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
+            if config.checkpoint.enabled and (due or stopping):
+                checkpoints.save(progress.step, state, metrics=losses)
+                log.write_page()
+            if stopping and progress.step < total_steps:
+                log.finish(status=f"stopped after step {progress.step}; the same command continues")
+                return PREEMPTED
+
+        # Out: a plain Hugging Face folder, or the adapter alone.
+        export = config.run_dir / "export"
+        if config.export.enabled:
+            if config.peft is not None and not config.export.merge_adapter:
+                am_peft.save_adapter(model, export, base_model_name_or_path=str(folder))
+            else:
+                if config.peft is not None:
+                    am_peft.merge_lora(model)
+                am_ckpt.save_hf(model, export, mapping=mapping, files=model_files)
+        if config.generate.prompts:
+            answers = runtime.generate_answers(
+                model, tokenizer, config.generate.prompts, config.generate.max_new_tokens
+            )
+            log.answers("after", answers)
+        log.finish(goal=config.goal(), next_steps=next_steps(config))
+    return 0
+
+
+def make_loader(config: SftConfig, dataset: Any, data_ranks: DeviceMesh, *, training: bool) -> am_data.DataLoader:
+    """Steps over ``dataset`` packed or padded as the config says; for validation one epoch, in order."""
+    pack_size = config.packed_sequence.packed_sequence_size
+    scheduler = config.step_scheduler
+    return am_data.DataLoader(
+        am_data.PackedDataset(dataset, pack_size) if pack_size else dataset,
+        layout="packed" if pack_size else "padded",
+        global_batch_size=scheduler.global_batch_size,
+        local_batch_size=scheduler.local_batch_size,
+        mesh=data_ranks,
+        seed=config.seed,
+        shuffle=training and config.dataloader.shuffle,
+        num_epochs=scheduler.num_epochs if training else 1,
+    )
+
+
+def count(micro_batches: list[am_data.Batch], key: str, *, but: int) -> int:
+    """How many values of ``key`` on this rank are not ``but``."""
+    return sum(int((batch[key] != but).sum()) for batch in micro_batches)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    loss_fn: Callable[..., torch.Tensor],
+    loaders: Mapping[str, am_data.DataLoader],
+    data_ranks: DeviceMesh,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss per target token of each validation set. Every rank calls it; all get the same numbers."""
+    model.eval()
+    losses = {}
+    for name, loader in loaders.items():
+        total, targets = torch.zeros((), device=device), 0
+        for micro_batches in loader:
+            for batch in micro_batches:
+                total += am_models.forward_with_loss(model, loss_fn, **runtime.to_device(batch, device))
+            targets += count(micro_batches, "shift_labels", but=-100)
+        losses[name] = am_mesh.sum_over(data_ranks, total).item() / am_mesh.sum_over(data_ranks, targets)
+    return losses
+
+
+def next_steps(config: SftConfig) -> list[str]:
+    """What to type after the run, as shell lines."""
+    return [
+        f"open {config.run_dir / 'report.html'}",
+        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', '{config.run_dir / 'export'}')"
+        "([{'role': 'user', 'content': 'Hello!'}], max_new_tokens=50)[0]['generated_text'][-1]['content'])\"",
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.main_recipe("sft"))
