@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from am_ckpt._contents import SECTIONS, Contents, Description, Plan, collect, make_plan, owned_pieces
-from am_ckpt._format import Header, build_header, element_count
+from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count
 from am_ckpt._io import (
     clean_stale,
     digest,
@@ -51,7 +51,7 @@ from am_ckpt._layout import (
 )
 from am_ckpt._ranks import agree, rank_and_size, rank_zero
 from am_ckpt._restore import ADAPTER_FILE, restore
-from am_ckpt._shards import ITEM_BYTES, byte_blocks, dtype_name
+from am_ckpt._shards import byte_blocks, dtype_name
 
 
 class Checkpointer:
@@ -61,9 +61,9 @@ class Checkpointer:
     a metric given to :meth:`save`. With neither, nothing is ever deleted; with ``keep_best`` alone, the newest step is
     kept besides the best.
 
-    ``files``: more files for ``model/`` (config, tokenizer, adapter config): file name -> text, bytes, or the path of a
-    file to copy; :func:`am_ckpt.hf_files` lists those of a Hugging Face folder. ``mapping``: records of how the module's
-    parameters relate to the published files (see :func:`am_ckpt.load_hf`), stored for tools that export later.
+    ``files``: more files for ``model/`` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
+    a file to copy; :func:`am_ckpt.hf_files` lists those of a Hugging Face folder. ``mapping``: records of how the
+    module's parameters relate to the published files (see :func:`am_ckpt.load_hf`), stored for tools that export later.
     ``fingerprints``: JSON data; loading a checkpoint that has another value under the same key is refused.
     """
 
@@ -181,7 +181,8 @@ class Checkpointer:
         }
         if {name: value for part in found for name, value in part.items()} != there:
             raise FileExistsError(
-                f"{path} exists with other content (or was written by another number of ranks) and is never overwritten; "
+                f"{path} exists with other content (or was written by another number of ranks) and is never "
+                "overwritten; "
                 "delete it, save another step, or use another directory"
             )
 
@@ -267,8 +268,8 @@ class Checkpointer:
             path = staging / record["path"]
             if not path.exists():
                 raise FileNotFoundError(
-                    f"{path}, written by rank {record['rank']}, is not visible to rank 0; the directory must be on a file "
-                    "system that all ranks share"
+                    f"{path}, written by rank {record['rank']}, is not visible to rank 0; the directory must be "
+                    "on a file system that all ranks share"
                 )
             if path.stat().st_size != record["bytes"]:
                 raise OSError(f"{path} has {path.stat().st_size} bytes, rank {record['rank']} wrote {record['bytes']}")
@@ -354,7 +355,7 @@ class Checkpointer:
 
 
 class _TensorFile:
-    """One safetensors file of a save: its place, its tensors, and where in the global tensors they are (shards only)."""
+    """One safetensors file of a save: its place, its tensors and, for shards, where in the global tensors they are."""
 
     def __init__(
         self, path: str, tensors: dict[str, torch.Tensor], boxes: dict[str, dict[str, list[int]]] | None

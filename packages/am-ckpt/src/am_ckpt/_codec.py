@@ -72,8 +72,8 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
     if isinstance(value, torch.Tensor):
         return {"$tensor": _add_tensor(value, path, tensors)}
     raise TypeError(
-        f"{path} has type {kind.__module__}.{kind.__qualname__}, which cannot be stored without pickle; return None, bool, "
-        "int, float, str, bytes, list, tuple, set, dict or tensors from state_dict()"
+        f"{path} has type {kind.__module__}.{kind.__qualname__}, which cannot be stored without pickle; return None, "
+        "bool, int, float, str, bytes, list, tuple, set, dict or tensors from state_dict()"
     )
 
 
@@ -89,8 +89,8 @@ def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tens
 def _add_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> str:
     if isinstance(value, DTensor):
         raise TypeError(
-            f"{path} is a sharded tensor (DTensor); only the model and its optimizers are stored in shards, so give a plain "
-            "tensor here, for example value.full_tensor()"
+            f"{path} is a sharded tensor (DTensor); only the model and its optimizers are stored in shards, so give a "
+            "plain tensor here, for example value.full_tensor()"
         )
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         raise TypeError(f"{path} is a {type(value).__qualname__}, a tensor subclass that safetensors cannot describe")

@@ -140,7 +140,7 @@ def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
 
 
 def read_header(path: Path, *, follow_symlinks: bool = False) -> Header:
-    """Read and check the header of ``path``; raises ``ValueError`` naming the file, ``OSError`` where it cannot be read."""
+    """Read and check the header of ``path``; ``ValueError`` names the file, ``OSError`` where it cannot be read."""
     descriptor = open_for_reading(path, follow_symlinks=follow_symlinks)
     try:
         file_bytes = os.fstat(descriptor).st_size

@@ -5,7 +5,7 @@ that no file holds contain (rotary frequencies, embedding scales), and what new 
 the module's own code answers, so the values are those of a model that was built with memory:
 
 - a class of the model's own with ``reset_parameters()`` is asked first, also when the parameter sits in a child of it;
-- then the nearest ``transformers.PreTrainedModel`` above, through ``_init_weights(module)``, as ``from_pretrained`` does;
+- then the nearest ``transformers.PreTrainedModel`` above, through ``_init_weights(module)``, like ``from_pretrained``;
 - then ``reset_parameters()`` of torch's own modules.
 
 A new parameter is initialised whole, on the CPU, from a seed made of its name: its values do not depend on the layout.
@@ -90,32 +90,39 @@ def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: In
             # Filled twice, from different values: what a source leaves out differs between the two.
             for start in (0, 1):
                 for buffer in buffers:
-                    buffer.fill_(start)  # type: ignore[union-attr]
-                with _temporary_parameters([group[0].module]), torch.random.fork_rng(devices=[]), torch.no_grad():
+                    buffer.fill_(start)
+                with (
+                    _temporary_parameters([group[0].module], buffers=False),
+                    torch.random.fork_rng(devices=[]),
+                    torch.no_grad(),
+                ):
                     source()
-                results.append([buffer.clone() for buffer in buffers])  # type: ignore[union-attr]
+                results.append([buffer.clone() for buffer in buffers])
             if all(torch.equal(first, second) for first, second in zip(*results, strict=True)):
                 break
         else:
             raise ValueError(
-                f"the buffer {group[0].name!r} of {type(group[0].module).__name__} is in no file and the module cannot "
-                "recompute it; build the model off the meta device, give the module a reset_parameters() that fills its "
-                "buffers, or pass initialiser="
+                f"the buffer {group[0].name!r} of {type(group[0].module).__name__} is in no file and the module "
+                "cannot recompute it; build the model off the meta device, give it a reset_parameters() that fills "
+                "its buffers, or pass initialiser="
             )
 
 
 def initialise_parameters(
     model: nn.Module, patterns: Sequence[str], seed: int, initialiser: Initialiser | None
 ) -> None:
-    """Initialise the parameters that match ``patterns``, each from (its name, ``seed``) alone."""
+    """Initialise the parameters (and stored buffers) that match ``patterns``, each from (its name, ``seed``) alone."""
     for stored in stored_tensors(model):
         if not matches(stored, patterns):
             continue
         place = stored.places[0]
         for source in _sources(model, place, initialiser):
-            with _temporary_parameters(_chain(model, place)) as temporary, torch.random.fork_rng(devices=[]):
+            with (
+                _temporary_parameters(_chain(model, place), buffers=True) as temporary,
+                torch.random.fork_rng(devices=[]),
+            ):
                 # The CPU generator alone: torch.manual_seed would also reset the accelerator's.
-                torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{place.name}") >> 1)
+                torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{place.name}".encode()) >> 1)
                 with torch.no_grad():
                     source()
                 value = temporary[id(place.module), place.key].detach()
@@ -163,35 +170,41 @@ def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) ->
     path = _ancestors(model, place)
     own = [ancestor for ancestor in path if _has_own_reset(ancestor)]
     if own:
-        yield own[-1].reset_parameters  # type: ignore[union-attr,misc]
+        yield own[-1].reset_parameters
     # A transformers model means that transformers is loaded; it is not imported here.
     transformers = sys.modules.get("transformers.modeling_utils")
     pretrained = [a for a in path if transformers is not None and isinstance(a, transformers.PreTrainedModel)]
     if pretrained:
-        yield lambda: pretrained[-1]._init_weights(module)  # type: ignore[operator]
+        yield lambda: pretrained[-1]._init_weights(module)
     if isinstance(module, _Resets) and not _has_own_reset(module):
         yield module.reset_parameters
 
 
 @contextmanager
-def _temporary_parameters(modules: Sequence[nn.Module]) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    """Replace the direct parameters of ``modules`` by whole CPU tensors of NaN, so that initialisation code can run
-    without touching shards, other devices or loaded values."""
-    kept = [(module, dict(module._parameters)) for module in modules]
+def _temporary_parameters(
+    modules: Sequence[nn.Module], *, buffers: bool
+) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """Replace what ``modules`` hold directly by whole CPU tensors, so that initialisation code can run without touching
+    shards, other devices or loaded values. Floating point starts as NaN: what is not initialised shows."""
+    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
     temporary: dict[tuple[int, str], torch.Tensor] = {}
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return value.fill_(torch.nan) if value.is_floating_point() else value.zero_()
+
     try:
-        for module, parameters in kept:
+        for module, parameters, held_buffers in kept:
             for key, parameter in parameters.items():
                 if parameter is not None:
-                    value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    if value.is_floating_point():
-                        value.fill_(torch.nan)
-                    replacement = nn.Parameter(
-                        value, requires_grad=parameter.requires_grad and value.is_floating_point()
-                    )
-                    module._parameters[key] = replacement
-                    temporary[id(module), key] = replacement
+                    value = whole(parameter)
+                    module._parameters[key] = nn.Parameter(value, requires_grad=value.is_floating_point())
+                    temporary[id(module), key] = value
+            for key, buffer in held_buffers.items():
+                if buffers and buffer is not None:
+                    module._buffers[key] = temporary[id(module), key] = whole(buffer)
         yield temporary
     finally:
-        for module, parameters in kept:
+        for module, parameters, held_buffers in kept:
             module._parameters.update(parameters)
+            module._buffers.update(held_buffers)

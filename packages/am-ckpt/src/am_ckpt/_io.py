@@ -159,7 +159,8 @@ def require_space(directory: Path, planned_bytes: int) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"needed {needed} bytes ({needed / 2**30:.2f} GiB, 2 % of it margin), free are {free} ({free / 2**30:.2f} GiB); "
+            f"needed {needed} bytes ({needed / 2**30:.2f} GiB, 2 % of it margin), free are {free} "
+            f"({free / 2**30:.2f} GiB); "
             "free some space, lower keep_last, or choose another directory",
             str(directory),
         )
@@ -252,7 +253,7 @@ def lease_state(path: Path) -> str:
 
 
 def clean_stale(directory: Path, prefixes: tuple[str, ...]) -> list[str]:
-    """Remove staging folders of dead writers and unfinished deletes under ``directory``; returns what live ones remain."""
+    """Remove staging folders of dead writers and unfinished deletes; returns the staging folders of live ones."""
     remaining = []
     for entry in sorted(directory.iterdir()):
         if entry.name.startswith(".trash-"):

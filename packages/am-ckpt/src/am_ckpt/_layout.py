@@ -43,7 +43,7 @@ def require_file_name(name: str, what: str) -> None:
 
 def seal(manifest: dict[str, Any]) -> bytes:
     """The manifest as the bytes of its file, with the digest of its content."""
-    return _text({**manifest, "xxh3_128": digest(_text(manifest))}) + b"\n"
+    return _text({**manifest, "xxh3_128": digest(_text(manifest))})
 
 
 def _text(manifest: dict[str, Any]) -> bytes:

@@ -65,8 +65,8 @@ def match_groups(
             known = {name for group in saved["groups"] for name in group["parameters"]}
             new = [name for name in members if name not in known]
             raise ValueError(
-                f"state[{entry!r}]: group {index} ({len(members)} parameters, first {members[:3]}) is none of the checkpoint's "
-                f"{len(options)} groups; parameters that the checkpoint's optimizer does not have: {new[:5] or 'none'}. "
+                f"state[{entry!r}]: group {index} ({len(members)} parameters, first {members[:3]}) is none of the "
+                f"checkpoint's {len(options)} groups; parameters new to them: {new[:5] or 'none'}. "
                 "Group the parameters as in the saved run"
             )
         result.append(options[frozenset(members)])

@@ -33,7 +33,7 @@ def agree(context: str, action: Callable[[], T]) -> list[T]:
     Where it raises on any rank, every rank raises the same error: ``context``, the rank, and the cause. ``OSError``
     keeps its errno. Results must be picklable.
     """
-    rank, size = rank_and_size()
+    _, size = rank_and_size()
     failure: Exception | None = None
     outcome: tuple[bool, T | tuple[str, int | None, str]]
     try:
@@ -60,5 +60,4 @@ def agree(context: str, action: Callable[[], T]) -> list[T]:
 def rank_zero(context: str, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 alone (all ranks must call this); every rank gets its result or raises its error."""
     rank, _ = rank_and_size()
-    result = agree(context, lambda: action() if rank == 0 else None)[0]
-    return result  # type: ignore[return-value]
+    return agree(context, lambda: action() if rank == 0 else None)[0]  # type: ignore[return-value]

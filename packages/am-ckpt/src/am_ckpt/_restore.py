@@ -248,10 +248,10 @@ def _name_differences(
     lines = []
     if missing:
         # Similarity is quadratic in the number of names: only for those that are shown.
-        shown = ", ".join(name + nearest(name, there) for name in missing[:5])
+        shown = ", ".join(name + nearest(name, unexpected or there) for name in missing[:5])
         lines.append(f"{len(missing)} not in the checkpoint: {shown}")
     if unexpected:
-        shown = ", ".join(name + nearest(name, here) for name in unexpected[:5])
+        shown = ", ".join(name + nearest(name, missing or here) for name in unexpected[:5])
         lines.append(f"{len(unexpected)} only in the checkpoint: {shown}")
     return lines
 

@@ -1,9 +1,9 @@
 """Which part of a tensor is where: boxes, the tensors' bytes, and who writes what.
 
 A *box* is a rectangle of a global tensor: offset and size per dim. A tensor on this rank is a list of *pieces*, boxes
-with the plain tensor that holds their values: one box for whole and evenly or unevenly sharded tensors, none for a rank
-that got an empty shard, several only where a strided sharding interleaves. Ranks exchange boxes, so replicas (DDP, HSDP,
-0-d steps) are seen to be the same box and exactly one of their holders writes it.
+with the plain tensor that holds their values: one box for whole and evenly or unevenly sharded tensors, none for a
+rank that got an empty shard, several only where a strided sharding interleaves. Ranks exchange boxes, so replicas (DDP,
+HSDP, 0-d steps) are seen to be the same box and exactly one of their holders writes it.
 """
 
 from __future__ import annotations

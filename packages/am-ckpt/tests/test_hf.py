@@ -1,0 +1,410 @@
+"""Hugging Face folders: into meta and sharded models, and out of them again."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import am_ckpt
+from am_testing import run_distributed
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def build(family: str, tied: bool = False) -> Any:
+    if family == "gemma3":
+        config = transformers.Gemma3TextConfig(
+            **SIZES, tie_word_embeddings=tied, layer_types=["sliding_attention", "full_attention"]
+        )
+        return transformers.Gemma3ForCausalLM(config)
+    if family == "qwen3":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, tie_word_embeddings=tied))
+    if family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        return transformers.Qwen3MoeForCausalLM(config)
+    rope = {"llama": None, "llama3": LLAMA3, "yarn": YARN}[family]
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied, rope_parameters=rope)
+    return transformers.LlamaForCausalLM(config)
+
+
+def on_meta(family: str, tied: bool = False) -> Any:
+    with torch.device("meta"):
+        return build(family, tied)
+
+
+def same_tensors(model: nn.Module, reference: nn.Module) -> None:
+    here = dict(model.named_parameters()) | dict(model.named_buffers())
+    there = dict(reference.named_parameters()) | dict(reference.named_buffers())
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        value = here[name].full_tensor() if isinstance(here[name], DTensor) else here[name]
+        assert value.dtype == tensor.dtype
+        assert torch.equal(value, tensor), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "llama3", "yarn", "qwen3", "gemma3"])
+def test_a_meta_model_becomes_the_stock_model(family: str, tied: bool, tmp_path: Path) -> None:
+    reference = build(family, tied)
+    reference.save_pretrained(tmp_path / "stock")
+    stock = type(reference).from_pretrained(tmp_path / "stock")
+    model = on_meta(family, tied)
+    am_ckpt.load_hf(model, tmp_path / "stock")
+    same_tensors(model, stock)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    am_ckpt.save_hf(model, tmp_path / "ours", files_from=tmp_path / "stock")
+    am_ckpt.save_hf(model, tmp_path / "own_config", max_shard_size=20_000)
+    assert (tmp_path / "own_config" / "model.safetensors.index.json").is_file()
+    ids = torch.arange(12)[None]
+    for folder in ("ours", "own_config"):
+        opened, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert torch.equal(opened(ids).logits, stock(ids).logits)
+
+
+def sharded(folder: str, tied: bool, out: str) -> bool:
+    model = on_meta("llama", tied)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    am_ckpt.load_hf(model, folder)
+    same_tensors(model, transformers.LlamaForCausalLM.from_pretrained(folder))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    logits = model(torch.arange(12)[None]).logits
+    am_ckpt.save_hf(model, out, files_from=folder, max_shard_size=30_000)
+    return bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_are_filled_and_written_without_gathering(tied: bool, tmp_path: Path) -> None:
+    reference = build("llama", tied)
+    reference.save_pretrained(tmp_path / "stock", max_shard_size=40_000)
+    assert run_distributed(sharded, 4, str(tmp_path / "stock"), tied, str(tmp_path / "out")) == [True] * 4
+    same_tensors(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out"), reference)
+
+
+def read_bytes() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def counted(folder: str) -> int:
+    with torch.device("meta"):
+        model = nn.Linear(512, 4096, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    before = read_bytes()
+    am_ckpt.load_hf(model, folder)
+    return read_bytes() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count bytes read per process")
+def test_each_rank_reads_its_share_of_the_bytes(tmp_path: Path) -> None:
+    whole = {"weight": torch.randn(4096, 512)}
+    save_file(whole, tmp_path / "model.safetensors")
+    total = whole["weight"].nbytes
+    for count in run_distributed(counted, 4, str(tmp_path)):
+        # A quarter of the data and the header; the rest is a margin for what the interpreter itself reads.
+        assert total / 4 <= count < total / 4 + 100_000
+
+
+def expert_mapping(model: nn.Module) -> list[dict[str, Any]]:
+    records = []
+    for name, parameter in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            base, (experts, double, _) = name.removesuffix("gate_up_proj"), parameter.shape
+            for expert in range(experts):
+                for index, part in enumerate(("gate_proj", "up_proj")):
+                    rows = [index * double // 2, (index + 1) * double // 2]
+                    slice_ = [[expert, expert + 1], rows, None]
+                    records.append(
+                        {
+                            "file": f"{base}{expert}.{part}.weight",
+                            "parameter": name,
+                            "slice": slice_,
+                            "transpose": False,
+                        }
+                    )
+        elif name.endswith("experts.down_proj"):
+            base = name.removesuffix("down_proj")
+            for expert in range(parameter.shape[0]):
+                slice_ = [[expert, expert + 1], None, None]
+                records.append(
+                    {"file": f"{base}{expert}.down_proj.weight", "parameter": name, "slice": slice_, "transpose": False}
+                )
+    return records
+
+
+def moe(folder: str, out: str) -> int:
+    model = on_meta("qwen3_moe")
+    records = expert_mapping(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    am_ckpt.load_hf(model, folder, mapping=records)
+    same_tensors(model, transformers.Qwen3MoeForCausalLM.from_pretrained(folder))
+    am_ckpt.save_hf(model, out, mapping=records, files_from=folder)
+    return len(records)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_fused_experts_come_from_and_go_to_per_expert_files(world_size: int, tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "stock")
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in stock
+    run_distributed(moe, world_size, str(tmp_path / "stock"), str(tmp_path / "out"))
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == stock.keys()
+    assert all(torch.equal(ours[name], value) for name, value in stock.items())
+
+
+def transposed(folder: str) -> torch.Tensor:
+    with torch.device("meta"):
+        model = nn.Linear(6, 5, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    record = {"file": "w", "parameter": "weight", "slice": None, "transpose": True}
+    am_ckpt.load_hf(model, folder, mapping=[record])
+    am_ckpt.save_hf(model, f"{folder}/out", mapping=[record])
+    return model.weight.full_tensor().detach()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_transposed_tensors(world_size: int, tmp_path: Path) -> None:
+    value = torch.randn(6, 5)
+    save_file({"w": value}, tmp_path / "model.safetensors")
+    for result in run_distributed(transposed, world_size, str(tmp_path)):
+        assert torch.equal(result, value.T)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], value)
+
+
+class WithAdapter(nn.Module):
+    """A linear layer with two small matrices that start as LoRA's do: one random, one zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(8, 6, bias=False)
+        self.lora_A = nn.Parameter(torch.empty(4, 8))
+        self.lora_B = nn.Parameter(torch.empty(6, 4))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+
+
+def adapted(folder: str, seed: int) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = nn.Sequential(OrderedDict(first=WithAdapter(), second=WithAdapter()))
+    if dist.get_world_size() > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    before = torch.get_rng_state()
+    am_ckpt.load_hf(model, folder, initialise=("*lora_*",), seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
+
+
+def test_initial_values_depend_on_name_and_seed_alone(tmp_path: Path) -> None:
+    save_file({f"{n}.base.weight": torch.randn(6, 8) for n in ("first", "second")}, tmp_path / "model.safetensors")
+    one = run_distributed(adapted, 1, str(tmp_path), 5)[0]
+    four = run_distributed(adapted, 4, str(tmp_path), 5)[3]
+    other = run_distributed(adapted, 1, str(tmp_path), 6)[0]
+    assert all(torch.equal(one[name], four[name]) for name in one)
+    assert not torch.equal(one["first.lora_A"], one["second.lora_A"])
+    assert not torch.equal(one["first.lora_A"], other["first.lora_A"])
+    assert one["first.lora_A"].any()
+    assert not one["first.lora_B"].any()
+
+
+def test_a_whole_model_can_be_initialised_without_files() -> None:
+    first, second = on_meta("llama"), on_meta("llama")
+    am_ckpt.load_hf(first, None, initialise=("*",), seed=1)
+    am_ckpt.load_hf(second, None, initialise=("*",), seed=1)
+    same_tensors(first, second)
+    # What Llama's own initialisation says: normal with initializer_range, norms of one.
+    assert first.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.equal(first.model.norm.weight, torch.ones(32))
+
+
+def test_a_new_head_of_a_transformers_model_starts_as_its_family_does(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=50))
+    am_ckpt.load_hf(model, tmp_path, initialise=("score.*",), ignore=("lm_head.*",))
+    assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_values_are_cast_to_the_parameters_dtype(tmp_path: Path) -> None:
+    value = torch.randn(5, 6)
+    save_file({"weight": value}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Linear(6, 5, bias=False, dtype=torch.bfloat16)
+    am_ckpt.load_hf(model, tmp_path)
+    assert torch.equal(model.weight, value.bfloat16())
+
+
+def test_real_tensors_keep_their_memory(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(5, 6)}, tmp_path / "model.safetensors")
+    model = nn.Linear(6, 5, bias=False)
+    parameter, address = model.weight, model.weight.data_ptr()
+    am_ckpt.load_hf(model, tmp_path)
+    assert model.weight is parameter
+    assert (model.weight.data_ptr(), model.weight.sum().item()) == (address, 30.0)
+
+
+def test_every_difference_is_reported_at_once_and_nothing_is_touched(tmp_path: Path) -> None:
+    save_file(
+        {"0.wieght": torch.ones(3, 5), "0.bias": torch.ones(4), "1.weight": torch.ones(2, 3)},
+        tmp_path / "model.safetensors",
+    )
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        am_ckpt.load_hf(model, tmp_path)
+    text = str(error.value)
+    assert "2 missing in the files: 0.weight (nearest: 0.wieght)" in text
+    assert "1 in the files only: 0.wieght (nearest: 0.weight)" in text
+    assert "0.bias: model [3], file [4]" in text
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Opaque(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def fill_table(module: nn.Module) -> None:
+    module.table.copy_(torch.arange(3.0))
+
+
+def test_a_buffer_that_nothing_recomputes_is_named(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = Opaque()
+    with pytest.raises(ValueError, match="the buffer 'table' of Opaque is in no file"):
+        am_ckpt.load_hf(model, tmp_path)
+    with torch.device("meta"):
+        model = Opaque()
+    am_ckpt.load_hf(model, tmp_path, initialiser=fill_table)
+    assert torch.equal(model.table, torch.arange(3.0))
+
+
+def write_raw(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+
+
+ENTRY = b'"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "message"),
+    [
+        (b"{" + ENTRY + b"," + ENTRY + b"}", b"\0" * 8, None, "occurs twice"),
+        (b"{" + ENTRY + b"}", b"\0" * 8, 2**40, "its header claims"),
+        (b"{" + ENTRY + b"}", b"\0" * 4, None, "truncated"),
+        (b"{" + ENTRY + b"}", b"\0" * 12, None, "belong to no tensor"),
+        (b"{" + ENTRY.replace(b"[0,8]", b"[4,12]") + b"}", b"\0" * 12, None, "leaves a hole"),
+        (b"{" + ENTRY.replace(b"[2]", b"[-2]") + b"}", b"\0" * 8, None, "non-negative"),
+        (b"{" + ENTRY.replace(b"[2]", b"[3]") + b"}", b"\0" * 8, None, "do not fit"),
+        (b"{" + ENTRY.replace(b"F32", b"F99") + b"}", b"\0" * 8, None, "has dtype 'F99'"),
+        (b"[" * 5000, b"", None, "not valid JSON"),
+    ],
+)
+def test_damaged_headers_are_refused(
+    header: bytes, data: bytes, length: int | None, message: str, tmp_path: Path
+) -> None:
+    write_raw(tmp_path / "model.safetensors", header, data, length)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=message):
+        am_ckpt.load_hf(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("../secret.safetensors", ValueError, "only safetensors files of the folder itself"),
+        ("/etc/passwd", ValueError, "only safetensors files of the folder itself"),
+        ("gone.safetensors", FileNotFoundError, "safetensors is missing"),
+        ("other.safetensors", ValueError, "which lacks it"),
+    ],
+)
+def test_the_index_cannot_lead_elsewhere(place: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    save_file({"bias": torch.ones(2)}, tmp_path / "other.safetensors")
+    index = {"weight_map": {"weight": place}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(error, match=message):
+        am_ckpt.load_hf(nn.Linear(2, 2), tmp_path)
+
+
+def test_quantised_files_are_not_cast(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(5, 6, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="dequantise the file first"):
+        am_ckpt.load_hf(nn.Linear(6, 5, bias=False), tmp_path)
+
+
+def test_a_tied_tensor_stored_twice_must_be_equal(tmp_path: Path) -> None:
+    build("llama", tied=True).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    am_ckpt.load_hf(on_meta("llama", tied=True), tmp_path)
+    weights["lm_head.weight"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="one tied tensor in the model"):
+        am_ckpt.load_hf(on_meta("llama", tied=True), tmp_path)
+
+
+def test_an_export_replaces_only_an_export(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    am_ckpt.save_hf(model, tmp_path / "out", max_shard_size=20)
+    with torch.no_grad():
+        model.weight.add_(1)
+    am_ckpt.save_hf(model, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors"]
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], model.weight)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        am_ckpt.save_hf(model, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_config_that_would_lose_the_head_is_refused(tmp_path: Path) -> None:
+    build("llama", tied=False).save_pretrained(tmp_path / "separate")
+    build("llama", tied=True).save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match="it would be lost"):
+        am_ckpt.save_hf(build("llama", tied=True), tmp_path / "out", files_from=tmp_path / "separate")
+    with pytest.raises(ValueError, match="it would be ignored"):
+        am_ckpt.save_hf(build("llama", tied=False), tmp_path / "out", files_from=tmp_path / "tied")
