@@ -44,7 +44,9 @@ class Forks:
     def __init__(self) -> None:
         code = (
             "import os, runpy, sys\n"
-            "import am_ckpt._checkpointer\n"
+            "import am_ckpt._checkpointer, torch\n"
+            # The first optimizer imports torch._dynamo, which takes a second.
+            "torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)\n"
             "print('ready', flush=True)\n"
             "for line in sys.stdin:\n"
             "    child, *arguments = line.rstrip().split('\\t')\n"

@@ -49,7 +49,7 @@ from am_ckpt._layout import (
     step_name,
     steps,
 )
-from am_ckpt._ranks import agree, rank_and_size, rank_zero
+from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import ADAPTER_FILE, restore
 from am_ckpt._shards import byte_blocks, dtype_name
 
@@ -117,7 +117,7 @@ class Checkpointer:
         context = f"step {step} was not saved in {self.directory}, nothing was published"
         contents = Contents()
         described = agree(context, lambda: collect(state, contents))
-        plan = agree(context, lambda: make_plan(described))[rank_and_size()[0]]
+        plan = compute(context, lambda: make_plan(described))
         if rank_zero(context, lambda: self._exists(step)):
             found = agree(context, lambda: _data_digests(contents, plan))
             rank_zero(context, lambda: self._require_same(step, found))

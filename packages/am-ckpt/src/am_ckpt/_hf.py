@@ -27,7 +27,7 @@ from am_ckpt._initialise import Initialiser, initialise_parameters, matches, mat
 from am_ckpt._io import create, fsync_directory, remove, require_space, write_all, write_bytes
 from am_ckpt._layout import require_file_name
 from am_ckpt._model import Stored, stored_tensors, unwrap
-from am_ckpt._ranks import agree, rank_and_size, rank_zero
+from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._read import Chunk, Reader, Source, whole_sources
 from am_ckpt._restore import nearest
 from am_ckpt._shards import (
@@ -122,9 +122,7 @@ def load_hf(
     context = f"{path} was not loaded" if path is not None else "the model was not initialised"
     bare = unwrap(model)
     patterns = (initialise,) if isinstance(initialise, str) else tuple(initialise)
-    plans: list[_LoadPlan] = []
-    agree(context, lambda: plans.append(_LoadPlan(bare, path, mapping, patterns)))
-    plan = plans[0]
+    plan = compute(context, lambda: _LoadPlan(bare, path, mapping, patterns))
     wanted = agree(context, plan.wanted)
     agree(context, lambda: plan.check(set().union(*wanted), ignore))
     with Reader(follow_symlinks=True) as reader:
@@ -390,7 +388,7 @@ def save_hf(
     rank = rank_and_size()[0]
     tensors: dict[str, Stored] = {}
     held = agree(context, lambda: _held(bare, tensors))
-    plan = agree(context, lambda: _SavePlan(held, mapping, _byte_count(max_shard_size)))[rank]
+    plan = compute(context, lambda: _SavePlan(held, mapping, _byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
     staging = target.with_name(f".{target.name}-staging-{export_id}")

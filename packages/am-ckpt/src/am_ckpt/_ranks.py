@@ -57,6 +57,13 @@ def agree(context: str, action: Callable[[], T]) -> list[T]:
     raise _ERRORS.get(name, RuntimeError)(message) from failure
 
 
+def compute(context: str, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank and return this rank's own result, which is not sent to the others."""
+    kept: list[T] = []
+    agree(context, lambda: kept.append(action()))
+    return kept[0]
+
+
 def rank_zero(context: str, action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 alone (all ranks must call this); every rank gets its result or raises its error."""
     rank, _ = rank_and_size()
