@@ -1,12 +1,13 @@
-"""What CI and a newcomer run: ``uv run nox`` (everything), ``uv run nox -s tests -- am-mesh`` (one session, one package).
+"""What CI and a newcomer run: ``uv run nox`` (all of it), ``uv run nox -s tests -- am-mesh`` (one session, one package).
 
-Sessions use the project's own environment (``uv sync`` made it); only ``alone`` builds others, one small environment per
-library, to show that each works with nothing but what it declares.
+Sessions use the project's own environment (``uv sync`` made it); only ``alone`` builds others, one small environment
+per library, to show that each works with nothing but what it declares.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("lint-imports")
     session.run("uv", "lock", "--check", external=True)
-    sources = {line.split('registry = "')[1].split('"')[0] for line in open("uv.lock") if 'registry = "' in line}
+    sources = set(re.findall(r'registry = "(.*?)"', Path("uv.lock").read_text()))
     if len(sources) != 1 or not sources.pop().startswith("https://"):
         session.error("uv.lock names a second package index or a local folder; lock from PyPI alone")
 

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from am_recipes import config as configs
+from am_recipes import sft
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
@@ -37,8 +38,6 @@ SERVER.set_forkserver_preload(
 
 def recipe(overrides: list[tuple[str, str]], rank: int, world_size: int, port: int) -> None:
     """What `python -m am_recipes.sft -c recipes/configs/tiny.yaml` does, here in a forked process."""
-    from am_recipes import sft
-
     os.chdir(ROOT)
     torch.set_num_threads(1)
     if world_size > 1:
@@ -144,10 +143,12 @@ def test_a_finished_run_says_so(uninterrupted: Path) -> None:
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_runs_directory_is_refused(uninterrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_runs_directory_is_refused(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    assert finish(start(uninterrupted, optimizer__lr="0.5")) != 0
-    assert "optimizer.lr" in capfd.readouterr().err
+    overrides = [("run_dir", str(uninterrupted)), ("optimizer.lr", "0.5")]
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):
+        sft.main(configs.parse("recipes/configs/tiny.yaml", overrides))
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 

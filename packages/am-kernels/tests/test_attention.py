@@ -169,6 +169,18 @@ def test_padding_neither_reads_nor_leaks(backend: str) -> None:
         assert (got.transpose(1, 2)[padding] == 0).all()
 
 
+@pytest.mark.parametrize("backend", [None, "sdpa", "bucketed", "reference"])
+def test_padding_alone_gives_connected_zeros(backend: str | None) -> None:
+    q, k, v = (torch.full((2, 4, 3, 8), float("nan"), requires_grad=True) for _ in range(3))
+    out = am_kernels.attention(q, k, v, document_ids=torch.zeros(2, 3, dtype=torch.int32), backend=backend)
+    assert out.shape == (2, 3, 4, 8)
+    assert (out == 0).all()
+    out.sum().backward()
+    for tensor in (q, k, v):
+        assert tensor.grad is not None
+        assert (tensor.grad == 0).all()
+
+
 def test_documents_longer_than_a_bucket_join_the_short_ones() -> None:
     torch.manual_seed(0)
     ids = ids_of([[30, 1100, -5, 20]])

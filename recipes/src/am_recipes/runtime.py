@@ -75,7 +75,7 @@ class StopSignal:
         signal.signal(signal.SIGTERM, self._previous)
 
     def requested(self, mesh: DeviceMesh) -> bool:
-        """Whether any rank of ``mesh`` has got the signal; every rank calls it, so that all stop after the same step."""
+        """Whether any rank of ``mesh`` got the signal; every rank calls it, so that all stop after the same step."""
         return am_mesh.sum_over(mesh, int(self._received)) > 0
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -116,8 +116,8 @@ def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
 def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: str) -> int | None:
     """Restore ``state`` from the newest checkpoint as ``checkpoint.resume`` says; the step, or None for a fresh start.
 
-    ``auto``: where there is one; ``must``: or raise FileNotFoundError; ``never``: raise FileExistsError if there is one,
-    since training on would mix two runs in one directory. Every rank calls it.
+    ``auto``: where there is one; ``must``: or raise FileNotFoundError; ``never``: raise FileExistsError if there is
+    one, since training on would mix two runs in one directory. Every rank calls it.
     """
     if mode == "never":
         existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))

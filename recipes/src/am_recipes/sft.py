@@ -216,11 +216,11 @@ def evaluate(
 
 def next_steps(config: SftConfig) -> list[str]:
     """What to type after the run, as shell lines."""
-    return [
-        f"open {config.run_dir / 'report.html'}",
-        f"python -c \"from transformers import pipeline; print(pipeline('text-generation', '{config.run_dir / 'export'}')"
-        "([{'role': 'user', 'content': 'Hello!'}], max_new_tokens=50)[0]['generated_text'][-1]['content'])\"",
-    ]
+    export = config.run_dir / "export"
+    lines = ["# Loss curves, what was under loss, sample answers:", f"open {config.run_dir / 'report.html'}"]
+    if config.export.enabled:
+        lines += ["# Talk to the model, with stock transformers:", f"transformers chat {export}"]
+    return lines
 
 
 if __name__ == "__main__":

@@ -35,18 +35,15 @@ def collate(
     there is no loss), all int64, and `document_ids` int32, from 1 in every row, 0 for padding.
 
     `pad_to_multiple_of` rounds the tokens of a row up (context parallelism); `max_length` fixes them. No samples at all
-    give a document of one `pad_token_id` without a target. Raises ValueError for a row longer than `max_length`.
+    give one row of padding, at least one token, so that a rank that has run out still takes part in every collective.
+    Raises ValueError for a row longer than `max_length`.
     """
     if layout not in ("packed", "padded"):
         raise ValueError(f"layout={layout!r} is unknown; choose 'packed' or 'padded'")
-    documents = [sample if isinstance(sample, list) else [sample] for sample in samples]
-    if not documents:
-        # A document, not padding: a rank that has run out must still compute a gradient, if only zero, for every
-        # parameter, or the ranks' collectives would not match.
-        documents = [[{"input_ids": np.array([pad_token_id]), "labels": np.array([IGNORE_INDEX])}]]
+    documents = [sample if isinstance(sample, list) else [sample] for sample in samples] or [[]]
     if layout == "packed":
         documents = [[example for sample in documents for example in sample]]
-    longest = max(sum(len(example["input_ids"]) for example in row) for row in documents)
+    longest = max(1, *(sum(len(example["input_ids"]) for example in row) for row in documents))
     shape = (len(documents), _width(longest, pad_to_multiple_of, max_length))
     batch: dict[str, NDArray] = {
         "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
