@@ -1,4 +1,4 @@
-"""What CI and a newcomer run: ``uv run nox`` (all of it), ``uv run nox -s tests -- am-mesh`` (one session, one package).
+"""What CI and a newcomer run: ``uv run nox`` (all), ``uv run nox -s tests -- am-mesh`` (one session, one package).
 
 Sessions use the project's own environment (``uv sync`` made it); only ``alone`` builds others, one small environment
 per library, to show that each works with nothing but what it declares.

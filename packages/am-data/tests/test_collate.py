@@ -59,13 +59,13 @@ def test_lengths_are_rounded_or_fixed():
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_no_samples_give_a_document_without_targets(layout):
+def test_no_samples_give_a_row_of_padding(layout):
     batch = lists(am_data.collate([], layout=layout, pad_token_id=3, pad_to_multiple_of=2))
     assert batch == {
         "input_ids": [[3, 3]],
         "position_ids": [[0, 0]],
         "shift_labels": [[-100, -100]],
-        "document_ids": [[1, 0]],
+        "document_ids": [[0, 0]],
     }
 
 

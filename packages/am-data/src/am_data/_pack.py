@@ -29,7 +29,7 @@ def pack(lengths: ArrayLike, capacity: int) -> list[NDArray[np.int64]]:
     if sizes.max() > capacity:
         raise ValueError(
             f"{int((sizes > capacity).sum())} of {sizes.size} examples are longer than capacity={capacity} "
-            f"(the longest has {int(sizes.max())} tokens); raise capacity, or truncate or drop them when tokenising"
+            f"(the longest has {int(sizes.max())} tokens); raise capacity, or cut or drop them with max_length"
         )
     packs: list[list[int]] = []
     rooms: list[int] = []

@@ -97,7 +97,9 @@ class Renderer:
         if not tokenizer.is_fast:
             raise TypeError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
         if chat_template is None and tokenizer.chat_template is None:
-            raise ValueError("the tokenizer has no chat template; pass chat_template= (Jinja text)")
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template= (Jinja text)"
+            )
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._template_kwargs = dict(chat_template_kwargs or {})

@@ -25,8 +25,8 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
     """Rows that can be counted and iterated, read through `datasets`; `split` may be sliced ("train[:100]").
 
     A folder is read as `datasets` reads one: files named for their split, or the output of `save_to_disk`. Raises
-    FileNotFoundError for a path that does not exist, ValueError for an unknown kind of file or a split of rows in
-    memory.
+    FileNotFoundError for a path that does not exist, ValueError for an unknown kind of file, one that cannot be read,
+    no rows, or a split of rows in memory.
     """
     if not isinstance(rows, str | Path):
         if split != "train":
@@ -41,13 +41,16 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
             raise ValueError(f"{path} has suffix {path.suffix!r}; choose one of {', '.join(_BUILDERS)}")
         options = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
         # One file is one split, which `datasets` calls "train", whatever the file's name.
-        return datasets.load_dataset(builder, data_files=str(path), split=split, **options)
+        return _load(builder, data_files=str(path), split=split, source=path, **options)
     if path.is_dir():
         if (path / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(path))[split]
+            splits = datasets.load_from_disk(str(path))
+            if split not in splits:
+                raise ValueError(f"{path} has no split {split!r}; choose one of {', '.join(splits)}")
+            return splits[split]
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return read_rows(datasets.load_from_disk(str(path)), split=split)
-        return datasets.load_dataset(str(path), name, split=split)
+        return _load(str(path), name=name, split=split, source=path)
     if (
         isinstance(rows, Path)
         or path.suffix.lower() in _BUILDERS
@@ -55,4 +58,19 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
         or len(path.parts) > 2
     ):
         raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub dataset id")
-    return datasets.load_dataset(rows, name, split=split)
+    return _load(rows, name=name, split=split, source=rows)
+
+
+def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> "datasets.Dataset":
+    """`datasets.load_dataset`, whose complaints do not say which rows were asked for."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, split=split, **options)
+    except StopIteration as error:
+        raise ValueError(f"{source} is empty; give a file with at least one row") from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(
+            f"{str(source)!r} (split={split!r}) cannot be read: {reason}; mend the file or choose another split"
+        ) from error

@@ -68,7 +68,8 @@ def attention(
     if documents is None:
         return one(q, k, v, mask).transpose(1, 2).contiguous()
     if not documents.lengths:
-        # Padding alone: zeros that still have a gradient, so that a rank without documents computes one for all weights.
+        # Padding alone: zeros that still have a gradient, so that a rank without documents computes one for all of its
+        # weights.
         connected = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + connected
     if backend != "bucketed":

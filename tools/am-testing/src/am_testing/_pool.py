@@ -108,7 +108,7 @@ class Pool:
                 connection = self._workers[rank][1]
                 connection.send((function.__module__, inspect.getfile(function)))
                 connection.send_bytes(ForkingPickler.dumps((function, rank, world_size, store, args, timeout)))
-            waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+            waiting: dict[Any, int] = {self._workers[rank][1]: rank for rank in range(world_size)}
             results: list[Any] = [None] * world_size
             failures: dict[int, str] = {}
             deadline = time.monotonic() + timeout
@@ -118,10 +118,10 @@ class Pool:
                 ready = multiprocessing.connection.wait(list(waiting), max(patience, 0.0))
                 if not ready:
                     break
-                for connection in ready:
-                    rank = waiting.pop(connection)  # type: ignore[call-overload]
+                for readable in ready:
+                    rank = waiting.pop(readable)
                     try:
-                        succeeded, value = connection.recv()  # type: ignore[union-attr]
+                        succeeded, value = self._workers[rank][1].recv()
                     except (EOFError, ConnectionResetError):
                         succeeded, value = False, "the worker process died"
                     if succeeded:
