@@ -7,6 +7,7 @@ the user wrote is one line on stderr; a bug shows its traceback, and so does eve
 
 from __future__ import annotations
 
+import dis
 import importlib
 import os
 import sys
@@ -218,7 +219,7 @@ def _reported(function: Callable[[], int], debug: bool) -> int:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ModuleNotFoundError) as error:
         if debug or not _is_message(error):
             traceback.print_exc()
         print(f"{prefix}{error}", file=sys.stderr)
@@ -232,8 +233,13 @@ def _is_message(error: BaseException) -> bool:
     """Whether the error was written for the user: the system's own, or raised by our code and not inside a library."""
     if isinstance(error, OSError):
         return True
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return str(innermost.f_globals.get("__name__")).startswith("am_")
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("am_"):
+        return False
+    # What an operation of torch raises in our frame is a bug; a message stands behind the word raise.
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _is_worker() -> bool:

@@ -289,6 +289,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.model.name_or_path is None and self.tokenizer.name_or_path is None:
             raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
+        if self.checkpoint.keep_best is not None and not self.validation_datasets:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_dataset, whose loss says what is "
+                "best; add one, or use checkpoint.keep_last"
+            )
         schedule, steps = self.lr_scheduler, self.step_scheduler
         if schedule.style != "constant" and schedule.min_lr > self.optimizer.lr:
             raise ValueError(
@@ -403,6 +408,7 @@ def _check_model_config(config: SftConfig) -> None:
     """Transformers keeps unknown keywords as attributes that nothing reads; a misspelt size would go unnoticed."""
     import inspect
 
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     inline = config.model.config or {}
@@ -414,6 +420,10 @@ def _check_model_config(config: SftConfig) -> None:
     for key in inline:
         if key not in known:
             raise config.error(f"model.config.{key}", f"{kind.__name__} has no such field{nearest(key, known)}")
+    try:
+        kind(**{key: value for key, value in inline.items() if key != "model_type"})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise config.error("model.config", f"{kind.__name__}: {error.__cause__ or error}") from error
 
 
 def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

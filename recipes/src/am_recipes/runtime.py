@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoTokenizer
 
 import am_ckpt
 import am_mesh
@@ -82,29 +85,53 @@ class StopSignal:
         self._received = True
 
 
+def require_run_dir(run_dir: Path) -> None:
+    """Find out before anything is loaded, not at the first save, that a run cannot write where it should.
+
+    Every rank calls this. Raises NotADirectoryError or PermissionError; creates nothing.
+    """
+    for folder in (run_dir / "checkpoints", run_dir / "export"):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(
+                f"run_dir={run_dir} needs the folder {folder}, but {existing} is a file; remove it or choose another "
+                "run_dir"
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"run_dir={run_dir} needs the folder {folder}, and {existing} cannot be written by this user or is "
+                "read-only; choose another run_dir"
+            )
+
+
 def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[str, Any]) -> bool:
     """Refuse a directory that holds another run; say whether this very run has already finished there.
 
     ``identity``: what makes two runs the same run, as nested JSON values. ``goal``: how long it was asked to train.
     Both are compared with ``run.json``. Every rank calls this, before anything is written.
 
-    Raises ValueError with the keys that differ and their old and new values.
+    Raises ValueError with the keys that differ and their old and new values, or where run.json is damaged.
     """
     file = run_dir / "run.json"
     if not file.exists():
         return False
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        old, finished = recorded["identity"], recorded["finished"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is not the record of a run ({error}), so nothing tells which run {run_dir} holds; restore the "
+            "file, or give this run its own run_dir"
+        ) from error
     new = json.loads(json.dumps(identity))
-    different = identity_difference(recorded["identity"], new)
+    different = identity_difference(old, new)
     if different:
-        lines = [
-            f"  {key}: {_lookup(recorded['identity'], key)!r} there, {_lookup(new, key)!r} now" for key in different
-        ]
+        lines = [f"  {key}: {_lookup(old, key)!r} there, {_lookup(new, key)!r} now" for key in different]
         raise ValueError(
             f"{run_dir} holds a different run:\n" + "\n".join(lines) + "\n"
             "Give this one its own run_dir, remove that directory, or restore these values to continue it."
         )
-    return bool(recorded["finished"] == dict(goal))
+    return bool(finished == dict(goal))
 
 
 def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
@@ -134,6 +161,50 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
             "check run_dir, or set checkpoint.resume to auto"
         )
     return step
+
+
+def require_finite(step: int, **values: float) -> None:
+    """Refuse to go on from a loss or gradient norm of ``step`` that is NaN or infinite: FloatingPointError.
+
+    Call it before such a step changes the weights and before they are saved. Equal on every rank, so all of them raise.
+    """
+    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(
+            f"step {step}: {', '.join(broken)}; finite numbers are needed to go on. Nothing was saved, earlier "
+            "checkpoints are as they were. Lower optimizer.lr, set lr_scheduler.warmup_steps or "
+            "clip_grad_norm.max_norm, look for broken rows, and train in another run_dir"
+        )
+
+
+def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id; ``chat_template`` (Jinja) replaces its own. Raises ValueError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
+            "tokenizer.name_or_path to a folder with tokenizer.json and tokenizer_config.json, or to a Hub id"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def require_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Any]) -> None:
+    """Refuse data with token ids that ``model`` has no embedding for: ValueError, where a GPU would abort.
+
+    A tokenizer may know more tokens than the model, as long as the data does not use them; only then is it read.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    largest = max(int(data[index]["input_ids"].max()) for data in datasets for index in range(len(data)))
+    if largest >= rows:
+        raise ValueError(
+            f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model embeds ids "
+            f"0..{rows - 1} (vocab_size={rows}); use the model's own tokenizer, or a model with a larger vocab_size"
+        )
 
 
 def model_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> dict[str, bytes]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoTokenizer
 
 import am_ckpt
 import am_data
@@ -31,6 +30,7 @@ from am_recipes.report import Report
 
 def main(config: SftConfig) -> int:
     """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
+    runtime.require_run_dir(config.run_dir)
     if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
         return 0
@@ -44,20 +44,17 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
 
     # Data: every rank reads the same index and takes its share of each global batch.
     folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer.name_or_path or folder)
-    if config.tokenizer.chat_template is not None:
-        tokenizer.chat_template = config.tokenizer.chat_template
+    tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
+    held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, data_ranks, training=True)
-    validation = {
-        name: make_loader(config, target.build(tokenizer=tokenizer), data_ranks, training=False)
-        for name, target in config.validation_datasets.items()
-    }
+    validation = {name: make_loader(config, rows, data_ranks, training=False) for name, rows in held_out.items()}
     total_steps = runtime.total_steps(len(loader), **config.goal())
 
     # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
     with torch.device("meta"):
         model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
+    runtime.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     kernels = am_models.optimize(model, kernels=config.kernels)
@@ -124,7 +121,9 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
                     part = am_models.forward_with_loss(model, loss_fn, **runtime.to_device(batch, device)) / targets
                     part.backward()
                 loss += part.detach()
-            grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm)
+            mean_loss = am_mesh.sum_over(data_ranks, loss).item()
+            grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm).item()
+            runtime.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -134,8 +133,8 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             log.step(
                 progress.step,
                 epoch=loader.epoch,
-                loss=am_mesh.sum_over(data_ranks, loss).item(),
-                grad_norm=grad_norm.item(),
+                loss=mean_loss,
+                grad_norm=grad_norm,
                 lr=rate,
                 tokens=tokens,
                 target_tokens=targets,
@@ -146,6 +145,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
                 losses = evaluate(model, loss_fn, validation, data_ranks, device)
                 log.validation(progress.step, losses)
+                runtime.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if config.checkpoint.enabled and (due or stopping):
                 checkpoints.save(progress.step, state, metrics=losses)

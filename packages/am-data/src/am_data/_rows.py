@@ -70,7 +70,7 @@ def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> "d
     except StopIteration as error:
         raise ValueError(f"{source} is empty; give a file with at least one row") from error
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".!")
         raise ValueError(
             f"{str(source)!r} (split={split!r}) cannot be read: {reason}; mend the file or choose another split"
         ) from error

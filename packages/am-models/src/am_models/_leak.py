@@ -17,8 +17,8 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
     than 16 epsilons of the parameters' dtype times the largest logit. Costs a forward of 4 * (2 * document_length + 2)
     tokens; nothing is changed. Every rank that holds a shard calls it. Needs weights, whose attention is not all zero.
 
-    Raises RuntimeError naming the family and what leaked. Models with stock attention are tested as
-    :func:`forward_with_loss` feeds them: packing by `position_ids` alone.
+    Raises RuntimeError naming the family and what leaked, ValueError where logits are NaN or infinite. Models with
+    stock attention are tested as :func:`forward_with_loss` feeds them: packing by `position_ids` alone.
     """
     device = model.device
     if device.type == "meta":
@@ -47,6 +47,11 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
     logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False).logits.float()
     for module, training in modes:
         module.training = training
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"{model.config.model_type}: {int((~logits.isfinite()).sum())} of {logits.numel()} logits of random tokens "
+            "are NaN or infinite; the weights are broken, or their values do not fit the dtype: load them again"
+        )
     limit = 16 * torch.finfo(model.dtype).eps * logits.abs().max().item()
     for row, changed in enumerate(spans, start=1):
         for watched, span in spans.items():
