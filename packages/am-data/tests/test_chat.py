@@ -107,6 +107,21 @@ def test_sources_that_cannot_be_read(tokenizer, tmp_path):
         am_data.ChatDataset(tmp_path / "rows.txt", tokenizer)
     with pytest.raises(ValueError, match="split='test' was asked of rows in memory"):
         am_data.ChatDataset([ROW], tokenizer, split="test")
+    unreadable = {
+        "empty.jsonl": ("", "train", "empty.jsonl is empty; give a file with at least one row"),
+        "blank.jsonl": ("\n\n", "train", r"blank.jsonl' \(split='train'\) cannot be read: .*no data; mend the file"),
+        "cut.jsonl": (json.dumps(ROW)[:-3], "train", r"cut.jsonl' \(split='train'\) cannot be read: JSON parse error"),
+        "whole.jsonl": (json.dumps(ROW), "test", "cannot be read: Unknown split \"test\".*'train'"),
+        "sliced.jsonl": (json.dumps(ROW), "train[:x]", r"cannot be read: .*train\[:x\]"),
+        "text.parquet": ("text", "train", "text.parquet.* cannot be read: Parquet file size is 4 bytes"),
+    }
+    for name, (text, split, message) in unreadable.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            am_data.ChatDataset(tmp_path / name, tokenizer, split=split)
+    datasets.DatasetDict(train=datasets.Dataset.from_list([ROW])).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="splits has no split 'test'; choose one of train"):
+        am_data.ChatDataset(tmp_path / "splits", tokenizer, split="test")
     with pytest.raises(ValueError, match=r"columns \['text'\] fit no known format"):
         am_data.ChatDataset([{"text": "x"}], tokenizer)
     with pytest.raises(ValueError, match="0 rows were read from the list"):

@@ -225,6 +225,14 @@ def test_leak_test_names_what_leaked():
         am_models.leak_test(model)
 
 
+def test_leak_test_refuses_broken_weights():
+    model = stock("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("inf")
+    with pytest.raises(ValueError, match=r"llama: 48 of \d+ logits .* NaN or infinite; the weights are broken"):
+        am_models.leak_test(model)
+
+
 def test_leak_test_needs_weights():
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(config_of("llama"))

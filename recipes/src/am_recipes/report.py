@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -224,8 +225,11 @@ class Report:
             self._page.warnings.append(warning)
             self._print(f"WARNING {warning}; written as null")
         finite = {name: None if name in broken else value for name, value in row.items()}
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise _not_written(self._run_dir / "metrics.jsonl", error) from error
         if time.monotonic() - self._last_sync > SECONDS_BETWEEN_SYNCS:
             self._sync()
         self._page.rows.append(finite)
@@ -304,11 +308,23 @@ def _keep_rows(file: Path, resume_step: int | None) -> list[dict[str, Any]]:
 def _replace(file: Path, text: str) -> None:
     """Write ``text`` so that a reader, or a crash, finds the old file or the new one and never a part."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> OSError:
+    """The error with what the system leaves out: which file, and how much room there is."""
+    free = shutil.disk_usage(file.parent).free
+    return OSError(
+        error.errno, f"{file} was not written: {error.strerror}, {free} bytes are free; the same command continues"
+    )
 
 
 def _git_commit() -> str | None:
