@@ -289,6 +289,11 @@ class SftConfig:
     def __post_init__(self) -> None:
         if self.model.name_or_path is None and self.tokenizer.name_or_path is None:
             raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
+        if self.model.name_or_path is None and self.peft and self.export.enabled and not self.export.merge_adapter:
+            raise ValueError(
+                "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
+                "weights it belongs to; set export.merge_adapter or give model.name_or_path"
+            )
         if self.checkpoint.keep_best is not None and not self.validation_datasets:
             raise ValueError(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_dataset, whose loss says what is "

@@ -216,10 +216,13 @@ def evaluate(
 
 def next_steps(config: SftConfig) -> list[str]:
     """What to type after the run, as shell lines."""
-    export = config.run_dir / "export"
     lines = ["# Loss curves, what was under loss, sample answers:", f"open {config.run_dir / 'report.html'}"]
     if config.export.enabled:
-        lines += ["# Talk to the model, with stock transformers:", f"transformers chat {export}"]
+        ask = (
+            f"""pipeline("text-generation", "{config.run_dir / "export"}")([{{"role": "user", "content": "Hello!"}}])"""
+        )
+        lines += ["# The exported model in stock transformers:"]
+        lines += [f'python -c \'from transformers import pipeline; print({ask}[0]["generated_text"][-1]["content"])\'']
     return lines
 
 
