@@ -354,7 +354,7 @@ def test_damaged_model_folders(
 
 def test_lora_that_matches_nothing(run: Runner) -> None:
     run.refuses(
-        {"peft": {"r": 2, "target_modules": ["q_prj"]}},
+        {"peft": {"r": 2, "target_modules": ["q_prj"]}, "export.merge_adapter": True},
         "target_modules entry 'q_prj' matches no module; nearest: q_proj",
     )
 
@@ -525,8 +525,8 @@ def breaking(hidden, weight, labels, *, after, value, **options):
 
 @pytest.fixture
 def losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's own with loss functions."""
-    name = f"losses_{random.randrange(10**9)}"
+    """A module with loss functions, named like ours."""
+    name = f"am_losses_{random.randrange(10**9)}"
     (tmp_path / f"{name}.py").write_text(LOSSES)
     monkeypatch.syspath_prepend(str(tmp_path))
     return name
@@ -569,7 +569,7 @@ def test_tracebacks_are_for_bugs(run: Runner, losses: str) -> None:
     status, text = run({"dataset": {"path": "nowhere.jsonl"}}, "--debug")
     assert status == 1
     assert "Traceback" in text
-    # The signature fits, the call does not: nobody wrote a message about that.
+    # A fault in an operation, though in a module of our name: nobody wrote a message about that.
     wrong = {"_target_": f"{losses}.breaking", "after": "ten", "value": 1.0}
     status, text = run({"loss_fn": wrong, "validation_dataset": None})
     assert status == 1
