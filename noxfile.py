@@ -83,7 +83,7 @@ def alone(session: nox.Session) -> None:
         listed = session.run(
             "uv", "pip", "list", "--python", str(python), "--format", "freeze", external=True, silent=True
         )
-        installed = [line.split("==")[0].split(" @")[0] for line in str(listed).splitlines()]
+        installed = [line.split("==")[0] for line in str(listed).splitlines() if "==" in line]
         cuda = [package for package in installed if package.startswith(("nvidia-", "cuda-", "triton"))]
         others = sorted(set(installed) - set(cuda))
         session.log(f"{name} alone: {', '.join(others)} (+ {len(cuda)} CUDA packages that torch brings)")

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "recipes" / "data" / "chat" / "train.jsonl"
 TOKENIZER = ROOT / "recipes" / "data" / "bench" / "tokenizer"
-WARMUP, STEPS, SEED, LEARNING_RATE = 4, 20, 7, 1e-3
+WARMUP, STEPS, SEED, LEARNING_RATE = 3, 10, 7, 1e-3
 PACK_TOKENS, BATCH_ROWS = 2048, 16
 REQUIRED = {"float32": 2.0, "bfloat16": 1.45}
 MODEL = {
@@ -208,7 +208,7 @@ def run_trl(dtype: str, folder: Path) -> dict[str, float]:
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     prepared = json.loads(Path(os.environ["BENCH_ROWS"]).read_text())
-    examples = [{"input_ids": ids, "assistant_masks": [int(y != -100) for y in row]} for ids, row in prepared]
+    examples = [{"input_ids": ids, "labels": row} for ids, row in prepared]
     lengths: list[int] = []
     arguments = SFTConfig(
         output_dir=str(folder / "trl"),
@@ -217,7 +217,6 @@ def run_trl(dtype: str, folder: Path) -> dict[str, float]:
         learning_rate=LEARNING_RATE,
         weight_decay=0.01,
         max_length=None,
-        assistant_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         bf16=False,
         fp16=False,

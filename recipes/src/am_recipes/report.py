@@ -116,10 +116,14 @@ class Report:
             self._page.samples = [list(sample) for sample in samples]
 
     def answers(self, moment: str, answers: Iterable[tuple[str, str]]) -> None:
-        """Keep (prompt, answer) pairs of a moment such as ``before`` or ``after`` training; they survive a resume."""
-        if self.active:
-            self._record["answers"][moment] = [[prompt, answer] for prompt, answer in answers]
-            self._write_record()
+        """Print and keep (prompt, answer) pairs of a moment such as ``before`` or ``after`` training, also on resume."""
+        if not self.active:
+            return
+        pairs = [[prompt, answer] for prompt, answer in answers]
+        self._record["answers"][moment] = pairs
+        self._write_record()
+        for prompt, answer in pairs:
+            self._print(f"\n> {prompt}\n{answer.strip()}")
 
     def step(
         self,
@@ -191,9 +195,18 @@ class Report:
         if goal is not None:
             self._record["finished"] = dict(goal)
         self._close(status)
-        self._print(f"{status}: {(self._run_dir / 'report.html')}")
+        for name, first, last in self._validation_losses():
+            self._print(f"\n{name} {first:.4f} before, {last:.4f} after")
+        self._print(f"{status}: {self._run_dir / 'report.html'}")
         for line in next_steps:
             self._print(f"  {line}")
+
+    def _validation_losses(self) -> list[tuple[str, float, float]]:
+        """Name, value before training and latest value of each validation loss that was measured before training."""
+        rows = [row for row in self._page.rows if "loss" not in row]
+        if not rows or rows[0]["step"] != 0:
+            return []
+        return [(name, value, rows[-1][name]) for name, value in rows[0].items() if name != "step"]
 
     def _begin_record(self, resume_step: int | None, world_size: int, identity: dict[str, Any]) -> dict[str, Any]:
         file = self._run_dir / "run.json"
