@@ -9,6 +9,12 @@ of targets of the whole optimizer step, so the result does not depend on how a b
 
 from __future__ import annotations
 
+# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+if __name__ == "__main__":
+    from am_recipes import cli
+
+    raise SystemExit(cli.main_recipe("sft"))
+
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +28,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, cli, optim, runtime
+from am_recipes import assets, optim, runtime
 from am_recipes.config import SftConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -224,7 +230,3 @@ def next_steps(config: SftConfig) -> list[str]:
         lines += ["# The exported model in stock transformers:"]
         lines += [f'python -c \'from transformers import pipeline; print({ask}[0]["generated_text"][-1]["content"])\'']
     return lines
-
-
-if __name__ == "__main__":
-    raise SystemExit(cli.main_recipe("sft"))
