@@ -251,6 +251,8 @@ def test_yaml_scalars_are_those_of_yaml_1_2(write):
         ("optimizer.amsgrad", "true", lambda config: config.optimizer.hyperparameters()["amsgrad"] is True),
         ("clip_grad_norm.max_norm", "none", lambda config: config.clip_grad_norm.max_norm is None),
         ("clip_grad_norm.max_norm", "null", lambda config: config.clip_grad_norm.max_norm is None),
+        ("clip_grad_norm", "null", lambda config: config.clip_grad_norm.max_norm is None),
+        ("clip_grad_norm", "none", lambda config: config.clip_grad_norm.max_norm is None),
         ("distributed.activation_checkpointing", "none", lambda c: c.distributed.activation_checkpointing == "none"),
         ("run_dir", "2024", lambda config: config.run_dir == Path("2024")),
         ("model.name_or_path", "1e3", lambda config: config.model.name_or_path == "1e3"),
@@ -270,6 +272,18 @@ def test_overrides(write, path, text, read):
         MINIMAL.replace("rows.jsonl", "rows.jsonl\n  columns: {prompt: p}") + "generate: {prompts: [first, second]}\n"
     )
     assert read(parse(write(source), [(path, text)]))
+
+
+def test_a_section_of_null_turns_clipping_off(write, monkeypatch):
+    source = write(MINIMAL + "clip_grad_norm: null\n")
+    assert parse(source).clip_grad_norm.max_norm is None
+    assert parse(source, [("clip_grad_norm.max_norm", "0.5")]).clip_grad_norm.max_norm == 0.5
+    # A reference is kept, where the value then stands.
+    monkeypatch.setenv("CLIP", "null")
+    config = parse(write(MINIMAL + "clip_grad_norm: ${CLIP}\n"))
+    assert config.clip_grad_norm.max_norm is None
+    assert parse(write(config.to_yaml())) == config
+    assert "max_norm: ${CLIP}" in config.to_yaml()
 
 
 def test_the_last_override_wins(write):
@@ -547,6 +561,7 @@ def test_the_saved_config_reads_back_equal(write):
         ("optimizer.lr", "1e-5", ["optimizer.lr"]),
         ("optimizer.amsgrad", "true", ["optimizer.amsgrad"]),
         ("lr_scheduler.warmup_steps", "3", ["lr_scheduler.warmup_steps"]),
+        ("clip_grad_norm.max_norm", "0.5", ["clip_grad_norm.max_norm"]),
         ("loss_fn.chunk_size", "64", ["loss_fn.chunk_size"]),
         ("seed", "1", ["seed"]),
         ("step_scheduler.global_batch_size", "8", ["step_scheduler.global_batch_size"]),

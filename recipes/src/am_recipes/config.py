@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,6 +39,7 @@ Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular 
 Dtype = Literal["float32", "bfloat16"]
 _ADAMW = DefaultTarget("torch.optim.AdamW", ("amsgrad", "capturable", "differentiable", "foreach", "fused", "maximize"))
 _CHAT = "am_data.ChatDataset"
+DEFAULT_LOSS = "am_loss.linear_cross_entropy"
 Dataset = Annotated[Target, DefaultTarget(_CHAT)]
 
 
@@ -49,7 +50,6 @@ class Model:
     name_or_path: Text | None = None
     config: Mapping[str, Any] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if (self.name_or_path is None) == (self.config is None):
@@ -65,7 +65,8 @@ class Model:
         if folder is None:
             config = AutoConfig.for_model(**(self.config or {}))
         else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            # Code that comes with weights is never run; left to itself, transformers would ask on the terminal.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if self.dtype != "auto":
             config.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
         return config
@@ -218,7 +219,7 @@ class LrScheduler:
 
 @dataclass(frozen=True)
 class ClipGradNorm:
-    """The largest global gradient norm; null does not clip."""
+    """The largest global gradient norm; null, here or for the whole section, does not clip."""
 
     max_norm: PositiveFloat | None = 1.0
 
@@ -274,9 +275,7 @@ class SftConfig:
     peft: Peft | None = None
     distributed: Distributed = field(default_factory=Distributed)
     lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
-    loss_fn: Annotated[Target, DefaultTarget("am_loss.linear_cross_entropy")] = field(
-        default_factory=lambda: Target("am_loss.linear_cross_entropy")
-    )
+    loss_fn: Annotated[Target, DefaultTarget(DEFAULT_LOSS)] = field(default_factory=lambda: Target(DEFAULT_LOSS))
     clip_grad_norm: ClipGradNorm = field(default_factory=ClipGradNorm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
@@ -329,8 +328,9 @@ class SftConfig:
         Where the schedule decays, the length of the run is part of it: it decides the rate of every step.
         """
         values = fingerprints(plain(self), self.environment)
-        sections = ("model", "tokenizer", "dataset", "packed_sequence", "dataloader", "peft")
-        result = {key: values[key] for key in (*sections, "optimizer", "lr_scheduler", "loss_fn", "seed")}
+        data = ("dataset", "packed_sequence", "dataloader")
+        update = ("optimizer", "lr_scheduler", "clip_grad_norm", "loss_fn", "seed")
+        result = {key: values[key] for key in ("model", "tokenizer", *data, "peft", *update)}
         result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
         if self.lr_scheduler.style != "constant":
             result["step_scheduler"] |= self.goal()
@@ -370,6 +370,8 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> SftCon
     for key, child in root.value.items():
         if key == "dataset" or key.startswith("validation_dataset"):
             _name_rows(child)
+    if "clip_grad_norm" in root.value:
+        root.value["clip_grad_norm"] = _spell_out_no_clipping(root.value["clip_grad_norm"])
     default = {"run_dir": Node(root.place.child("run_dir"), f"runs/{source.stem}")}
     complete = Node(root.place, default | root.value)
     nodes = dict(walk(root))
@@ -394,6 +396,14 @@ def _name_rows(node: Node) -> None:
     renamed = {"rows" if key == "path" else key: child for key, child in node.value.items() if key != "rows"}
     node.value.clear()
     node.value.update(renamed)
+
+
+def _spell_out_no_clipping(node: Node) -> Node:
+    """``clip_grad_norm: null`` is short for ``clip_grad_norm: {max_norm: null}``."""
+    if node.value not in (None, "none", "None"):
+        return node
+    max_norm = replace(node, place=node.place.child("max_norm"))
+    return Node(node.place, {"max_norm": max_norm})
 
 
 def check_targets(config: SftConfig) -> None:
