@@ -219,7 +219,7 @@ LAYOUTS = [
     *(Layout(world_size=w, accumulation=n, packed=True) for w in (2, 4) for n in (1, 2, 4)),
     *(Layout(world_size=4, dp_replicate=2, accumulation=n, packed=p) for n in (1, 2, 4) for p in (False, True)),
     *(Layout(world_size=w, strategy="ddp", accumulation=n) for w in (2, 4) for n in (1, 2, 4)),
-    *(Layout(world_size=w, strategy="ddp", accumulation=2, packed=True) for w in (2, 4)),
+    *(Layout(world_size=w, strategy="ddp", accumulation=n, packed=True) for w in (2, 4) for n in (1, 2, 4)),
     Layout(world_size=2, recompute="full", packed=True, accumulation=2),
     Layout(world_size=2, strategy="ddp", recompute="full"),
 ]

@@ -36,21 +36,28 @@ SERVER.set_forkserver_preload(
 )
 
 
-def recipe(overrides: list[tuple[str, str]], rank: int, world_size: int, port: int) -> None:
+def tiny(run_dir: Path, **overrides: str) -> configs.SftConfig:
+    """The tiny config with a checkpoint at every step; ``__`` in a keyword stands for a dot."""
+    pairs = [("run_dir", str(run_dir)), ("checkpoint.keep_last", "3"), ("step_scheduler.ckpt_every_steps", "1")]
+    pairs += [(key.replace("__", "."), value) for key, value in overrides.items()]
+    return configs.parse(ROOT / "recipes" / "configs" / "tiny.yaml", pairs)
+
+
+def recipe(run_dir: Path, overrides: dict[str, str], rank: int, world_size: int, port: int) -> None:
     """What `python -m am_recipes.sft -c recipes/configs/tiny.yaml` does, here in a forked process."""
     os.chdir(ROOT)
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    raise SystemExit(sft.main(configs.parse("recipes/configs/tiny.yaml", overrides)))
+    raise SystemExit(sft.main(tiny(run_dir, **overrides)))
 
 
 def start(run_dir: Path, world_size: int = 1, **overrides: str) -> list[Any]:
-    pairs = [("run_dir", str(run_dir)), ("checkpoint.keep_last", "3"), ("step_scheduler.ckpt_every_steps", "1")]
-    pairs += [(key.replace("__", "."), value) for key, value in overrides.items()]
     port = random.randint(20000, 50000)
-    processes = [SERVER.Process(target=recipe, args=(pairs, rank, world_size, port)) for rank in range(world_size)]
+    processes = [
+        SERVER.Process(target=recipe, args=(run_dir, overrides, rank, world_size, port)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -137,18 +144,47 @@ def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path) -> No
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_finished_run_says_so(uninterrupted: Path) -> None:
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
-    assert finish(start(uninterrupted)) == 0
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+def test_two_ranks_stop_after_the_same_step(tmp_path: Path, uninterrupted: Path) -> None:
+    processes = start(tmp_path, 2)
+    while not (tmp_path / "checkpoints" / "latest").is_symlink():
+        time.sleep(0.01)
+    # One rank alone is told; both finish the step, commit and leave.
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert finish(processes) == 75
+    assert all(process.exitcode == 75 for process in processes)
+    stopped = metrics(tmp_path)[-1]["step"]
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == f"step_{stopped:06d}"
+    assert finish(start(tmp_path, 2)) == 0
+    assert metrics(tmp_path)[-1] == pytest.approx(metrics(uninterrupted)[-1], rel=1e-5)
+
+
+def test_a_finished_run_says_so(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    assert sft.main(tiny(uninterrupted)) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_fewer_steps_than_done_are_refused(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    constant = {"lr_scheduler__style": "constant", "lr_scheduler__min_lr": "0.0", "lr_scheduler__warmup_steps": "0"}
+    run_dir = uninterrupted.parent / "constant"
+    assert sft.main(tiny(run_dir, step_scheduler__max_steps="2", **constant)) == 0
+    with pytest.raises(ValueError, match="is at step 2, and the run would end at step 1"):
+        sft.main(tiny(run_dir, step_scheduler__max_steps="1", **constant))
+    assert json.loads((run_dir / "run.json").read_text())["finished"] == {"max_steps": 2, "num_epochs": None}
+    assert sft.main(tiny(run_dir, step_scheduler__max_steps="3", **constant)) == 0
+    assert metrics(run_dir)[-1]["step"] == 3
 
 
 def test_another_runs_directory_is_refused(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
-    overrides = [("run_dir", str(uninterrupted)), ("optimizer.lr", "0.5")]
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):
-        sft.main(configs.parse("recipes/configs/tiny.yaml", overrides))
+        sft.main(tiny(uninterrupted, optimizer__lr="0.5"))
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 

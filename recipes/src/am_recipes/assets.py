@@ -77,6 +77,29 @@ def resolve(name_or_path: str | os.PathLike[str], *, revision: str | None = None
     return check_folder(_from_hub(name, revision, weights), weights=weights)
 
 
+def base_name(name_or_path: str, folder: Path) -> str:
+    """How an adapter names its base model: by its Hub id where it has one, else by the folder it is in here."""
+    local = name_or_path.startswith(PACKAGE_PREFIX) or Path(name_or_path).expanduser().is_dir()
+    return str(folder.absolute()) if local else name_or_path
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells other weights in ``folder`` from these, for the price of a few reads.
+
+    A digest of the name and size of each safetensors file and of 16 blocks of 4 KiB spread over it: weights that were
+    trained differ everywhere, so a full read would tell no more.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as stream:
+            for block in range(16):
+                stream.seek(size * block // 16)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
 def check_folder(folder: Path, *, weights: bool = True) -> Path:
     """Return ``folder`` if it has config.json and, with ``weights``, every safetensors file it names."""
     if not (folder / "config.json").is_file():

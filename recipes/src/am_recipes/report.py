@@ -116,7 +116,7 @@ class Report:
             self._page.samples = [list(sample) for sample in samples]
 
     def answers(self, moment: str, answers: Iterable[tuple[str, str]]) -> None:
-        """Print and keep (prompt, answer) pairs of a moment such as ``before`` or ``after`` training, also on resume."""
+        """Print and keep (prompt, answer) pairs of a moment such as ``before`` or ``after`` training; they survive."""
         if not self.active:
             return
         pairs = [[prompt, answer] for prompt, answer in answers]

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 import am_ckpt
 import am_mesh
-from am_recipes.config import identity_difference
+import am_models
+from am_recipes.config import DEFAULT_LOSS, identity_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,11 +141,12 @@ def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
-def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: str) -> int | None:
+def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: str, total_steps: int) -> int | None:
     """Restore ``state`` from the newest checkpoint as ``checkpoint.resume`` says; the step, or None for a fresh start.
 
     ``auto``: where there is one; ``must``: or raise FileNotFoundError; ``never``: raise FileExistsError if there is
-    one, since training on would mix two runs in one directory. Every rank calls it.
+    one, since training on would mix two runs in one directory. ValueError where the checkpoint is of a later step than
+    the run's last. Every rank calls it.
     """
     if mode == "never":
         existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))
@@ -160,7 +162,21 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
             f"checkpoint.resume is must, but {checkpoints.directory} holds no checkpoint; "
             "check run_dir, or set checkpoint.resume to auto"
         )
+    if step is not None and step > total_steps:
+        raise ValueError(
+            f"{checkpoints.directory} is at step {step}, and the run would end at step {total_steps}; "
+            "raise step_scheduler.max_steps or num_epochs, or choose another run_dir"
+        )
     return step
+
+
+def require_loss_function(kernels: am_models.OptimizeReport, path: str) -> None:
+    """Refuse a loss function of the user's for a family whose loss am-models computes from materialised logits."""
+    if kernels.loss.startswith("logits") and path != DEFAULT_LOSS:
+        raise ValueError(
+            f"loss_fn={path} would not be called: family {kernels.family} has its loss computed from {kernels.loss}; "
+            "leave loss_fn out to train with cross-entropy"
+        )
 
 
 def require_finite(step: int, **values: float) -> None:

@@ -64,12 +64,14 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     kernels = am_models.optimize(model, kernels=config.kernels)
+    runtime.require_loss_function(kernels, config.loss_fn.path)
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
     fresh = ("*lora_*",) if folder else ("*",)
     am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
-    am_models.leak_test(model)
+    if config.packed_sequence.packed_sequence_size:
+        am_models.leak_test(model)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(
@@ -87,15 +89,18 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
         "data": loader,
         "progress": progress,
     }
+    base = assets.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
     keep_best = config.checkpoint.keep_best
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
         keep_last=config.checkpoint.keep_last,
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
-        files=am_peft.adapter_files(model) if config.peft is not None else model_files,
+        files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
         mapping=mapping,
+        # An adapter means nothing on other weights than those it was trained on.
+        fingerprints={"base": assets.fingerprint(folder)} if config.peft is not None and folder else None,
     )
-    resumed = runtime.resume(checkpoints, state, config.checkpoint.resume)
+    resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
     loss_fn = config.loss_fn.callable()
     with Report(
@@ -153,7 +158,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
                 log.validation(progress.step, losses)
                 runtime.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
-            if config.checkpoint.enabled and (due or stopping):
+            if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=losses)
                 log.write_page()
             if stopping and progress.step < total_steps:
@@ -164,7 +169,9 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
         export = config.run_dir / "export"
         if config.export.enabled:
             if config.peft is not None and not config.export.merge_adapter:
-                am_peft.save_adapter(model, export, base_model_name_or_path=str(folder))
+                am_peft.save_adapter(model, export, base_model_name_or_path=base)
+                if torch.distributed.get_rank() == 0:
+                    tokenizer.save_pretrained(export)
             else:
                 if config.peft is not None:
                     am_peft.merge_lora(model)

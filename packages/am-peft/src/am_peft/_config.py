@@ -41,7 +41,6 @@ _DESCRIPTIVE = frozenset(
         "peft_version",
         "base_model_name_or_path",
         "revision",
-        "inference_mode",
     }
 )
 # Heads that PEFT trains for these tasks without being asked.
@@ -254,4 +253,6 @@ def read_config(text: str, source: str) -> LoraConfig:
         raise ValueError(
             f"{source} sets {', '.join(unknown)}, which peft {peft.__version__} does not know; upgrade peft"
         )
+    # PEFT stores every adapter as one for inference; loaded here, it trains on.
+    values["inference_mode"] = False
     return peft.LoraConfig(**{key: value for key, value in values.items() if key in known})
