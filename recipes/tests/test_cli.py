@@ -134,6 +134,18 @@ def test_a_mistake_found_by_the_recipe_is_one_line_and_status_1(folder, capsys):
     assert "Traceback" not in message
 
 
+def test_an_error_from_a_library_or_from_the_users_code_shows_its_traceback(folder, capsys):
+    """Another package of a name like ours is none of ours."""
+    (folder / "am_recipes_of_mine.py").write_text("def rows(tokenizer): raise ValueError('rows are out')")
+    dataset = ["--dataset", "{_target_: am_recipes_of_mine.rows}", "--model", "{config: {model_type: llama}}"]
+    tokenizer = Path(__file__).parents[1] / "data/tiny/tokenizer"
+    argv = ["c.yaml", *dataset, "--tokenizer.name_or_path", str(tokenizer), "--nproc-per-node", "1"]
+    assert cli.main(argv) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("Traceback")
+    assert message.endswith("error: rows are out\n")
+
+
 def test_a_config_error_is_reported_once_per_machine(folder, capsys, monkeypatch):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -177,6 +189,29 @@ def test_help_is_quick_and_imports_nothing_heavy(folder, argv):
     assert result.stdout.endswith("[] 0\n")
     # Processor time of the child: a busy machine stretches the wall clock, not this.
     assert os.times().children_user - before < 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["--help"], 0, "usage: automodel CONFIG"),
+        (["-c", "c.yaml", "--no-such-option"], 2, "error: unknown option --no-such-option"),
+        (["-c", "c.yaml", "--sede", "1"], 2, "c.yaml:1 (--sede): sede: unknown key; did you mean 'seed'?"),
+    ],
+)
+@pytest.mark.parametrize("worker", [False, True], ids=["alone", "under torchrun"])
+def test_the_recipe_module_answers_before_it_imports_torch(folder, argv, status, message, worker):
+    command = [sys.executable, "-X", "importtime", "-m", "am_recipes.sft", *argv]
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"} if worker else {}
+    before = os.times().children_user
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | ranks)
+    assert result.returncode == status, result.stderr
+    imports = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    assert message in result.stdout + result.stderr
+    assert any(line.endswith("am_recipes.config") for line in imports)
+    assert [line for line in imports if line.endswith((" torch", " transformers", " numpy"))] == []
+    # Processor time, as above; importing torch alone takes four times as much.
+    assert os.times().children_user - before < 1
 
 
 def test_the_installed_command_and_several_processes(folder):

@@ -1,13 +1,12 @@
 """The `automodel` command, and the command line of each recipe module.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A mistake in what
-the user wrote is one line on stderr; a bug shows its traceback, and so does everything with ``--debug`` or
-``AUTOMODEL_TRACEBACK=1``.
+the user wrote is a message on stderr; what a library raises shows its traceback, and so does everything with
+``--debug`` or ``AUTOMODEL_TRACEBACK=1``.
 """
 
 from __future__ import annotations
 
-import dis
 import importlib
 import os
 import sys
@@ -42,6 +41,17 @@ The same command again continues the run from its latest checkpoint. Under torch
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM: run it again to continue"""
 
 COMMANDS = {("finetune", "llm"): "sft"}
+_PACKAGES = (
+    "am_ckpt",
+    "am_data",
+    "am_kernels",
+    "am_loss",
+    "am_mesh",
+    "am_models",
+    "am_moe",
+    "am_peft",
+    "am_recipes",
+)
 _WITH_VALUE = {"-c": "config", "--config": "config", "--nproc-per-node": "nproc", "--nproc_per_node": "nproc"}
 _FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--debug": "debug"}
 
@@ -219,27 +229,27 @@ def _reported(function: Callable[[], int], debug: bool) -> int:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ModuleNotFoundError) as error:
-        if debug or not _is_message(error):
+    except OSError as error:
+        if debug:
             traceback.print_exc()
         print(f"{prefix}{error}", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, ModuleNotFoundError) as error:
+        is_message = not debug and _raised_by_us(error)
+        if not is_message:
+            traceback.print_exc()
+        print(f"{prefix}{error}{' (--debug shows where)' if is_message else ''}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prefix}interrupted", file=sys.stderr)
         return 130
 
 
-def _is_message(error: BaseException) -> bool:
-    """Whether the error was written for the user: the system's own, or raised by our code and not inside a library."""
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("am_"):
-        return False
-    # What an operation of torch raises in our frame is a bug; a message stands behind the word raise.
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the innermost Python frame is in one of our packages, which raise with messages for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    # Generated code, such as a compiled chat template, has no module name.
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES
 
 
 def _is_worker() -> bool:
