@@ -251,6 +251,7 @@ def test_merge_of_bfloat16_rounds_once():
     ("option", "value"),
     [
         ("use_dora", True),
+        ("inference_mode", True),
         ("bias", "all"),
         ("fan_in_fan_out", True),
         ("target_parameters", ["experts.up"]),
