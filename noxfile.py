@@ -114,6 +114,9 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks that run on a CPU; they write JSON files under tools/bench/results."""
+    """The benchmarks that run on a CPU, on idle cores; each writes its JSON file under tools/bench/results.
+
+    What every one of them takes may follow ``--``: ``--rounds N`` and ``--threads N``.
+    """
     for script in sorted((ROOT / "tools" / "bench").glob("*_cpu.py")):
         session.run("python", str(script), *session.posargs)

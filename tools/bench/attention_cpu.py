@@ -4,7 +4,7 @@ Peers, in one process on the same tensors: torch's SDPA with a block-diagonal ma
 and one by split and cat. Rounds are interleaved and medians compared, so that a busy machine hurts all
 alike; CPU seconds (user + system, all threads) are the figure, wall seconds are beside it.
 
-    python tools/bench/attention_cpu.py --out attention_cpu.json
+    python tools/bench/attention_cpu.py [--rounds 7] [--threads 1] [--output FILE]
 
 From a bare checkout: PYTHONPATH=packages/am-kernels/src.
 """
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import am_kernels
 
+RESULT = Path(__file__).parent / "results" / "attention_cpu.json"
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOTAL = 2048
 HEAD_DIM = 64
@@ -129,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="more threads add spinning to the CPU seconds")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, default=RESULT, help="JSON file to write (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = []
@@ -154,8 +155,8 @@ def main() -> None:
         "rounds": arguments.rounds,
         "results": results,
     }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
