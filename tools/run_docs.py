@@ -20,8 +20,8 @@ FENCE = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def documents() -> list[Path]:
-    readmes = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
-    return [*readmes, *sorted((ROOT / "docs").rglob("*.md"))]
+    folders = [ROOT, ROOT / "recipes", *sorted(ROOT.glob("packages/*")), ROOT / "tools" / "am-testing"]
+    return [*(folder / "README.md" for folder in folders), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def run(command: list[str], cwd: Path) -> None:
