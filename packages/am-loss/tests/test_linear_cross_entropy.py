@@ -206,7 +206,9 @@ def peak_bytes(function):
     """Largest number of bytes allocated at one time by torch inside ``function``."""
     import torch.profiler
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    # Without acc_events torch warns, in 2.11 even of the only cycle, that the next cycle would clear the events.
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         function()
     now = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.profiler import ProfilerActivity, profile
 
 from am_mesh import (
     ParallelDims,
@@ -243,9 +243,10 @@ def communication_worker(axes: dict[str, int], strategy: str) -> list[dict[str, 
         input_ids, labels = data()
         counts = []
         for index in range(3):
-            with CommDebugMode() as mode, gradient_sync(model, index == 2):
+            # Not CommDebugMode, which in torch 2.11 wants the root itself called; acc_events: without it 2.11 warns.
+            with profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace, gradient_sync(model, index == 2):
                 model.forward_with_loss(input_ids, labels).backward()
-            counts.append({str(operation): count for operation, count in mode.get_comm_counts().items()})
+            counts.append({event.key: event.count for event in trace.key_averages() if event.key.startswith("c10d::")})
         return counts
 
 

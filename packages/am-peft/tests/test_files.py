@@ -175,5 +175,6 @@ def test_names_ignore_compile_and_checkpoint_wrappers():
     expected = adapter_state_dict(model).keys()
     for index, layer in enumerate(model.model.layers):
         model.model.layers[index] = checkpoint_wrapper(layer)
-    assert adapter_state_dict(torch.compile(model)).keys() == expected
+    # Nothing runs, and importing the default backend warns in torch 2.11.
+    assert adapter_state_dict(torch.compile(model, backend="eager")).keys() == expected
     assert isinstance(model.get_submodule("model.layers.0._checkpoint_wrapped_module.self_attn.q_proj"), LoraLinear)
