@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -119,14 +120,18 @@ def test_killed_before_every_change_to_the_file_system(forks: Forks, tmp_path: P
 
 def test_killed_at_random_moments(forks: Forks, tmp_path: Path) -> None:
     random.seed(0)
+    killed = 0
     for attempt in range(20):
         directory = tmp_path / str(attempt)
         am_ckpt.Checkpointer(directory).save(1, state(1))
         pid = forks.start(directory, 0)
         time.sleep(random.uniform(0, 0.03))
-        os.kill(pid, signal.SIGKILL)
-        forks.finish()
+        # On a machine that stalls here, the child may be done before.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        killed += forks.finish()[0] == signal.SIGKILL
         require_whole(directory)
+    assert killed >= 5, "the kills came too late to show anything"
 
 
 def test_the_staging_folder_of_a_dead_process_is_removed_by_the_next_save(forks: Forks, tmp_path: Path) -> None:

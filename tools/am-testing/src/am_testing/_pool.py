@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -42,6 +43,9 @@ def _load_module(name: str, path: str) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # Unpickling imports the parents too, and the folders that pytest named them after are no packages.
+    for end in (index for index, letter in enumerate(name) if letter == "."):
+        sys.modules.setdefault(name[:end], types.ModuleType(name[:end]))
     spec.loader.exec_module(module)
 
 
