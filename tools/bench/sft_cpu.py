@@ -264,9 +264,20 @@ def measure(variant: str, dtype: str, python: str, rows: Path, threads: int) -> 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def versions() -> dict[str, str]:
-    names = ["torch", "transformers", "am-recipes", "am-models", "am-kernels", "am-loss", "am-data"]
+def versions(names: list[str]) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
+
+
+def versions_elsewhere(python: str, names: list[str]) -> dict[str, str]:
+    """The versions in another environment."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
+    return json.loads(subprocess.check_output([python, "-c", code], text=True))
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def rounds(arguments: argparse.Namespace, rows: Path) -> Iterator[tuple[str, str, dict[str, float]]]:
@@ -302,11 +313,13 @@ def main() -> None:
         for dtype, variant, result in rounds(arguments, prepared):
             runs.setdefault(dtype, {}).setdefault(variant, []).append(result)
     summary = {dtype: summarise(dtype, by_variant) for dtype, by_variant in runs.items()}
+    trl = arguments.trl_python
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": "sft_cpu",
-        "versions": versions(),
-        "cpu": platform.processor() or platform.machine(),
+        "versions": versions(["torch", "transformers", "am-recipes", "am-models", "am-kernels", "am-loss", "am-data"]),
+        "trl versions": versions_elsewhere(trl, ["trl", "torch", "transformers", "accelerate"]) if trl else None,
+        "cpu": cpu_name(),
         "threads": arguments.threads,
         "summary": summary,
         "runs": runs,
