@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from am_recipes.optim import build_optimizer, describe, schedule
+from am_recipes.optim import NEEDS_TOTAL_STEPS, STYLES, build_optimizer, describe, schedule
 from am_testing import run_distributed
 
 
@@ -158,7 +158,51 @@ def test_cosine() -> None:
     assert got == pytest.approx([2 / 3, 4 / 3, 2.0, *decay, 0.5, 0.5, 0.5], abs=1e-12)
 
 
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+def test_wsd() -> None:
+    got = rate_of_every_step(10, style="wsd", warmup_steps=2, total_steps=8, decay_steps=3, min_lr=0.5)
+    # The last stable step is total_steps - decay_steps = 5, the first of the decay takes its first third.
+    assert got == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5, 0.5, 0.5], abs=1e-12)
+    assert rate_of_every_step(3, style="wsd", total_steps=3, decay_steps=1) == [2.0, 2.0, 0.0]
+
+
+def test_wsd_decays_over_a_tenth_of_the_run_by_default() -> None:
+    got = rate_of_every_step(20, style="wsd", total_steps=20)
+    assert got == pytest.approx([2.0] * 18 + [1.0, 0.0], abs=1e-12)
+    assert rate_of_every_step(6, style="wsd", warmup_steps=1, total_steps=5) == [2.0, 2.0, 2.0, 2.0, 0.0, 0.0]
+    # The warm-up leaves one step for the decay, though a tenth of the run would be two.
+    assert rate_of_every_step(20, style="wsd", warmup_steps=19, total_steps=20)[18:] == [2.0, 0.0]
+
+
+def test_wsd_that_decays_at_once_is_linear() -> None:
+    arguments = {"warmup_steps": 3, "total_steps": 9, "min_lr": 0.2}
+    assert rate_of_every_step(10, style="wsd", decay_steps=6, **arguments) == pytest.approx(
+        rate_of_every_step(10, style="linear", **arguments), abs=1e-12
+    )
+
+
+def test_inverse_sqrt() -> None:
+    got = rate_of_every_step(16, style="inverse_sqrt", warmup_steps=4, total_steps=9)
+    want = [0.5, 1.0, 1.5, 2.0] + [2.0 * math.sqrt(4 / step) for step in range(5, 17)]
+    # total_steps is no corner of it: step 16 goes on to half the rate.
+    assert got == pytest.approx(want, abs=1e-12)
+    assert got[15] == pytest.approx(1.0)
+    assert rate_of_every_step(4, style="inverse_sqrt") == pytest.approx([2.0 / math.sqrt(s) for s in (1, 2, 3, 4)])
+    floored = rate_of_every_step(5, style="inverse_sqrt", warmup_steps=1, min_lr=1.1)
+    assert floored == pytest.approx([2.0, 2.0 / math.sqrt(2), 2.0 / math.sqrt(3), 1.1, 1.1])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_length_of_the_run_matters_where_it_is_said_to(style: str) -> None:
+    if style in NEEDS_TOTAL_STEPS:
+        short, long = (rate_of_every_step(20, style=style, total_steps=total) for total in (20, 40))
+        assert short != long
+        with pytest.raises(ValueError, match="needs total_steps"):
+            schedule(build_optimizer(model(), lr=2.0), style=style)
+    else:
+        assert rate_of_every_step(20, style=style) == rate_of_every_step(20, style=style, total_steps=5)
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_the_shortest_runs(style: str) -> None:
     assert rate_of_every_step(1, style=style, total_steps=1) == [2.0]
     assert rate_of_every_step(1, style=style, warmup_steps=1, total_steps=1) == [2.0]
@@ -203,6 +247,13 @@ def test_a_schedule_continues_where_it_was_saved() -> None:
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"min_lr": -0.1}, "min_lr=-0.1"),
         ({"style": "linear", "total_steps": 5, "min_lr": 3.0}, "min_lr=3.0 is above the learning rate 2.0"),
+        ({"style": "inverse_sqrt", "min_lr": 3.0}, "min_lr=3.0 is above the learning rate 2.0"),
+        ({"style": "wsd", "total_steps": 9, "decay_steps": 0}, "decay_steps=0 must be between 1 and 8"),
+        (
+            {"style": "wsd", "total_steps": 9, "warmup_steps": 5, "decay_steps": 5},
+            "decay_steps=5 must be between 1 and 4, the steps of total_steps=9 that follow step 5",
+        ),
+        ({"style": "cosine", "total_steps": 9, "decay_steps": 3}, "decay_steps=3 is for style='wsd'"),
     ],
 )
 def test_impossible_schedules_are_refused(arguments: dict, message: str) -> None:

@@ -18,8 +18,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-Style = Literal["constant", "linear", "cosine"]
-STYLES: tuple[Style, ...] = ("constant", "linear", "cosine")
+Style = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
+STYLES: tuple[Style, ...] = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+# The styles in which the length of the run decides the rate of a step: a run with another length is another run.
+NEEDS_TOTAL_STEPS: tuple[Style, ...] = ("linear", "cosine", "wsd")
 
 # One fused call costs 0.2 ms for 30 small tensors on one CPU core and 2 ms for 300; foreach 0.6 and 8, the loop 0.9
 # and 10 (torch 2.15, AdamW). On CUDA, fused is one or two kernels.
@@ -91,22 +93,33 @@ def schedule(
     warmup_steps: int = 0,
     total_steps: int | None = None,
     min_lr: float = 0.0,
+    decay_steps: int | None = None,
 ) -> LambdaLR:
     """Linear warm-up, then ``style``. Call ``.step()`` once after each optimizer step.
 
     Counting optimizer steps from 1: the first takes ``lr / warmup_steps`` (the full rate without warm-up), step
-    ``warmup_steps`` the full rate, step ``total_steps`` and any after it ``min_lr``. Groups with an ``lr_mult`` keep
-    their proportion throughout, down to ``lr_mult * min_lr``. ``constant`` ignores ``min_lr`` and may leave
-    ``total_steps`` out.
+    ``warmup_steps`` the full rate. After it step s takes ``min_lr + (lr - min_lr) * f``, with w = max(warmup_steps, 1):
 
-    Raises ValueError on an unknown style, a negative number, ``min_lr`` above the rate, a warm-up longer than the run.
+    - ``constant``: f = 1, whatever ``min_lr`` is.
+    - ``linear`` and ``cosine``: f = 1 - p and (1 + cos(pi p)) / 2 with p = (s - w) / (total_steps - w).
+    - ``wsd`` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395; its decay linear as in arXiv:2405.18392): f = 1 up to
+      step ``total_steps - decay_steps``, then (total_steps - s) / decay_steps. ``decay_steps`` is by default a tenth of
+      the run, at least one step and at most what the warm-up leaves.
+    - ``inverse_sqrt`` (Vaswani et al. 2017, section 5.3): ``lr * sqrt(w / s)``, never below ``min_lr``, without an end.
+
+    The styles of `NEEDS_TOTAL_STEPS` take ``min_lr`` at step ``total_steps`` and any after it; the others may leave
+    ``total_steps`` out. ``lr`` is the rate that the optimizer was built with; groups with another rate (an ``lr_mult``)
+    keep their proportion to it throughout, down to the same proportion of ``min_lr``.
+
+    Raises ValueError on an unknown style, a negative number, ``min_lr`` above the rate, a warm-up longer than the run,
+    a decay that does not fit behind it or is given to another style.
     """
     peak = float(optimizer.defaults["lr"])
     if style not in STYLES:
         raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} is negative; use 0 for no warm-up")
-    if total_steps is None and style != "constant":
+    if total_steps is None and style in NEEDS_TOTAL_STEPS:
         raise ValueError(f"style={style!r} needs total_steps: it decides the rate of every step")
     if total_steps is not None and total_steps < 1:
         raise ValueError(f"total_steps={total_steps} must be at least 1")
@@ -115,25 +128,46 @@ def schedule(
     _check_rate("min_lr", min_lr)
     if style != "constant" and min_lr > peak:
         raise ValueError(f"min_lr={min_lr} is above the learning rate {peak}; lower it, or use style='constant'")
+    if decay_steps is not None and style != "wsd":
+        raise ValueError(
+            f"decay_steps={decay_steps} is for style='wsd'; style={style!r} has no such phase, leave it out"
+        )
     floor = min_lr / peak if peak > 0 else 0.0
+    peak_step = max(warmup_steps, 1)
+    shape = _shape(style, peak_step, total_steps, decay_steps, floor)
 
     def factor(steps_done: int) -> float:
-        return _factor(steps_done, style, warmup_steps, total_steps, floor)
+        step = steps_done + 1
+        return step / peak_step if step <= peak_step else shape(step)
 
     return LambdaLR(optimizer, factor)
 
 
-def _factor(steps_done: int, style: Style, warmup_steps: int, total_steps: int | None, floor: float) -> float:
-    if steps_done < warmup_steps:
-        return (steps_done + 1) / warmup_steps
+def _shape(
+    style: Style, peak_step: int, total_steps: int | None, decay_steps: int | None, floor: float
+) -> Callable[[int], float]:
+    """The rate of a step after ``peak_step``, as a share of the full rate; ``floor`` is the share of ``min_lr``."""
+    if style == "inverse_sqrt":
+        return lambda step: max(floor, math.sqrt(peak_step / step))
     if style == "constant" or total_steps is None:
-        return 1.0
-    peak_at = max(warmup_steps - 1, 0)
-    if steps_done <= peak_at:
-        return 1.0
-    progress = min(1.0, (steps_done - peak_at) / max(total_steps - 1 - peak_at, 1))
-    remaining = 1 - progress if style == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return floor + (1 - floor) * remaining
+        return lambda step: 1.0
+    left = total_steps - peak_step
+    length = left
+    if style == "wsd":
+        length = min(max(total_steps // 10, 1), left) if decay_steps is None else decay_steps
+        if decay_steps is not None and not 1 <= decay_steps <= left:
+            raise ValueError(
+                f"decay_steps={decay_steps} must be between 1 and {left}, the steps of total_steps={total_steps} that "
+                f"follow step {peak_step}, the first at the full rate"
+            )
+
+    def decaying(step: int) -> float:
+        # max: a run without a step after the peak still has a rate for what follows its end.
+        progress = min(max((step - (total_steps - length)) / max(length, 1), 0.0), 1.0)
+        remaining = (1 + math.cos(math.pi * progress)) / 2 if style == "cosine" else 1 - progress
+        return floor + (1 - floor) * remaining
+
+    return decaying
 
 
 def _implementation(parameters: Iterable[torch.Tensor]) -> dict[str, bool]:
