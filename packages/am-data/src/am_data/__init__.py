@@ -1,12 +1,19 @@
-"""Rows to batches: chat rendering, loss masks, packing and a resumable loader."""
+"""Rows to batches: chat rendering, loss masks, packing and a resumable loader.
 
-from am_data._batch import Batch, collate
-from am_data._chat import ChatDataset
-from am_data._loader import DataLoader
-from am_data._pack import PackedDataset, pack
-from am_data._render import render_and_mask
-from am_data._report import DatasetReport
-from am_data._tokens import TokenDataset
+Names are imported when first used, so that the command `am-data` answers `--help` without importing torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from am_data._batch import Batch, collate
+    from am_data._chat import ChatDataset
+    from am_data._loader import DataLoader
+    from am_data._pack import PackedDataset, pack
+    from am_data._render import render_and_mask
+    from am_data._report import DatasetReport
+    from am_data._tokens import TokenDataset
 
 __all__ = [
     "Batch",
@@ -19,3 +26,25 @@ __all__ = [
     "pack",
     "render_and_mask",
 ]
+
+_MODULES = {
+    "Batch": "am_data._batch",
+    "ChatDataset": "am_data._chat",
+    "DataLoader": "am_data._loader",
+    "DatasetReport": "am_data._report",
+    "PackedDataset": "am_data._pack",
+    "TokenDataset": "am_data._tokens",
+    "collate": "am_data._batch",
+    "pack": "am_data._pack",
+    "render_and_mask": "am_data._render",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'am_data' has no attribute {name!r}; public are {', '.join(__all__)}")
+    return importlib.import_module(_MODULES[name]).__dict__[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
