@@ -1,4 +1,4 @@
-"""Parameter groups, an optimizer over them, and its learning-rate schedule. Imports no sibling: usable alone.
+"""Parameter groups, an optimizer over them, and its learning-rate schedule. Usable without a recipe.
 
 Weight decay follows common practice: weights of two or more dims decay (embeddings too, as in nanoGPT and the
 transformers Trainer); norms and biases do not. Groups depend on names and rates only, never on the parallel layout, so
@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from am_recipes.muon import MuonWithAdamW
+
 Style = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 STYLES: tuple[Style, ...] = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
 # The styles in which the length of the run decides the rate of a step: a run with another length is another run.
@@ -35,9 +37,15 @@ def build_optimizer(
     weight_decay: float | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     overrides: Sequence[Mapping[str, Any]] = (),
+    adamw: Mapping[str, Any] | None = None,
+    adamw_modules: Iterable[nn.Module] | None = None,
     **hyperparameters: Any,
 ) -> torch.optim.Optimizer:
     """Build ``optimizer`` over the parameters of ``model`` that require a gradient. Every rank calls it.
+
+    ``optimizer=torch.optim.Muon`` gives a `MuonWithAdamW`: Muon for hidden matrices, which are the parameters of two
+    dims that are no bias and belong neither to an ``nn.Embedding``, nor to the output layer, nor to ``adamw_modules``;
+    AdamW for these and for all else, the experts that transformers fuses into three dims included (`describe` tells).
 
     Args:
         model: its parameters may be DTensors. Call after sharding: the optimizer holds these very parameters.
@@ -47,11 +55,18 @@ def build_optimizer(
             ``foreach=`` to choose yourself.
         overrides: ``{"pattern": ..., "lr_mult": 1.0, "wd_mult": 1.0}`` each. ``pattern`` is a regular expression that
             must match somewhere in the parameter's name (`re.search`); the first that matches decides.
-        hyperparameters: passed on as they are, such as ``betas`` and ``eps``.
+        adamw: with Muon only: the keyword arguments of its AdamW part. ``weight_decay`` is by default the one above;
+            ``lr`` may be left out with ``adjust_lr_fn="match_rms_adamw"`` alone, which is there to share one rate.
+        adamw_modules: with Muon only: modules whose matrices AdamW trains too. A transformers model names its output
+            layer itself (``get_output_embeddings``); where it has none, and for other models, say here which modules
+            turn hidden states into answers, or ``()``.
+        hyperparameters: passed on as they are, such as ``betas`` and ``eps``; with Muon, to `torch.optim.Muon`.
 
     Raises:
-        ValueError: nothing requires a gradient; a pattern matches no trainable parameter; a rate is negative.
-        TypeError: an override has another key.
+        ValueError: nothing requires a gradient; a pattern matches no trainable parameter; a rate is negative; Muon has
+            no rate for its AdamW part, no matrix to train, an unknown output layer, or LoRA factors (their product is
+            the matrix: no one orthogonalises the factors).
+        TypeError: an override has another key; ``adamw`` or ``adamw_modules`` with an optimizer that has no such part.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -64,10 +79,21 @@ def build_optimizer(
     if weight_decay is not None:
         _check_rate("weight_decay", weight_decay)
         hyperparameters["weight_decay"] = weight_decay
+    checked = _check_overrides(overrides, trainable, weight_decay)
+    if optimizer is torch.optim.Muon:
+        matrices = _hidden_matrices(model, trainable, adamw_modules)
+        muon = optimizer(_parameter_groups(matrices, lr, weight_decay, checked), lr=lr, **hyperparameters)
+        others = {name: parameter for name, parameter in trainable.items() if name not in matrices}
+        options = _adamw_options(adamw, lr, weight_decay, hyperparameters)
+        return MuonWithAdamW(muon, _adamw(others, options, checked) if others else None)
+    for name, value in (("adamw", adamw), ("adamw_modules", adamw_modules)):
+        if value is not None:
+            raise TypeError(
+                f"{name}={value!r} is for optimizer=torch.optim.Muon, which leaves a part to AdamW; drop it"
+            )
     if optimizer in FUSED and not hyperparameters.keys() & {"fused", "foreach"}:
         hyperparameters |= _implementation(trainable.values())
-    groups = _parameter_groups(trainable, lr, weight_decay, _check_overrides(overrides, trainable, weight_decay))
-    return optimizer(groups, lr=lr, **hyperparameters)
+    return optimizer(_parameter_groups(trainable, lr, weight_decay, checked), lr=lr, **hyperparameters)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -76,13 +102,23 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:
-    """One line per parameter group: its tensors, values (over all ranks), learning rate and weight decay."""
-    lines = [type(optimizer).__name__ + (" (fused)" if optimizer.defaults.get("fused") else "")]
+    """One line per parameter group: its tensors, values (over all ranks), learning rate and weight decay.
+
+    Of `MuonWithAdamW` also which algorithm trains the group, and how many tensors of more than two dims AdamW has.
+    """
+    both = isinstance(optimizer, MuonWithAdamW)
+    fused = optimizer.param_groups[-1].get("fused") if both else optimizer.defaults.get("fused")
+    lines = [type(optimizer).__name__ + (" (fused)" if fused else "")]
     for group in optimizer.param_groups:
         values = sum(parameter.numel() for parameter in group["params"])
         decay = group.get("weight_decay", 0.0)
         base = group.get("initial_lr", group["lr"])
-        lines.append(f"  {len(group['params'])} tensors, {values:,} values: lr {base:g}, weight decay {decay:g}")
+        kind = f"{group['algorithm']}, " if both else ""
+        stacked = sum(parameter.ndim > 2 for parameter in group["params"])
+        note = f"; {stacked} of more than two dims (fused experts, convolutions)" if both and stacked else ""
+        lines.append(
+            f"  {kind}{len(group['params'])} tensors, {values:,} values: lr {base:g}, weight decay {decay:g}{note}"
+        )
     return "\n".join(lines)
 
 
@@ -108,8 +144,8 @@ def schedule(
     - ``inverse_sqrt`` (Vaswani et al. 2017, section 5.3): ``lr * sqrt(w / s)``, never below ``min_lr``, without an end.
 
     The styles of `NEEDS_TOTAL_STEPS` take ``min_lr`` at step ``total_steps`` and any after it; the others may leave
-    ``total_steps`` out. ``lr`` is the rate that the optimizer was built with; groups with another rate (an ``lr_mult``)
-    keep their proportion to it throughout, down to the same proportion of ``min_lr``.
+    ``total_steps`` out. ``lr`` is the rate that the optimizer was built with; groups with another rate (an ``lr_mult``,
+    the AdamW part of Muon) keep their proportion to it throughout, down to the same proportion of ``min_lr``.
 
     Raises ValueError on an unknown style, a negative number, ``min_lr`` above the rate, a warm-up longer than the run,
     a decay that does not fit behind it or is given to another style.
@@ -168,6 +204,72 @@ def _shape(
         return floor + (1 - floor) * remaining
 
     return decaying
+
+
+def _hidden_matrices(
+    model: nn.Module, trainable: Mapping[str, nn.Parameter], adamw_modules: Iterable[nn.Module] | None
+) -> dict[str, nn.Parameter]:
+    """What Muon trains, by name."""
+    # Here, as nothing else of this module needs them.
+    from transformers import PreTrainedModel
+
+    from am_peft import LoraFactor
+
+    factors = [module.weight for module in model.modules() if isinstance(module, LoraFactor)]
+    if any(factor.requires_grad for factor in factors):
+        raise ValueError(
+            "torch.optim.Muon orthogonalises the update of a weight matrix, LoRA trains two factors instead of one "
+            f"matrix ({len(factors)} factors here); use torch.optim.AdamW with LoRA, or Muon without peft"
+        )
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if output is None and adamw_modules is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say which module is its output layer, which Muon must not train; give "
+            "adamw_modules=(model.<output layer>,), or adamw_modules=() if it has none"
+        )
+    kept = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    kept += [*(adamw_modules or ()), *([] if output is None else [output])]
+    # By identity: a tied output layer is the embedding, under the name of the embedding.
+    identities = {id(parameter) for module in kept for parameter in module.parameters()}
+    matrices = {
+        name: parameter
+        for name, parameter in trainable.items()
+        if parameter.ndim == 2 and decays(name, parameter) and id(parameter) not in identities
+    }
+    if not matrices:
+        raise ValueError(
+            f"torch.optim.Muon trains hidden matrices, and none of the {len(trainable)} trainable parameters of "
+            f"{type(model).__name__} is one; use torch.optim.AdamW"
+        )
+    return matrices
+
+
+def _adamw_options(
+    adamw: Mapping[str, Any] | None, lr: float, weight_decay: float | None, muon: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of Muon's AdamW part, with ``lr``."""
+    options = {} if weight_decay is None else {"weight_decay": weight_decay}
+    options |= adamw or {}
+    if "lr" not in options:
+        if muon.get("adjust_lr_fn") != "match_rms_adamw":
+            raise ValueError(
+                f"lr={lr} is Muon's rate and fits AdamW only with adjust_lr_fn='match_rms_adamw'; give "
+                "adamw={'lr': ...} for embeddings, output layer, norms and biases, or that adjust_lr_fn"
+            )
+        options["lr"] = lr
+    _check_rate("lr of adamw", options["lr"])
+    return options
+
+
+def _adamw(
+    parameters: Mapping[str, nn.Parameter],
+    options: dict[str, Any],
+    overrides: Sequence[tuple[re.Pattern[str], float, float]],
+) -> torch.optim.AdamW:
+    if not options.keys() & {"fused", "foreach"}:
+        options |= _implementation(parameters.values())
+    groups = _parameter_groups(parameters, options["lr"], options.get("weight_decay"), overrides)
+    return torch.optim.AdamW(groups, **options)
 
 
 def _implementation(parameters: Iterable[torch.Tensor]) -> dict[str, bool]:
