@@ -1,11 +1,16 @@
 """A small byte-level BPE tokenizer, trained once, and the templates of well-known families in short form."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+# pytest's importlib mode does not put test folders on the path; `vision_processors` is imported from here.
+sys.path.insert(0, str(Path(__file__).parent))
 
 # `datasets` reads this when it is imported; without it every run would leave the tests' files in the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="am-data-tests-")

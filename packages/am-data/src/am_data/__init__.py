@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from am_data._render import render_and_mask
     from am_data._report import DatasetReport
     from am_data._tokens import TokenDataset
+    from am_data._vision import VisionChatDataset
+    from am_data._vision_processor import VisionProcessor, vision_processor
 
 __all__ = [
     "Batch",
@@ -22,9 +24,12 @@ __all__ = [
     "DatasetReport",
     "PackedDataset",
     "TokenDataset",
+    "VisionChatDataset",
+    "VisionProcessor",
     "collate",
     "pack",
     "render_and_mask",
+    "vision_processor",
 ]
 
 _MODULES = {
@@ -34,9 +39,12 @@ _MODULES = {
     "DatasetReport": "am_data._report",
     "PackedDataset": "am_data._pack",
     "TokenDataset": "am_data._tokens",
+    "VisionChatDataset": "am_data._vision",
+    "VisionProcessor": "am_data._vision_processor",
     "collate": "am_data._batch",
     "pack": "am_data._pack",
     "render_and_mask": "am_data._render",
+    "vision_processor": "am_data._vision_processor",
 }
 
 

@@ -4,8 +4,8 @@ Both layouts say by `document_ids` which tokens belong together (0 = padding), s
 attention mask. The shift happens here, within each document, before anybody cuts the sequence into shards.
 """
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from am_data._tokens import Example
 Layout: TypeAlias = Literal["packed", "padded"]
 Batch: TypeAlias = dict[str, torch.Tensor]
 Sample: TypeAlias = Example | list[Example]
+# The tensors of a batch beside its tokens, from the examples of its rows (`VisionProcessor.join`).
+Join: TypeAlias = Callable[[Sequence[dict[str, Any]]], Batch]
 
 
 def collate(
@@ -26,6 +28,8 @@ def collate(
     pad_token_id: int = 0,
     pad_to_multiple_of: int | None = None,
     max_length: int | None = None,
+    join: Join | None = None,
+    position_ids: Callable[[Batch], torch.Tensor] | None = None,
 ) -> Batch:
     """One micro-batch of `samples`; a sample is an example or the list of the examples of a pack.
 
@@ -36,10 +40,12 @@ def collate(
 
     `pad_to_multiple_of` rounds the tokens of a row up (context parallelism); `max_length` fixes them. No samples at all
     give one row of padding, at least one token, so that a rank that has run out still takes part in every collective.
-    Raises ValueError for a row longer than `max_length`.
+    `join` makes the tensors of examples that hold more than tokens: give `dataset.processor_adapter.join` for pictures,
+    which the "padded" layout alone takes. `position_ids` gets the finished batch and returns those that replace its own
+    (`[B, S]`, or `[A, B, S]` for rope of several axes).
+    Raises ValueError for a row longer than `max_length`, and for examples with keys that nobody joins.
     """
-    if layout not in ("packed", "padded"):
-        raise ValueError(f"layout={layout!r} is unknown; choose 'packed' or 'padded'")
+    check_layout(layout, join)
     documents = [sample if isinstance(sample, list) else [sample] for sample in samples] or [[]]
     if layout == "packed":
         documents = [[example for sample in documents for example in sample]]
@@ -60,7 +66,31 @@ def collate(
             batch["shift_labels"][row, begin : end - 1] = example["labels"][1:]
             batch["document_ids"][row, begin:end] = document
             begin = end
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    tensors |= _joined(documents, join)
+    if position_ids is not None:
+        tensors["position_ids"] = position_ids(tensors)
+    return tensors
+
+
+def check_layout(layout: Layout, join: Join | None) -> None:
+    """ValueError for an unknown layout, or one that cannot hold joined tensors."""
+    if layout not in ("packed", "padded"):
+        raise ValueError(f"layout={layout!r} is unknown; choose 'packed' or 'padded'")
+    if join is not None and layout == "packed":
+        raise ValueError("layout='packed' does not hold the tensors of join=; choose layout='padded'")
+
+
+def _joined(rows: list[list[Example]], join: Join | None) -> Batch:
+    if join is not None:
+        if any(len(row) > 1 for row in rows):
+            raise ValueError("join= takes one example a row; give the dataset itself, not its packs")
+        return join([row[0] if row else {} for row in rows])
+    keys = {key for row in rows for example in row for key in example}
+    unknown = sorted(keys - {"input_ids", "labels"})
+    if unknown:
+        raise ValueError(f"examples hold {', '.join(unknown)}; for pictures pass join=dataset.processor_adapter.join")
+    return {}
 
 
 def _width(longest: int, multiple: int | None, max_length: int | None) -> int:

@@ -4,14 +4,15 @@ The position is one global number, the samples consumed of the epoch, so a run t
 of ranks, and neither repeats nor skips a sample. An epoch's order is a pure function of seed and epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh
 
-from am_data._batch import Batch, Layout, Sample, collate
+from am_data._batch import Batch, Join, Layout, Sample, check_layout, collate
 
 
 class SampleDataset(Protocol):
@@ -62,7 +63,10 @@ class DataLoader:
         pad_token_id: int = 0,
         pad_to_multiple_of: int | None = None,
         max_length: int | None = None,
+        join: Join | None = None,
+        position_ids: Callable[[Batch], torch.Tensor] | None = None,
     ) -> None:
+        check_layout(layout, join)
         self._rank, self._world_size = _coordinates(rank, world_size, mesh)
         _check_sizes(global_batch_size, local_batch_size, self._world_size)
         if len(dataset) == 0:
@@ -86,6 +90,8 @@ class DataLoader:
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
         self._max_length = max_length
+        self._join = join
+        self._position_ids = position_ids
         self._epoch = 0
         self._cursor = 0
         self._finished = False
@@ -176,6 +182,8 @@ class DataLoader:
             pad_token_id=self._pad_token_id,
             pad_to_multiple_of=self._pad_to_multiple_of,
             max_length=self._max_length,
+            join=self._join,
+            position_ids=self._position_ids,
         )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
+# (content of the row, turn) to a string, or to parts of type "text" and others.
+ReadContent: TypeAlias = "Callable[[object, int], str | list[dict[str, Any]]]"
 Format: TypeAlias = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -54,9 +56,26 @@ def detect_format(columns: Sequence[str]) -> Format:
     )
 
 
-def normalise(row: Mapping[str, Any], layout: Format) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def read_text(content: object, turn: int) -> str:
+    """A content that is text, or parts that all are."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        texts = []
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise RowRefusedError("content that is not text", f"turn {turn} has a part of type {kind!r}")
+            texts.append(str(part["text"]))
+        return "".join(texts)
+    raise RowRefusedError("content that is not text", f"turn {turn} has content of type {type(content).__name__}")
+
+
+def normalise(
+    row: Mapping[str, Any], layout: Format, read_content: ReadContent = read_text
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """`(messages, tools)` of one row, checked; raises RowRefusedError. `tools` is None where the row has none."""
-    messages = [check_message(message, turn) for turn, message in enumerate(_CONVERTERS[layout](row))]
+    messages = [check_message(message, turn, read_content) for turn, message in enumerate(_CONVERTERS[layout](row))]
     if not messages:
         raise RowRefusedError("no messages", "the list is empty")
     return messages, _tools(row.get("tools"))
@@ -70,8 +89,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return checked
 
 
-def check_message(message: Mapping[str, Any], turn: int) -> Message:
-    """One message with a known role and text content; keys whose value is None are left out."""
+def check_message(message: Mapping[str, Any], turn: int, read_content: ReadContent = read_text) -> Message:
+    """One message with a known role and the content that is read; keys whose value is None are left out."""
     if not isinstance(message, Mapping):
         raise RowRefusedError("a message is not a mapping", f"turn {turn} is a {type(message).__name__}")
     checked = {key: value for key, value in message.items() if value is not None}
@@ -82,25 +101,17 @@ def check_message(message: Mapping[str, Any], turn: int) -> Message:
         checked["tool_calls"] = [_tool_call(call, turn) for call in _decoded(checked["tool_calls"], "tool_calls")]
         if not checked["tool_calls"]:
             del checked["tool_calls"]
-    checked["content"] = _text(checked.get("content", ""), turn)
-    spoken = checked["content"].strip() or "tool_calls" in checked
+    checked["content"] = read_content(checked.get("content", ""), turn)
+    spoken = _says_something(checked["content"]) or "tool_calls" in checked
     if role in ("user", "assistant") and not spoken:
         raise RowRefusedError("empty turn", f"turn {turn} ({role}) has no content")
     return checked
 
 
-def _text(content: object, turn: int) -> str:
+def _says_something(content: str | list[dict[str, Any]]) -> bool:
     if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        texts = []
-        for part in content:
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-                raise RowRefusedError("content that is not text", f"turn {turn} has a part of type {kind!r}")
-            texts.append(str(part["text"]))
-        return "".join(texts)
-    raise RowRefusedError("content that is not text", f"turn {turn} has content of type {type(content).__name__}")
+        return bool(content.strip())
+    return any(part["type"] != "text" or part["text"].strip() for part in content)
 
 
 def _tool_call(call: object, turn: int) -> dict[str, Any]:

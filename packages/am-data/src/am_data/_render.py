@@ -112,7 +112,7 @@ class Renderer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`(input_ids, labels)` of checked messages, int64 `[S]`; raises RowRefusedError."""
         trained = _trained_turns(messages, train_on)
-        text = self._render(messages, tools)
+        text = self.render(messages, tools)
         encoding = self._encode(text, offsets=True)
         ids: list[int] = encoding["input_ids"]
         offsets = np.asarray(encoding["offset_mapping"])
@@ -131,7 +131,8 @@ class Renderer:
             labels[start:end] = input_ids[start:end]
         return input_ids, labels
 
-    def _render(self, messages: list[Message], tools: Tools | None, *, generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], tools: Tools | None, *, generation_prompt: bool = False) -> str:
+        """What the template writes; raises RowRefusedError where it does not take the messages."""
         if not messages:
             raise RowRefusedError("no prompt before an assistant turn", "the conversation starts with it")
         try:
@@ -166,8 +167,8 @@ class Renderer:
         ids: list[int],
         offsets: NDArray[np.int64],
     ) -> list[tuple[int, int]]:
-        prompts = [self._render(messages[:turn], tools, generation_prompt=True) for turn in trained]
-        upto = [text if turn + 1 == len(messages) else self._render(messages[: turn + 1], tools) for turn in trained]
+        prompts = [self.render(messages[:turn], tools, generation_prompt=True) for turn in trained]
+        upto = [text if turn + 1 == len(messages) else self.render(messages[: turn + 1], tools) for turn in trained]
         encoded: list[list[int]] = self._encode([*prompts, *upto])["input_ids"]
         spans = []
         for place, turn in enumerate(trained):
@@ -245,7 +246,7 @@ class Renderer:
         if key in self._skeletons:
             return self._skeletons[key], True
         self._refuse_dropped_tools(marked, tools)
-        text = self._render(marked, tools)
+        text = self.render(marked, tools)
         found = [match.group() for match in _MARKER.finditer(text)]
         _refuse_dropped(marked, pieces, found, trained)
         literals = tuple(_MARKER.split(text))
@@ -257,12 +258,14 @@ class Renderer:
         return self._skeletons[key], False
 
     def _turn(self, marked: list[Message], tools: Tools | None, turn: int, unused: int) -> _Turn:
-        prompt = self._render(marked[:turn], tools, generation_prompt=True)
+        prompt = self.render(marked[:turn], tools, generation_prompt=True)
         matches = list(_MARKER.finditer(prompt))
         anchor = _marker_index(matches[-1].group()) if matches else None
         prompt_tail = prompt[matches[-1].end() :] if matches else prompt
-        answer = {"role": "assistant", "content": _marker(unused)}
-        closing = self._render([*marked[:turn], answer], tools).rpartition(_marker(unused))[2].rstrip()
+        parts = isinstance(marked[turn]["content"], list)
+        content = [{"type": "text", "text": _marker(unused)}] if parts else _marker(unused)
+        answer = {"role": "assistant", "content": content}
+        closing = self.render([*marked[:turn], answer], tools).rpartition(_marker(unused))[2].rstrip()
         if not closing:
             raise RowRefusedError(
                 "no end-of-turn token", f"the template writes nothing after the answer of turn {turn}"
@@ -299,7 +302,7 @@ class Renderer:
                 else {**tool, "name": fresh("a tool")}
                 for tool in tools
             ]
-        text = self._render(probe_messages, probe_tools)
+        text = self.render(probe_messages, probe_tools)
         for place, kind in enumerate(kinds, start=1):
             if _marker(9999 - place) not in text:
                 raise RowRefusedError(f"the template drops {kind}", "choose a template that writes tools")
@@ -332,16 +335,25 @@ def _mark(messages: list[Message]) -> tuple[list[Message], list[_Piece]]:
         pieces.append(_Piece(turn, text, reasoning))
         return _marker(len(pieces) - 1)
 
-    marked = []
-    for turn, message in enumerate(messages):
-        replaced = dict(message)
-        if isinstance(message.get("reasoning_content"), str):
-            replaced["reasoning_content"] = mark(message["reasoning_content"], turn, True)
-        parts = _THINK.split(message["content"])
+    def mark_content(text: str, turn: int, role: str) -> str:
+        parts = _THINK.split(text)
         for place in range(0, len(parts), 2):
             closes = place + 1 < len(parts) and "</think>" in parts[place + 1]
-            parts[place] = mark(parts[place], turn, message["role"] == "assistant" and closes)
-        replaced["content"] = "".join(parts)
+            parts[place] = mark(parts[place], turn, role == "assistant" and closes)
+        return "".join(parts)
+
+    marked = []
+    for turn, message in enumerate(messages):
+        replaced, role, content = dict(message), message["role"], message["content"]
+        if isinstance(message.get("reasoning_content"), str):
+            replaced["reasoning_content"] = mark(message["reasoning_content"], turn, True)
+        if isinstance(content, str):
+            replaced["content"] = mark_content(content, turn, role)
+        else:
+            replaced["content"] = [
+                {**part, "text": mark_content(part["text"], turn, role)} if part["type"] == "text" else part
+                for part in content
+            ]
         marked.append(replaced)
     if len(pieces) > 5000:
         raise RowRefusedError("too many turns", f"{len(pieces)} contents; 5000 are supported")

@@ -1,0 +1,330 @@
+"""Conversations with pictures: the mask of `ChatDataset`, with every picture expanded to the tokens of its features.
+
+The mask is derived on the rendering as the template writes it, where a picture is one placeholder token; then each
+placeholder becomes the tokens that the processor itself writes for that picture. How many they are depends on the
+picture's size alone, so the processor is asked once a size. Pixels are made when an example is asked for.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from am_data._chat import NUM_SAMPLES, Refused, check_options, collect, cut, digest_of, layout_of, row_id, segments
+from am_data._messages import Format, Message, RowRefusedError, normalise
+from am_data._render import IGNORE_INDEX, Renderer, TrainOn
+from am_data._report import DatasetReport
+from am_data._rows import Row, Rows, read_rows
+from am_data._tokens import Example, TokenDataset
+from am_data._vision_pictures import load_picture, require_pillow
+from am_data._vision_processor import VisionProcessor, vision_processor
+
+if TYPE_CHECKING:
+    import datasets
+    from PIL import Image
+
+_PLACEHOLDER = "<image>"
+
+
+class VisionChatDataset:
+    """A map-style dataset of conversations with pictures: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64
+    [S]}` and, where the row has pictures, the processor's own tensors (`pixel_values`, ...).
+
+    `rows` and `format` are those of `ChatDataset`; a content is a string or a list of parts. A picture is a part
+    `{"type": "image"}` with `image` or `path` (a path, the bytes of a file, `{"bytes", "path"}`, a PIL image), or it is
+    taken in order from the row's column `images` (or `image`) by parts that hold none and by `<image>` in strings,
+    whose text stays as it is. Relative paths start from `images`; without it, from the folder of the rows' file, or the
+    working directory. `processor`: a transformers processor of a declared family, or a `VisionProcessor`.
+
+    The tokens are those of `processor.apply_chat_template`; labels are as in `ChatDataset`, never on image tokens.
+    A row is refused too where a picture is missing, unreadable (each is decoded once, here), zero-sized, animated, of
+    more than 8 bits a channel, a URL or in an assistant turn; where pictures, placeholders and features differ in
+    number; and where a text holds the image token. Pictures are turned as EXIF says; transparency is laid on white.
+
+    A row longer than `max_length` tokens is refused, or with `truncation=True` cut after its last picture, never inside
+    or before it. ValueError where no row is left, or a picture file has changed when its example is asked for.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        processor: Any,
+        images: str | Path | None = None,
+        split: str = "train",
+        format: Format = "auto",
+        max_length: int | None = None,
+        truncation: bool = False,
+        train_on: TrainOn = "assistant",
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        on_bad_row: Literal["drop", "raise"] = "drop",
+        name: str | None = None,
+    ) -> None:
+        require_pillow()
+        check_options(format, on_bad_row, max_length, truncation)
+        adapter = processor if isinstance(processor, VisionProcessor) else vision_processor(processor)
+        source = _undecoded(read_rows(rows, split=split, name=name))
+        layout = layout_of(source, format, rows, split)
+        tokenizer = adapter.processor.tokenizer
+        template = chat_template or adapter.processor.chat_template
+        renderer = Renderer(tokenizer, chat_template=template, chat_template_kwargs=chat_template_kwargs)
+        masker = _Masker(adapter, renderer, layout, _folder(images, rows), train_on, max_length, truncation)
+        indices, kept, dropped = collect(map(masker, source), source, rows, on_bad_row)
+
+        digests = [digest for row in kept for digest in (row.digest, *row.pictures)]
+        fingerprint = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+        self._tokens = TokenDataset((row.example for row in kept), fingerprint=fingerprint)
+        self._adapter = adapter
+        self._masker = masker
+        self._source = source
+        self._indices = indices
+        self._pictures = [row.pictures for row in kept]
+        self._report = DatasetReport(
+            rows_read=len(source),
+            rows_kept=len(kept),
+            rows_truncated=sum(row.truncated for row in kept),
+            dropped=dropped,
+            num_tokens=self._tokens.num_tokens,
+            num_supervised_tokens=self._tokens.num_supervised_tokens,
+            samples=[segments(row.example, masker.decode) for row in kept[:NUM_SAMPLES]],
+            num_pictures=sum(len(row.pictures) for row in kept),
+            num_image_tokens=sum(int((row.example["input_ids"] == adapter.image_token_id).sum()) for row in kept),
+        )
+
+    @property
+    def report(self) -> DatasetReport:
+        """As `ChatDataset.report`, with the number of pictures and of image tokens."""
+        return self._report
+
+    @property
+    def processor_adapter(self) -> VisionProcessor:
+        """The adapter in use: its `join` is for the loader, its `image_token_id` to compare with a model's config."""
+        return self._adapter
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each conversation, image tokens included, int64 `[num_rows]`."""
+        return self._tokens.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal conversations, pictures, mask and length limit."""
+        return self._tokens.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._tokens[index]
+        if not self._pictures[index]:
+            return dict(example)
+        place = self._indices[index]
+        row = self._source[place]
+        try:
+            _, _, sources = read_conversation(row, self._masker.layout)
+            loaded = [load_picture(source, self._masker.folder) for source in sources]
+            if [digest for _, digest in loaded] != self._pictures[index]:
+                raise ValueError("a picture is not the one that was there when the dataset was made; make it anew")
+            _, tensors = self._adapter.process([picture for picture, _ in loaded])
+        except ValueError as error:
+            raise ValueError(f"row {row_id(row, place)}: {error}") from error
+        return {**example, **tensors}
+
+
+@dataclass(frozen=True)
+class _Kept:
+    example: Example
+    truncated: bool
+    digest: bytes
+    pictures: list[bytes]
+
+
+@dataclass(frozen=True)
+class _Masker:
+    """One row to its tokens, its mask and the digests of its pictures."""
+
+    adapter: VisionProcessor
+    renderer: Renderer
+    layout: Format
+    folder: Path
+    train_on: TrainOn
+    max_length: int | None
+    truncation: bool
+    # By the size of a picture: the tokens that it becomes, and their text.
+    expansions: dict[tuple[int, int], tuple[NDArray[np.int64], str]] = field(default_factory=dict)
+
+    def __call__(self, row: Row) -> _Kept | Refused:
+        try:
+            messages, tools, sources = read_conversation(row, self.layout)
+            self._refuse_image_token(messages)
+            ids, labels = self.renderer.mask(messages, tools=tools, train_on=self.train_on)
+            loaded = [load_picture(source, self.folder) for source in sources]
+            text = self.renderer.render(messages, tools)
+            ids, labels, last_picture = self._expand(text, ids, labels, [picture for picture, _ in loaded])
+            full_length = len(ids)
+            ids, labels = cut(ids, labels, self.max_length, self.truncation)
+            if len(ids) < last_picture:
+                detail = f"the last picture ends at token {last_picture}, max_length={self.max_length}"
+                raise RowRefusedError("truncation would cut a picture", detail)
+        except RowRefusedError as refusal:
+            return Refused(refusal.reason, refusal.detail, str(refusal))
+        digest = digest_of(messages, tools, labels)
+        pictures = [digest for _, digest in loaded]
+        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, pictures)
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """The text of `ids`, with every run of image tokens as `<image x 64>`."""
+        text = ""
+        for is_image, run in itertools.groupby(ids.tolist(), lambda token: token == self.adapter.image_token_id):
+            tokens = list(run)
+            text += f"<image x {len(tokens)}>" if is_image else self.adapter.processor.tokenizer.decode(tokens)
+        return text
+
+    def _refuse_image_token(self, messages: list[Message]) -> None:
+        for turn, message in enumerate(messages):
+            for part in message["content"]:
+                if part["type"] == "text" and self.adapter.image_token in part["text"]:
+                    raise RowRefusedError(
+                        "a text holds the image token", f"turn {turn} has {self.adapter.image_token!r} in a text part"
+                    )
+
+    def _expand(
+        self, text: str, ids: NDArray[np.int64], labels: NDArray[np.int64], pictures: "list[Image.Image]"
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Tokens and labels with every placeholder replaced, and the end of the last picture (0 if there is none)."""
+        places = np.flatnonzero(ids == self.adapter.image_token_id).tolist()
+        if len(places) != len(pictures):
+            raise RowRefusedError(
+                "the template drops or adds a picture", f"it writes {len(places)} placeholders for {len(pictures)}"
+            )
+        if not pictures:
+            return ids, labels, 0
+        expansions = [self._expansion(picture) for picture in pictures]
+        all_ids, all_labels, end = [ids[: places[0]]], [labels[: places[0]]], 0
+        for place, following, (tokens, _) in zip(places, [*places[1:], len(ids)], expansions):
+            all_ids += [tokens, ids[place + 1 : following]]
+            all_labels += [np.full_like(tokens, IGNORE_INDEX), labels[place + 1 : following]]
+            end = sum(map(len, all_ids[:-1]))
+        expanded = np.concatenate(all_ids)
+        texts = text.split(self.adapter.image_token)
+        whole = "".join([texts[0], *(part for (_, own), rest in zip(expansions, texts[1:]) for part in (own, rest))])
+        # White space beside a placeholder may be tokenised otherwise beside what it becomes.
+        if self._encode(whole) != expanded.tolist():
+            raise RowRefusedError("the tokens around a picture change when it is expanded", repr(text[:80]))
+        return expanded, np.concatenate(all_labels), end
+
+    def _expansion(self, picture: "Image.Image") -> tuple[NDArray[np.int64], str]:
+        if picture.size not in self.expansions:
+            ids, _ = self.adapter.process([picture])
+            text = self.adapter.processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            if self._encode(text) != ids.tolist():
+                raise ValueError(
+                    f"the tokens of a picture of {picture.size} pixels decode to {text[:80]!r}, which is tokenised "
+                    "otherwise; add the tokens that the processor writes to its tokenizer as special tokens"
+                )
+            self.expansions[picture.size] = ids, text
+        return self.expansions[picture.size]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.adapter.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def read_conversation(row: Row, layout: Format) -> tuple[list[Message], list[dict[str, Any]] | None, list[object]]:
+    """`(messages, tools, pictures)`: contents are lists of text parts and bare image parts, pictures in their order.
+
+    Raises RowRefusedError, also where placeholders and the pictures of the row's column differ in number.
+    """
+    column = row.get("images") if row.get("images") is not None else row.get("image")
+    given = list(column) if isinstance(column, Sequence) and not isinstance(column, str | bytes) else [column]
+    given = [] if column is None else given
+    waiting = iter(given)
+    pictures: list[object] = []
+    num_placeholders = 0
+
+    def placeholder() -> dict[str, Any]:
+        nonlocal num_placeholders
+        num_placeholders += 1
+        pictures.append(next(waiting, None))
+        return {"type": "image"}
+
+    def read_content(content: object, turn: int) -> list[dict[str, Any]]:
+        if isinstance(content, str):
+            texts = content.split(_PLACEHOLDER)
+            parts = [[placeholder(), {"type": "text", "text": text}] for text in texts[1:]]
+            flat = [{"type": "text", "text": texts[0]}, *itertools.chain.from_iterable(parts)]
+            return [part for part in flat if part["type"] == "image" or part["text"]]
+        if not isinstance(content, Sequence):
+            raise RowRefusedError("content of an unknown kind", f"turn {turn} has a {type(content).__name__}")
+        return [read_part(part, turn) for part in content]
+
+    def read_part(part: object, turn: int) -> dict[str, Any]:
+        # Arrow gives every part the keys of all of them.
+        held = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+        kind = held.pop("type", None)
+        if kind == "text" and isinstance(held.get("text"), str):
+            return {"type": "text", "text": held["text"]}
+        if kind == "image_url" or "url" in held:
+            raise RowRefusedError("a picture is a URL", f"turn {turn}; download it and give its path")
+        if kind != "image":
+            raise RowRefusedError("content of an unknown kind", f"turn {turn} has a part of type {kind!r}")
+        if not held:
+            return placeholder()
+        if held.keys() == {"image"}:
+            pictures.append(held["image"])
+        elif held.keys() <= {"path", "bytes"}:
+            pictures.append(held)
+        else:
+            raise RowRefusedError("content of an unknown kind", f"turn {turn} has an image part with {sorted(held)}")
+        return {"type": "image"}
+
+    messages, tools = normalise(row, layout, read_content)
+    if num_placeholders != len(given):
+        raise RowRefusedError(
+            "pictures and placeholders differ in number", f"{len(given)} pictures, {num_placeholders} placeholders"
+        )
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
+            raise RowRefusedError("a picture in an assistant turn", f"turn {turn}; a model does not learn to draw here")
+    return messages, tools, pictures
+
+
+def _folder(images: str | Path | None, rows: Rows) -> Path:
+    if images is not None:
+        folder = Path(images).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"images={str(images)!r} is not a folder; give the one that paths start from")
+        return folder
+    if isinstance(rows, str | Path):
+        path = Path(rows).expanduser()
+        if path.is_dir():
+            return path
+        if path.is_file():
+            return path.parent
+    return Path()
+
+
+class _UndecodedRows(Sequence[Row]):
+    """Rows of a `datasets.Dataset` with pictures as bytes: decoding them, it fails for the whole row."""
+
+    def __init__(self, dataset: "datasets.Dataset") -> None:
+        self._dataset = dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._dataset[index].to_pylist()[0]
+
+
+def _undecoded(source: "Sequence[Row] | datasets.Dataset") -> "Sequence[Row] | datasets.Dataset":
+    # A transform of the user's makes the rows that they want to be read.
+    if isinstance(source, Sequence) or source.format["type"] == "custom":
+        return source
+    return _UndecodedRows(source)

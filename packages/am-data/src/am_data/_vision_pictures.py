@@ -1,0 +1,108 @@
+"""Pictures as rows hold them (paths, the bytes of files, PIL images) become RGB images, or are refused with a reason.
+
+A picture is decoded whole when it is checked: a header says nothing about a file that was cut.
+"""
+
+import hashlib
+import io
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from am_data._messages import RowRefusedError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What Pillow's decoders raise at files that are cut or broken.
+_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
+
+
+def require_pillow() -> None:
+    """ImportError with the command that installs it, where pillow is missing."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise ImportError("am-data reads pictures with pillow; pip install am-data[vision]") from error
+
+
+def load_picture(source: object, folder: Path) -> "tuple[Image.Image, bytes]":
+    """The picture as an RGB PIL image, and a digest of what it was made from; raises RowRefusedError.
+
+    `source` is a path (relative ones start from `folder`), the bytes of a file, `{"bytes", "path"}` as Arrow stores
+    pictures, or a PIL image. The EXIF orientation is applied, transparency is laid on white, palettes and grey become
+    RGB. Refused: what is missing, unreadable, without pixels, of more than one frame, or of more than 8 bits a channel.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(source, Image.Image):
+        where, content = "the picture in the row", None
+    else:
+        where, content = _read(source, folder)
+        if not content:
+            raise RowRefusedError("a picture is zero-sized", f"{where} has 0 bytes")
+    try:
+        picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(content or b""))
+        if 0 in picture.size:
+            raise RowRefusedError("a picture is zero-sized", f"{where} is {picture.width} x {picture.height} pixels")
+        if _has_second_frame(picture):
+            raise RowRefusedError("a picture is animated", f"{where} has more than one frame; give one of them")
+        picture.load()
+        digest = hashlib.blake2b(content or picture.tobytes(), digest_size=16)
+        digest.update(f"{picture.mode} {picture.size}".encode())
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            detail = f"{where} has pixels of mode {picture.mode!r}; convert it to 8 bits a channel"
+            raise RowRefusedError("a picture has more than 8 bits a channel", detail)
+        if picture.has_transparency_data:
+            opaque = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+        return picture.convert("RGB"), digest.digest()
+    except RowRefusedError:
+        raise
+    # What Pillow's decoders raise at files that are cut, broken, or bombs.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise RowRefusedError("a picture is unreadable", f"{where}: {error}") from error
+
+
+def _read(source: object, folder: Path) -> tuple[str, bytes]:
+    if isinstance(source, Mapping):
+        content = source.get("bytes")
+        if content is not None:
+            return str(source.get("path") or "the picture in the row"), content
+        source = source.get("path")
+    if isinstance(source, bytes):
+        return "the picture in the row", source
+    if not isinstance(source, str | Path):
+        known = "a path, bytes, {'bytes', 'path'} and PIL images"
+        raise RowRefusedError("a picture is of an unknown kind", f"it is a {type(source).__name__}; {known} are read")
+    if "://" in str(source) or str(source).startswith("data:"):
+        raise RowRefusedError("a picture is a URL", f"{str(source)[:80]}; download it and give its path")
+    path = folder / Path(source).expanduser()
+    if not path.is_file():
+        raise RowRefusedError("a picture is missing", f"{path} is not a file")
+    try:
+        return str(path), path.read_bytes()
+    except OSError as error:
+        raise RowRefusedError("a picture is unreadable", str(error)) from error
+
+
+def _has_second_frame(picture: "Image.Image") -> bool:
+    # The further frames of a phone's MPO are previews and depth maps of the one photograph.
+    if picture.format == "MPO":
+        return False
+    try:
+        picture.seek(1)
+    except EOFError:
+        return False
+    picture.seek(0)
+    return True

@@ -1,0 +1,152 @@
+"""What is known of each family of processors: how a picture becomes tokens and tensors, and how tensors are joined.
+
+Nothing is found out by probing. A family that is not in the table is declared by its user as a `VisionProcessor`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from am_data._messages import RowRefusedError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PictureTensors: TypeAlias = dict[str, torch.Tensor]
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+@dataclass(frozen=True)
+class VisionProcessor:
+    """A transformers processor with the facts about its family that a batch of pictures needs.
+
+    `image_token`, `image_token_id`: the placeholder, which the chat template writes once a picture and the processor
+    repeats once a feature. `tensor_names`: what the processor returns beside the text. `joined` says how these tensors
+    become those of a batch: "concatenate" along their first axis, whatever row a picture is in (LLaVA `[N, C, H, W]`,
+    Qwen-VL `[patches, dim]` with a grid `[N, 3]` of them); or "pad_images", where the processor gives `[1, N, ...]` and
+    rows are filled up with zeros to `[B, N, ...]` (Idefics3, SmolVLM). `num_features`: the features that a vision tower
+    makes of a row's tensors, which must be the number of its image tokens.
+    """
+
+    processor: Any
+    image_token: str
+    image_token_id: int
+    tensor_names: tuple[str, ...]
+    joined: Literal["concatenate", "pad_images"]
+    num_features: Callable[[Mapping[str, torch.Tensor]], int]
+
+    def process(self, pictures: "Sequence[Image.Image]") -> tuple[NDArray[np.int64], PictureTensors]:
+        """Tokens int64 `[S]` and tensors of the pictures of one row, from the processor's own output.
+
+        Raises ValueError where the processor refuses a picture, returns other tensors than declared, or writes
+        another number of image tokens than the tensors give features.
+        """
+        try:
+            output = self.processor(
+                text=[self.image_token * len(pictures)],
+                images=list(pictures),
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            sizes = [picture.size for picture in pictures]
+            raise RowRefusedError("the processor refuses a picture", f"of {sizes} pixels: {error}") from error
+        returned = set(output) - _TEXT_KEYS
+        if returned != set(self.tensor_names):
+            raise ValueError(
+                f"{type(self.processor).__name__} returns {sorted(returned)} for pictures, its adapter declares "
+                f"{sorted(self.tensor_names)}; configure the processor so, or pass a VisionProcessor that declares them"
+            )
+        ids = output["input_ids"][0].numpy()
+        tensors = {name: output[name] for name in self.tensor_names}
+        if self.joined == "pad_images":
+            tensors = {name: tensor[0] for name, tensor in tensors.items()}
+        num_tokens, num_features = int((ids == self.image_token_id).sum()), self.num_features(tensors)
+        if num_tokens != num_features:
+            raise RowRefusedError(
+                "image tokens and image features differ",
+                f"{len(pictures)} pictures are {num_tokens} tokens {self.image_token!r} and {num_features} features; "
+                "do the processor's image_seq_len or patch_size belong to its image size?",
+            )
+        return ids, tensors
+
+    def join(self, examples: Sequence[Mapping[str, Any]]) -> PictureTensors:
+        """The picture tensors of the rows of a batch, without any key where no row has a picture."""
+        if not any(self.tensor_names[0] in example for example in examples):
+            return {}
+        joined = {}
+        for name in self.tensor_names:
+            rows = {place: example[name] for place, example in enumerate(examples) if name in example}
+            tensors = list(rows.values())
+            if self.joined == "concatenate":
+                joined[name] = torch.cat(tensors)
+                continue
+            largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors))]
+            joined[name] = tensors[0].new_zeros(len(examples), *largest)
+            for place, tensor in rows.items():
+                joined[name][place][tuple(slice(size) for size in tensor.shape)] = tensor
+        return joined
+
+
+def vision_processor(processor: Any) -> VisionProcessor:
+    """The declared adapter of a transformers processor, found by its class or a base of it.
+
+    ValueError with the known classes where there is none: declare a `VisionProcessor` then.
+    """
+    for base in type(processor).__mro__:
+        if base.__name__ in _FAMILIES:
+            return _FAMILIES[base.__name__](processor)
+    raise ValueError(
+        f"{type(processor).__name__} has no declared adapter; choose one of {', '.join(_FAMILIES)}, "
+        "or pass a VisionProcessor that declares this class's tokens and tensors"
+    )
+
+
+def _idefics3(processor: Any) -> VisionProcessor:
+    def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
+        # The model takes a crop of nothing but zeros for padding.
+        crops = tensors["pixel_values"].flatten(1).ne(0).any(1).sum()
+        return int(crops) * int(processor.image_seq_len)
+
+    names = ("pixel_values", "pixel_attention_mask")
+    return VisionProcessor(
+        processor, processor.image_token, processor.image_token_id, names, "pad_images", num_features
+    )
+
+
+def _llava(processor: Any) -> VisionProcessor:
+    def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
+        pictures, _, height, width = tensors["pixel_values"].shape
+        patches = (height // processor.patch_size) * (width // processor.patch_size)
+        # "default" leaves out the tower's class token, "full" keeps it.
+        dropped = processor.vision_feature_select_strategy == "default"
+        return int(pictures * (patches + processor.num_additional_image_tokens - dropped))
+
+    return VisionProcessor(
+        processor, processor.image_token, processor.image_token_id, ("pixel_values",), "concatenate", num_features
+    )
+
+
+def _qwen_vl(processor: Any) -> VisionProcessor:
+    def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
+        patches = tensors["image_grid_thw"].prod(-1).sum()
+        return int(patches) // int(processor.image_processor.merge_size) ** 2
+
+    names = ("pixel_values", "image_grid_thw")
+    return VisionProcessor(
+        processor, processor.image_token, processor.image_token_id, names, "concatenate", num_features
+    )
+
+
+_FAMILIES: dict[str, Callable[[Any], VisionProcessor]] = {
+    "Idefics3Processor": _idefics3,
+    "SmolVLMProcessor": _idefics3,
+    "LlavaProcessor": _llava,
+    "Qwen2VLProcessor": _qwen_vl,
+    "Qwen2_5_VLProcessor": _qwen_vl,
+    "Qwen3VLProcessor": _qwen_vl,
+}
