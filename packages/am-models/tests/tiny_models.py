@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
+
+import am_models
 
 VOCABULARY = 64
 
@@ -44,10 +47,72 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DECLARED = [name for name in CONFIGS if name != "gpt2"]
 
+IMAGE = 60
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"image_size": 8, "patch_size": 2}
+SHUFFLED = {
+    "text_config": {"model_type": "llama", **SMALL},
+    "vision_config": TOWER,
+    "scale_factor": 2,
+    "image_token_id": IMAGE,
+    "pad_token_id": 0,
+}
+FIXED = {"image_token_id": IMAGE, "image_seq_length": 16}
+GRID_TOWER = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 2}
+GRID_TOWER |= {"out_hidden_size": 32}
+GRID_TOKENS = {"image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+
+
+def _axes(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
+
+
+# Pictures are 8 x 8, or grids of 4 x 4 and 2 x 4 patches; a token stands for 2 x 2 patches, in llava for one.
+VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "idefics3": ("Idefics3Config", SHUFFLED),
+    "smolvlm": ("SmolVLMConfig", SHUFFLED),
+    "llava": (
+        "LlavaConfig",
+        {
+            **FIXED,
+            "text_config": {"model_type": "qwen2", **SMALL},
+            "vision_config": {"model_type": "siglip_vision_model", **TOWER},
+            "vision_feature_select_strategy": "full",
+            "vision_feature_layer": -1,
+        },
+    ),
+    "llava_clip": (
+        "LlavaConfig",
+        {
+            **FIXED,
+            "text_config": {"model_type": "llama", **SMALL},
+            "vision_config": {"model_type": "clip_vision_model", **TOWER},
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        {
+            **GRID_TOKENS,
+            "text_config": {**SMALL, **_axes(2, 1, 1)},
+            "vision_config": {**GRID_TOWER, "window_size": 8, "fullatt_block_indexes": [1]},
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLConfig",
+        {
+            **GRID_TOKENS,
+            "text_config": {**SMALL, **_axes(4, 2, 2), "head_dim": 16},
+            "vision_config": {**GRID_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        },
+    ),
+}
+GRID_FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
 
 def config_of(family: str, **changes: Any) -> Any:
-    name, facts = CONFIGS[family]
-    return getattr(transformers, name)(**{**SMALL, **facts, **changes})
+    name, facts = (CONFIGS | VISION_CONFIGS)[family]
+    facts = facts if family in VISION_CONFIGS else {**SMALL, **facts}
+    return getattr(transformers, name)(**{**copy.deepcopy(facts), **changes})
 
 
 def stock(family: str, **changes: Any) -> torch.nn.Module:
@@ -55,7 +120,8 @@ def stock(family: str, **changes: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     # transformers 5.17 chooses sdpa for Gemma 2 and drops its soft-cap; later versions choose eager themselves.
     arguments = {"attn_implementation": "eager"} if family == "gemma2" else {}
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes), **arguments).train()
+    auto = transformers.AutoModelForImageTextToText if family in VISION_CONFIGS else transformers.AutoModelForCausalLM
+    model = auto.from_config(config_of(family, **changes), **arguments).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -81,6 +147,64 @@ def documents(lengths: list[int], padding: int = 0) -> dict[str, torch.Tensor]:
         "document_ids": torch.tensor([ids + [0] * padding], dtype=torch.int32),
         "shift_labels": labels[None],
     }
+
+
+def picture_rows(family: str, numbers: list[int]) -> list[dict[str, torch.Tensor]]:
+    """One unpadded row per entry: text with that many pictures in it, labels on the text alone; no positions yet."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for length, number in enumerate(numbers, start=3):
+        ids, sizes = torch.randint(3, 60, (length,), generator=generator).tolist(), []
+        for picture in range(number):
+            grid = (1, 4, 4) if picture == 0 else (1, 2, 4)
+            sizes.append(grid)
+            num_tokens = 16 if family.startswith("llava") else 4
+            if family in GRID_FAMILIES:
+                num_tokens = grid[1] * grid[2] // 4
+            text = torch.randint(3, 60, (4,), generator=generator).tolist()
+            ids += [62, *[IMAGE] * num_tokens, 63, *text]
+        tokens = torch.tensor([ids])
+        labels = torch.cat([tokens[:, 1:], torch.full((1, 1), -100)], dim=1)
+        labels[labels == IMAGE] = -100
+        row = {"input_ids": tokens, "shift_labels": labels, "document_ids": torch.ones_like(tokens, dtype=torch.int32)}
+        if number and family in GRID_FAMILIES:
+            row["image_grid_thw"] = torch.tensor(sizes)
+            num_patches = int(row["image_grid_thw"].prod(-1).sum())
+            row["pixel_values"] = torch.randn(num_patches, 3 * 2 * 2 * 2, generator=generator)
+        elif number:
+            row["pixel_values"] = torch.randn(number, 3, 8, 8, generator=generator)
+            if family in ("idefics3", "smolvlm"):
+                row["pixel_values"] = row["pixel_values"][None]
+                row["pixel_attention_mask"] = torch.ones(1, number, 8, 8, dtype=torch.bool)
+                row["pixel_attention_mask"][0, 0, :, 5:] = False
+        rows.append(row)
+    return rows
+
+
+def joined(family: str, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows as one padded batch, with the position ids that the family takes."""
+    length = max(row["input_ids"].shape[1] for row in rows)
+    batch = {}
+    for name, padding in (("input_ids", 0), ("shift_labels", -100), ("document_ids", 0)):
+        parts = [torch.nn.functional.pad(row[name], (0, length - row[name].shape[1]), value=padding) for row in rows]
+        batch[name] = torch.cat(parts)
+    for name in ("pixel_values", "pixel_attention_mask", "image_grid_thw"):
+        parts = [row[name] for row in rows if name in row]
+        if parts and family in ("idefics3", "smolvlm"):
+            slots = max(part.shape[1] for part in parts)
+            batch[name] = parts[0].new_zeros(len(rows), slots, *parts[0].shape[2:])
+            for index, row in enumerate(rows):
+                if name in row:
+                    batch[name][index, : row[name].shape[1]] = row[name][0]
+        elif parts:
+            batch[name] = torch.cat(parts)
+    if family in GRID_FAMILIES:
+        batch["position_ids"] = am_models.multi_axis_positions(
+            config_of(family), batch["input_ids"], image_grid_thw=batch.get("image_grid_thw")
+        )
+    else:
+        batch["position_ids"] = torch.arange(length).expand(len(rows), -1)
+    return batch
 
 
 def linear_cross_entropy(

@@ -1,9 +1,19 @@
 """Hugging Face models made fast in place, with their own signature."""
 
-from am_models._auto import AutoModelForCausalLM
+from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
 from am_models._leak import leak_test
 from am_models._loss import forward_with_loss
 from am_models._optimize import OptimizeReport, optimize
+from am_models._pictures import multi_axis_positions
 from am_models._weight_map import weight_map
 
-__all__ = ["AutoModelForCausalLM", "OptimizeReport", "forward_with_loss", "leak_test", "optimize", "weight_map"]
+__all__ = [
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "OptimizeReport",
+    "forward_with_loss",
+    "leak_test",
+    "multi_axis_positions",
+    "optimize",
+    "weight_map",
+]

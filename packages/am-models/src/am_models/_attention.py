@@ -67,7 +67,7 @@ def register(backend: str | None) -> str:
 
 def uses_documents(model: nn.Module) -> bool:
     """Whether the attention of `model` is ours, so that `document_ids` given to its forward separate documents."""
-    return str(model.config._attn_implementation).startswith(NAME)
+    return str(model.config.get_text_config()._attn_implementation).startswith(NAME)
 
 
 def plan_documents(
@@ -82,8 +82,9 @@ def plan_documents(
         return args, kwargs
     if not uses_documents(decoder):
         raise ValueError(
-            f"document_ids given, but attention {decoder.config._attn_implementation!r} of {decoder.config.model_type} "
-            "ignores them; leave them out and let position_ids restart at 0 in every document"
+            f"document_ids given, but attention {decoder.config.get_text_config()._attn_implementation!r} of "
+            f"{decoder.config.model_type} ignores them; leave them out and let position_ids restart at 0 in every "
+            "document"
         )
     if isinstance(document_ids, torch.Tensor):
         kwargs = {**kwargs, "document_ids": am_kernels.document_segments(document_ids)}

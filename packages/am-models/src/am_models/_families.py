@@ -1,5 +1,8 @@
 """What each model family of transformers is made of: the declared facts that the swaps and the loss rely on.
 
+`FAMILIES` describes language models by the `model_type` of their configuration, `VISION_FAMILIES` what surrounds the
+language model (`config.text_config`) in a model of pictures and text.
+
 A class is swapped only where this table names it, because what it computes was read and is tested against stock: two
 classes called `...RMSNorm` can multiply by `weight` or by `1 + weight`. A family that is not here keeps its own code.
 """
@@ -7,9 +10,11 @@ classes called `...RMSNorm` can multiply by `weight` or by `1 + weight`. A famil
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -24,7 +29,8 @@ class Family:
     experts: fused `gate_up_proj [E, 2F, D]` (gate first) and `down_proj [E, D, F]`, no bias, activation `act_fn`.
     softcap: configuration key of `tanh(logits / c) * c`; None or a null value: not applied.
     scale, inverse_scale: configuration key whose value multiplies or divides the logits (before the soft-cap).
-    router_loss: the stock forward adds a router loss when `config.output_router_logits` is set.
+    router: class whose first output are the router logits [T, E] that transformers records and, when
+        `config.output_router_logits` is set, adds a loss of.
     default_attention: beside sdpa, what transformers chooses where the user names no `attn_implementation`.
     """
 
@@ -37,7 +43,7 @@ class Family:
     softcap: str | None = None
     scale: str | None = None
     inverse_scale: str | None = None
-    router_loss: bool = False
+    router: str | None = None
     default_attention: str = "sdpa"
 
 
@@ -52,15 +58,15 @@ FAMILIES = {
     "qwen3": _llama_like("qwen3", "Qwen3"),
     "smollm3": _llama_like("smollm3", "SmolLM3"),
     "granite": _llama_like("granite", "Granite", inverse_scale="logits_scaling"),
-    "qwen2_moe": _llama_like("qwen2_moe", "Qwen2Moe", experts="Qwen2MoeExperts", router_loss=True),
-    "qwen3_moe": _llama_like("qwen3_moe", "Qwen3Moe", experts="Qwen3MoeExperts", router_loss=True),
+    "qwen2_moe": _llama_like("qwen2_moe", "Qwen2Moe", experts="Qwen2MoeExperts", router="Qwen2MoeTopKRouter"),
+    "qwen3_moe": _llama_like("qwen3_moe", "Qwen3Moe", experts="Qwen3MoeExperts", router="Qwen3MoeTopKRouter"),
     "mixtral": Family(
         "mixtral",
         attention="MixtralAttention",
         rotary=True,
         norm="MixtralRMSNorm",
         experts="MixtralExperts",
-        router_loss=True,
+        router="MixtralTopKRouter",
     ),
     "gemma": Family("gemma", attention="GemmaAttention", rotary=True),
     "gemma2": Family(
@@ -73,7 +79,89 @@ FAMILIES = {
     "gemma3_text": Family("gemma3", attention="Gemma3Attention", rotary=True, softcap="final_logit_softcapping"),
     "cohere": Family("cohere", attention="CohereAttention", gated_mlp="CohereMLP", scale="logit_scale"),
     "cohere2": Family("cohere2", attention="Cohere2Attention", gated_mlp="Cohere2MLP", scale="logit_scale"),
+    "qwen2_5_vl_text": Family(
+        "qwen2_5_vl",
+        attention="Qwen2_5_VLAttention",
+        rotary=True,
+        norm="Qwen2_5_VLRMSNorm",
+        gated_mlp="Qwen2MLP",
+    ),
+    "qwen3_vl_text": _llama_like("qwen3_vl", "Qwen3VLText"),
 }
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """How pictures enter a model: facts on its base model (`model.base_model`).
+
+    language_model: attribute of the base model that holds the language model; the rest is vision tower and projector.
+    blank: the smallest picture that the tower takes, as keyword arguments of the base model's `get_image_features`.
+    keys, optional_keys: the processor's tensors that the base model takes with pictures, always or where given.
+    features: fields of the output of `get_image_features` that end in the token sequence.
+    axes: of the rotary embedding; with more than one, pictures need `position_ids [axes, B, S]`.
+    """
+
+    language_model: str
+    blank: Callable[[Any], dict[str, torch.Tensor]]
+    keys: tuple[str, ...] = ("pixel_values",)
+    optional_keys: tuple[str, ...] = ()
+    features: tuple[str, ...] = ("pooler_output",)
+    axes: int = 1
+
+
+def _blank_shuffled(config: Any) -> dict[str, torch.Tensor]:
+    """One picture [1, 1, C, side, side] of one token; all zeros would count as padding."""
+    vision = config.vision_config
+    side = vision.patch_size * config.scale_factor
+    return {"pixel_values": torch.ones(1, 1, vision.num_channels, side, side)}
+
+
+def _blank_fixed(config: Any) -> dict[str, torch.Tensor]:
+    """One picture [1, C, side, side]: these towers take one size."""
+    vision = config.vision_config
+    return {"pixel_values": torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
+
+
+def _blank_grid(config: Any) -> dict[str, torch.Tensor]:
+    """One picture of one token: merge * merge patches of C * frames * side * side values."""
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {"pixel_values": torch.zeros(merge**2, values), "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+
+_GRID_KEYS = ("pixel_values", "image_grid_thw")
+
+VISION_FAMILIES = {
+    "idefics3": VisionFamily("text_model", _blank_shuffled, optional_keys=("pixel_attention_mask",)),
+    "smolvlm": VisionFamily("text_model", _blank_shuffled, optional_keys=("pixel_attention_mask",)),
+    "llava": VisionFamily("language_model", _blank_fixed),
+    "qwen2_5_vl": VisionFamily("language_model", _blank_grid, keys=_GRID_KEYS, axes=3),
+    "qwen3_vl": VisionFamily(
+        "language_model", _blank_grid, keys=_GRID_KEYS, features=("pooler_output", "deepstack_features"), axes=3
+    ),
+}
+
+
+def family_of(config: Any) -> Family | None:
+    """The language family of a model with this configuration; None where it, or what surrounds it, is not declared."""
+    text = config.get_text_config()
+    if text is not config and config.model_type not in VISION_FAMILIES:
+        return None
+    return FAMILIES.get(text.model_type)
+
+
+def base_class_of(config: Any) -> type[nn.Module]:
+    """The class of the model without its head for this configuration."""
+    from transformers import MODEL_MAPPING
+
+    return MODEL_MAPPING[type(config)]
+
+
+def language_model_of(model: nn.Module) -> nn.Module:
+    """The part that the kernels are for: `model` itself where it is text only."""
+    vision = VISION_FAMILIES.get(model.config.model_type)
+    return model if vision is None else model.base_model.get_submodule(vision.language_model)
 
 
 def family_class(family: Family, name: str) -> type[nn.Module]:

@@ -33,6 +33,7 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
         "padding": slice(2 * length, None),
     }
     vocabulary = model.config.get_text_config().vocab_size
+    attention = model.config.get_text_config()._attn_implementation
     tokens = torch.randint(vocabulary, (1, 2 * length + 2), generator=generator).repeat(4, 1)
     for row, span in enumerate(spans.values(), start=1):
         # Less than a whole turn of the vocabulary: another token for sure.
@@ -59,6 +60,6 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
             if watched not in (changed, "padding") and not moved <= limit:
                 raise RuntimeError(
                     f"{model.config.model_type}: the logits of {watched} move by {moved:.3g} (limit {limit:.3g}) when "
-                    f"{changed} changes, with attention {model.config._attn_implementation!r}; do not pack, or use "
+                    f"{changed} changes, with attention {attention!r}; do not pack, or use "
                     'kernels={"attention": True} if the family is declared'
                 )

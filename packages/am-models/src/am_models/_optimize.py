@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from am_models import _attention, _forwards
-from am_models._families import FAMILIES, Family, family_class, modules_of
+from am_models._families import Family, family_class, family_of, language_model_of, modules_of
 from am_models._loss import install_forward_with_loss
 
 PARTS = ("attention", "norm", "rope", "activation", "experts")
@@ -36,6 +36,7 @@ class OptimizeReport:
 def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> OptimizeReport:
     """Run attention, norms, rotary embedding, gated MLPs and experts of `model` on our kernels, in place.
 
+    Of a model of pictures and text the language model is swapped; the vision tower stays stock, its attention included.
     Works on the instance: module classes, parameter objects, names and state dict stay, `save_pretrained` writes what
     stock would, other models of the process are untouched. On the meta device or with weights, before or after
     adapters are added and before or after sharding; every rank calls it. Also installs `forward_with_loss`.
@@ -46,7 +47,8 @@ def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> 
 
     Raises ValueError for an unknown part or value and where a part asked for by name cannot be swapped.
     """
-    family = FAMILIES.get(model.config.model_type)
+    family = family_of(model.config)
+    language_model = language_model_of(model)
     # Every part is decided before the first is changed: a refused request leaves the model as it was.
     swaps = {}
     for part, request in _requests(kernels).items():
@@ -55,7 +57,7 @@ def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> 
         elif family is None:
             swaps[part] = _stock(f"{model.config.model_type} is not a declared family")
         else:
-            swaps[part] = _PLANS[part](model, family, request)
+            swaps[part] = _PLANS[part](language_model, family, request)
         if swaps[part].apply is None and request not in ("auto", False):
             reason = swaps[part].text.removeprefix("stock: ")
             raise ValueError(f'kernels={{"{part}": {request!r}}} cannot be honoured: {reason}; use "auto" or False')
