@@ -1,6 +1,7 @@
 """Mixture-of-experts routing, permutation and grouped GEMM for PyTorch."""
 
 from . import reference
+from ._balance import balance_loss, expert_counts, load_metrics
 from ._experts import GroupedExperts, experts_forward
 from ._grouped_mm import grouped_mm
 from ._moe import LocalDispatch, MoE
@@ -13,8 +14,11 @@ __all__ = [
     "MoE",
     "Permutation",
     "Router",
+    "balance_loss",
+    "expert_counts",
     "experts_forward",
     "grouped_mm",
+    "load_metrics",
     "permute",
     "reference",
     "route",
