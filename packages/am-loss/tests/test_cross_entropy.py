@@ -4,7 +4,7 @@ import torch
 from am_loss import cross_entropy
 
 
-def plain_sum(logits, labels, ignore_index=-100, softcap=None, scale=None):
+def plain_sum(logits, labels, ignore_index=-100, softcap=None, scale=None, z_loss=0.0):
     """The definition, one token at a time, in float64."""
     total = logits.new_zeros(())
     for row, label in zip(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).tolist()):
@@ -12,18 +12,20 @@ def plain_sum(logits, labels, ignore_index=-100, softcap=None, scale=None):
             continue
         values = row * (1.0 if scale is None else scale)
         values = values if softcap is None else softcap * torch.tanh(values / softcap)
-        total = total + torch.log(torch.exp(values).sum()) - values[label]
+        log_sum = torch.log(torch.exp(values).sum())
+        total = total + log_sum - values[label] + z_loss * log_sum**2
     return total
 
 
 @pytest.mark.parametrize(("softcap", "scale"), [(None, None), (3.0, None), (None, 0.25), (5.0, 2.0)])
-def test_value_and_gradient_equal_the_definition(softcap, scale):
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_value_and_gradient_equal_the_definition(softcap, scale, z_loss):
     logits = torch.randn(2, 7, 13, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(13, (2, 7))
     labels[0, 2:5] = -100
-    expected = plain_sum(logits, labels, softcap=softcap, scale=scale)
+    expected = plain_sum(logits, labels, softcap=softcap, scale=scale, z_loss=z_loss)
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    loss = cross_entropy(logits, labels, softcap=softcap, scale=scale)
+    loss = cross_entropy(logits, labels, softcap=softcap, scale=scale, z_loss=z_loss)
     (grad,) = torch.autograd.grad(loss, logits)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from am_loss import cross_entropy, linear_cross_entropy
 
 
-def reference(hidden, weight, labels, bias=None, softcap=None, scale=None):
+def reference(hidden, weight, labels, bias=None, softcap=None, scale=None, z_loss=0.0):
     """Loss and gradients (hidden, weight[, bias]) in float64, from materialised logits."""
     inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias) if tensor is not None]
     logits = F.linear(*inputs)
@@ -19,6 +19,7 @@ def reference(hidden, weight, labels, bias=None, softcap=None, scale=None):
         logits = softcap * torch.tanh(logits / softcap)
     mask = labels != -100
     loss = F.cross_entropy(logits[mask], labels[mask].long(), reduction="sum")
+    loss = loss + z_loss * torch.logsumexp(logits[mask], -1).square().sum()
     return loss.detach(), torch.autograd.grad(loss, inputs)
 
 
@@ -67,6 +68,33 @@ def test_bias_softcap_and_scale_in_float64(with_bias, softcap, scale, chunk_size
     assert_near(loss, expected, 1e-13)
     for tensor, grad in zip((hidden, weight, bias), grads):
         assert_near(tensor.grad, grad, 1e-12)
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, None), (4.0, 0.3)])
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_z_loss(softcap, scale, chunk_size, dtype, tolerance):
+    hidden, weight, labels = problem(23, 6, 31, dtype)
+    bias = torch.randn(31, dtype=dtype).requires_grad_()
+    options = {"bias": bias, "softcap": softcap, "scale": scale, "z_loss": 0.05}
+    expected, grads = reference(hidden, weight, labels, **options)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, **options)
+    loss.backward()
+    assert_near(loss, expected, tolerance)
+    for tensor, grad in zip((hidden, weight, bias), grads):
+        assert_near(tensor.grad, grad, tolerance)
+
+
+def test_without_targets_there_is_no_z_loss():
+    hidden, weight, _ = problem(5, 4, 9)
+    labels = torch.full((5,), -100)
+    for loss in (
+        linear_cross_entropy(hidden, weight, labels, z_loss=0.1),
+        cross_entropy(F.linear(hidden, weight), labels, z_loss=0.1),
+    ):
+        assert loss.item() == 0.0
+        for grad in torch.autograd.grad(loss, (hidden, weight)):
+            assert torch.equal(grad, torch.zeros_like(grad))
 
 
 def test_batched_hidden_and_int32_labels():
@@ -277,6 +305,15 @@ def test_autocast_casts_as_linear_does():
     loss.backward()
     assert torch.equal(loss, expected)
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("z_loss", [-0.1, float("nan"), float("inf")])
+def test_impossible_z_loss_is_an_error(z_loss):
+    hidden, weight, labels = problem(10, 8, 50)
+    with pytest.raises(ValueError, match=rf"z_loss={z_loss} must be finite and not negative; pass 0.0 for none"):
+        linear_cross_entropy(hidden, weight, labels, z_loss=z_loss)
+    with pytest.raises(ValueError, match=rf"z_loss={z_loss} must be finite and not negative; pass 0.0 for none"):
+        cross_entropy(F.linear(hidden, weight), labels, z_loss=z_loss)
 
 
 @pytest.mark.parametrize("loss_fn", [cross_entropy, linear_cross_entropy])

@@ -2,5 +2,11 @@ import am_loss
 
 
 def test_all_is_the_documented_names():
-    assert am_loss.__all__ == ["cross_entropy", "linear_cross_entropy"]
+    assert am_loss.__all__ == [
+        "DistillationLoss",
+        "cross_entropy",
+        "distillation",
+        "linear_cross_entropy",
+        "linear_distillation",
+    ]
     assert all(callable(vars(am_loss)[name]) for name in am_loss.__all__)

@@ -1,6 +1,7 @@
 """Training losses that return sums and never hold the logits."""
 
 from am_loss._cross_entropy import cross_entropy
+from am_loss._distillation import DistillationLoss, distillation, linear_distillation
 from am_loss._linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["DistillationLoss", "cross_entropy", "distillation", "linear_cross_entropy", "linear_distillation"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from am_loss._targets import check_floating, check_labels, check_softcap, refuse_dtensor, select_targets
+from am_loss._targets import check_floating, check_labels, check_softcap, check_z_loss, refuse_dtensor, select_targets
 
 
 def cross_entropy(
@@ -16,6 +16,7 @@ def cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     scale: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum over target tokens of ``-log softmax(z)[label]``, in float32.
 
@@ -24,6 +25,7 @@ def cross_entropy(
     gets a zero gradient.
 
     - ``logits``: ``[..., V]``, floating. ``labels``: ``[...]`` integers, already shifted.
+    - ``z_loss``: adds ``z_loss * logsumexp(z)^2`` of each target token (PaLM, arXiv:2204.02311, uses 1e-4).
     - Returns a float32 scalar (float64 for float64 logits): a SUM; divide by the number of targets of the whole
       optimizer step. Without any target it is a 0 that is connected to the graph.
     - Raises ``ValueError`` for a label outside ``[0, V)`` or a shape that does not fit, ``TypeError`` for a DTensor.
@@ -34,6 +36,7 @@ def cross_entropy(
     check_floating(logits=logits)
     check_labels("logits", logits, labels)
     check_softcap(softcap)
+    check_z_loss(z_loss)
     index, targets = select_targets(labels, logits.shape[-1], ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
     rows = rows if index is None else rows[index]
@@ -42,4 +45,5 @@ def cross_entropy(
         rows = rows * scale
     if softcap is not None:
         rows = softcap * torch.tanh(rows / softcap)
-    return F.cross_entropy(rows, targets, reduction="sum")
+    loss = F.cross_entropy(rows, targets, reduction="sum")
+    return loss if z_loss == 0.0 else loss + z_loss * torch.logsumexp(rows, 1).square().sum()

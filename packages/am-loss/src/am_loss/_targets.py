@@ -1,7 +1,8 @@
-"""What both losses ask of their labels, and which rows they keep."""
+"""What the losses ask of their arguments, and which rows they keep."""
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -44,10 +45,16 @@ def check_floating(**tensors: Tensor | None) -> None:
         raise TypeError(f"dtypes differ or are not floating: {described}; cast them to one floating dtype")
 
 
-def check_softcap(softcap: float | None) -> None:
+def check_softcap(softcap: float | None, name: str = "softcap") -> None:
     """A soft-cap divides the logits."""
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be positive; pass None for no soft-cap")
+        raise ValueError(f"{name}={softcap} must be positive; pass None for no soft-cap")
+
+
+def check_z_loss(z_loss: float) -> None:
+    """A negative z-loss would reward a growing normaliser."""
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss={z_loss} must be finite and not negative; pass 0.0 for none")
 
 
 def select_targets(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:

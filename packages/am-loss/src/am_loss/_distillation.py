@@ -1,0 +1,159 @@
+"""Distillation: the divergence of a student's distribution over the next token from a teacher's.
+
+With P the teacher's distribution and Q the student's, both softened by a temperature: forward KL is ``KL(P || Q)``
+(Hinton et al. 2015, arXiv:1503.02531), reverse KL is ``KL(Q || P)`` (MiniLLM, arXiv:2306.08543) and Jensen-Shannon is
+``(KL(P || M) + KL(Q || M)) / 2`` with ``M = (P + Q) / 2``. Each counts ``temperature^2`` times, so that the size of
+its gradients does not depend on the temperature.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from am_loss._chunks import Divergence, Objective, checked_head, chunked_loss, log_ratio_to_middle
+from am_loss._targets import check_floating, check_labels, refuse_dtensor, select_targets
+
+
+class DistillationLoss(NamedTuple):
+    """Float32 sums over target tokens; ``loss`` alone has a graph."""
+
+    loss: Tensor
+    """``(1 - kd_ratio) * cross_entropy + kd_ratio * divergence``."""
+    cross_entropy: Tensor
+    """Of the student; 0 where ``kd_ratio`` is 1, since it is then not computed."""
+    divergence: Tensor
+    """Times ``temperature^2``; 0 where ``kd_ratio`` is 0, since the teacher is then not computed."""
+
+
+def distillation(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Sum over target tokens of ``temperature^2 * divergence``, in float32. The teacher gets no gradient.
+
+    - ``logits``: ``[..., V]`` of the student, ``teacher_logits``: ``[..., V']``, both floating, finite and final (after
+      soft-cap and scale). ``labels``: ``[...]`` integers, already shifted: they say which positions count.
+    - ``divergence``: ``"forward_kl"``, ``"reverse_kl"`` or ``"jensen_shannon"``, of the distributions
+      ``softmax(z / temperature)``.
+    - ``num_tokens``: both distributions are over the first so many ids, for vocabularies that are padded to different
+      sizes (the length of the tokenizer); by default V and V' must be equal. That equal ids are equal tokens is the
+      caller's to check.
+    - Positions with label ``ignore_index`` are left out before anything is computed; without any target the result is a
+      0 that is connected to the graph.
+    - Returns a float32 scalar (float64 for float64 ``logits``): a SUM; divide by the number of targets of the whole
+      optimizer step.
+    - Raises ``ValueError`` for an impossible option, a label outside ``[0, V)`` or shapes that do not fit,
+      ``TypeError`` for a DTensor.
+
+    Use :func:`linear_distillation` where both heads' weights are at hand: it never holds the logits.
+    """
+    refuse_dtensor(logits=logits, teacher_logits=teacher_logits, labels=labels)
+    check_floating(logits=logits)
+    check_floating(teacher_logits=teacher_logits)
+    check_labels("logits", logits, labels)
+    check_labels("teacher_logits", teacher_logits, labels)
+    _check_options(divergence, temperature)
+    num_tokens = _shared_tokens(logits.shape[-1], teacher_logits.shape[-1], num_tokens)
+    index, _ = select_targets(labels, logits.shape[-1], ignore_index)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def log_probabilities(values: Tensor) -> Tensor:
+        rows = values[..., :num_tokens].reshape(-1, num_tokens)
+        rows = rows if index is None else rows[index]
+        return F.log_softmax(rows.to(dtype) / temperature, 1)
+
+    log_p, log_q = log_probabilities(teacher_logits.detach()), log_probabilities(logits)
+    log_ratio = log_p - log_q
+    if divergence == "forward_kl":
+        total = (log_p.exp() * log_ratio).sum()
+    elif divergence == "reverse_kl":
+        total = -(log_q.exp() * log_ratio).sum()
+    else:
+        log_q_over_m = log_ratio_to_middle(log_ratio)
+        total = (log_p.exp() * (log_q_over_m + log_ratio) + log_q.exp() * log_q_over_m).sum() / 2
+    return total * temperature**2
+
+
+def linear_distillation(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None = None,
+    teacher_softcap: float | None = None,
+    teacher_scale: float | None = None,
+    kd_ratio: float = 0.5,
+    divergence: Divergence = "forward_kl",
+    temperature: float = 1.0,
+    num_tokens: int | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> DistillationLoss:
+    """``(1 - kd_ratio) * cross_entropy + kd_ratio * distillation`` without holding the logits of student or teacher.
+
+    - ``hidden``: ``[..., D]``, ``weight``: ``[V, D]``, ``bias``: ``[V]``, ``softcap``, ``scale``, ``labels``,
+      ``ignore_index``, ``chunk_size``: the student's, as in :func:`linear_cross_entropy`. The cross entropy is over all
+      V ids.
+    - ``teacher_hidden``: ``[..., D']``, ``teacher_weight``: ``[V', D']`` and so on: the teacher's, of a floating dtype
+      of their own. They get no gradient.
+    - ``divergence``, ``temperature``, ``num_tokens``: as in :func:`distillation`.
+    - ``kd_ratio``: 0 gives :func:`linear_cross_entropy` bit for bit, and the teacher's head is not multiplied; at 1 no
+      cross entropy is computed. The part that is not computed is reported as 0.
+    - Returns float32 SUMS over target tokens (float64 for a float64 student), see :class:`DistillationLoss`. Without
+      any target: zeros, ``loss`` connected to the graph.
+    - Raises what :func:`linear_cross_entropy` and :func:`distillation` raise.
+    """
+    student = checked_head("", hidden, weight, bias, softcap, scale, labels)
+    teacher = checked_head(
+        "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale, labels
+    )
+    _check_options(divergence, temperature)
+    if not 0 <= kd_ratio <= 1:
+        raise ValueError(f"kd_ratio={kd_ratio} must be in [0, 1]; 0 is cross entropy alone, 1 distillation alone")
+    num_tokens = _shared_tokens(weight.shape[0], teacher_weight.shape[0], num_tokens)
+    index, targets = select_targets(labels, weight.shape[0], ignore_index)
+    objective = Objective(kd_ratio=kd_ratio, divergence=divergence, temperature=temperature, num_tokens=num_tokens)
+    return DistillationLoss(
+        *chunked_loss(student, teacher if kd_ratio > 0 else None, index, targets, objective, chunk_size)
+    )
+
+
+def _check_options(divergence: str, temperature: float) -> None:
+    names = get_args(Divergence)
+    if divergence not in names:
+        raise ValueError(f"divergence={divergence!r} is unknown; choose one of {', '.join(names)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite; 1.0 leaves the distributions alone")
+
+
+def _shared_tokens(vocabulary: int, teacher_vocabulary: int, num_tokens: int | None) -> int:
+    """The number of leading ids that both distributions are over."""
+    if num_tokens is None:
+        if vocabulary != teacher_vocabulary:
+            raise ValueError(
+                f"the student has {vocabulary} ids and the teacher {teacher_vocabulary}; if they share a tokenizer and "
+                f"one is padded, pass num_tokens=len(tokenizer), at most {min(vocabulary, teacher_vocabulary)}"
+            )
+        return vocabulary
+    if not 1 <= num_tokens <= min(vocabulary, teacher_vocabulary):
+        raise ValueError(
+            f"num_tokens={num_tokens} must be in [1, {min(vocabulary, teacher_vocabulary)}]: "
+            f"the student has {vocabulary} ids and the teacher {teacher_vocabulary}; pass len(tokenizer)"
+        )
+    return num_tokens
