@@ -81,3 +81,18 @@ def test_no_samples_give_a_row_of_padding(layout):
 def test_impossible_layouts_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         am_data.collate([LONG, SHORT], **options)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_labels_one_longer_give_the_last_token_a_target(layout):
+    window = {"input_ids": np.array([1, 2, 3]), "labels": np.array([1, 2, 3, 4])}
+    batch = lists(am_data.collate([[window, SHORT, window]], layout=layout))
+    assert batch["input_ids"] == [[1, 2, 3, 21, 22, 1, 2, 3]]
+    assert batch["shift_labels"] == [[2, 3, 4, 22, -100, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [1, 2, 3, 4, 5]])
+def test_labels_of_another_length_are_refused(labels):
+    window = {"input_ids": np.array([1, 2, 3]), "labels": np.array(labels)}
+    with pytest.raises(ValueError, match=f"3 input_ids and {len(labels)} labels; give as many, or one more"):
+        am_data.collate([window, LONG])

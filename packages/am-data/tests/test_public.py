@@ -16,12 +16,15 @@ def test_public_names():
         "DatasetReport",
         "PackedDataset",
         "TokenDataset",
+        "TokenShards",
+        "TokenShardsReport",
         "VisionChatDataset",
         "VisionProcessor",
         "collate",
         "pack",
         "render_and_mask",
         "vision_processor",
+        "write_token_shards",
     ]
     assert all(am_data.__getattr__(name) is not None for name in am_data.__all__)
     assert set(am_data.__all__) <= set(dir(am_data))

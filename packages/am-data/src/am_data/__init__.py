@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from am_data._pack import PackedDataset, pack
     from am_data._render import render_and_mask
     from am_data._report import DatasetReport
+    from am_data._shard_files import write_token_shards
+    from am_data._token_shards import TokenShards, TokenShardsReport
     from am_data._tokens import TokenDataset
     from am_data._vision import VisionChatDataset
     from am_data._vision_processor import VisionProcessor, vision_processor
@@ -24,12 +26,15 @@ __all__ = [
     "DatasetReport",
     "PackedDataset",
     "TokenDataset",
+    "TokenShards",
+    "TokenShardsReport",
     "VisionChatDataset",
     "VisionProcessor",
     "collate",
     "pack",
     "render_and_mask",
     "vision_processor",
+    "write_token_shards",
 ]
 
 _MODULES = {
@@ -39,12 +44,15 @@ _MODULES = {
     "DatasetReport": "am_data._report",
     "PackedDataset": "am_data._pack",
     "TokenDataset": "am_data._tokens",
+    "TokenShards": "am_data._token_shards",
+    "TokenShardsReport": "am_data._token_shards",
     "VisionChatDataset": "am_data._vision",
     "VisionProcessor": "am_data._vision_processor",
     "collate": "am_data._batch",
     "pack": "am_data._pack",
     "render_and_mask": "am_data._render",
     "vision_processor": "am_data._vision_processor",
+    "write_token_shards": "am_data._shard_files",
 }
 
 

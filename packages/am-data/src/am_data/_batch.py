@@ -35,8 +35,9 @@ def collate(
 
     "packed": every document one after the other without padding, `[1, T]`. "padded": one row per sample, filled up at
     the end to the longest, `[B, S]`; the documents of a pack share its row. Keys: `input_ids`, `position_ids` (from 0
-    in every document), `shift_labels` (the next token of the same document; -100 at a document's last token and where
-    there is no loss), all int64, and `document_ids` int32, from 1 in every row, 0 for padding.
+    in every document), `shift_labels` (the next token of the same document; -100 where there is no loss and at a
+    document's last token, unless its `labels` are one longer than its `input_ids`), all int64, and `document_ids`
+    int32, from 1 in every row, 0 for padding.
 
     `pad_to_multiple_of` rounds the tokens of a row up (context parallelism); `max_length` fixes them. No samples at all
     give one row of padding, at least one token, so that a rank that has run out still takes part in every collective.
@@ -63,7 +64,8 @@ def collate(
             end = begin + len(example["input_ids"])
             batch["input_ids"][row, begin:end] = example["input_ids"]
             batch["position_ids"][row, begin:end] = np.arange(end - begin)
-            batch["shift_labels"][row, begin : end - 1] = example["labels"][1:]
+            targets = _targets(example)
+            batch["shift_labels"][row, begin : begin + len(targets)] = targets
             batch["document_ids"][row, begin:end] = document
             begin = end
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -91,6 +93,14 @@ def _joined(rows: list[list[Example]], join: Join | None) -> Batch:
     if unknown:
         raise ValueError(f"examples hold {', '.join(unknown)}; for pictures pass join=dataset.processor_adapter.join")
     return {}
+
+
+def _targets(example: Example) -> NDArray[np.int64]:
+    """The label of each token's next one; a last label beyond the tokens is the target of the last token."""
+    num_tokens, num_labels = len(example["input_ids"]), len(example["labels"])
+    if num_labels not in (num_tokens, num_tokens + 1):
+        raise ValueError(f"an example has {num_tokens} input_ids and {num_labels} labels; give as many, or one more")
+    return example["labels"][1:]
 
 
 def _width(longest: int, multiple: int | None, max_length: int | None) -> int:
