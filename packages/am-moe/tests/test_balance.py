@@ -206,6 +206,13 @@ def test_refusals(layers: list[Tensor], documents: Tensor, k: int, message: str)
         am_moe.expert_counts(layers, documents.int(), k)
 
 
+def test_unknown_documents_are_refused() -> None:
+    with pytest.raises(ValueError, match="document_ids is None"):
+        am_moe.balance_loss([torch.zeros(4, 3)], None, num_experts_per_token=1, coefficient=1.0)
+    with pytest.raises(ValueError, match="document_ids is None"):
+        am_moe.expert_counts([torch.zeros(4, 3)], None, 1)
+
+
 def test_metrics_refuse_what_has_no_load() -> None:
     with pytest.raises(ValueError, match=r"layers \[1\] are all 0"):
         am_moe.load_metrics(torch.tensor([[1, 2], [0, 0]]))

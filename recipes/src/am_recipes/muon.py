@@ -23,8 +23,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ``group["algorithm"]`` is "muon" or "adamw"; the other options and the state of a parameter (``momentum_buffer``;
     ``step, exp_avg, exp_avg_sq``) are those of the torch class, sharded as the parameter is. ``defaults["lr"]`` is
     Muon's rate. The update is that of the torch classes on one process: of Muon within float32 rounding.
-    It is the same for any layout given the same gradients; gradients that differ in their last float32 bit may round
-    to other bfloat16 values, and the step then differs by some 1e-3 of itself.
+    It is the same for any layout given the same gradients. Gradients summed in another order are not the same: as they
+    are rounded to bfloat16, noise of 1e-7 in them moves single entries by 1e-2 of the step (torch's Muon too, measured
+    on a 512 x 1024 matrix after 3 steps), which is 7e-4 of the largest weight.
 
     Every rank of a parameter's mesh calls ``step``, with the same parameters having a gradient: a sharded matrix takes
     one all-gather in bfloat16, one matrix at a time; the orthogonalisation runs on each rank that holds a part.

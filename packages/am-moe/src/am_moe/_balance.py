@@ -16,7 +16,7 @@ from torch import Tensor
 
 def balance_loss(
     router_logits: Sequence[Tensor],
-    document_ids: Tensor,
+    document_ids: Tensor | None,
     *,
     num_experts_per_token: int,
     coefficient: float,
@@ -36,11 +36,12 @@ def balance_loss(
 
     `router_logits`: per layer `[T, E]`, T = B * S tokens in the order of `document_ids [B, S]`. The choice is that of
     the logits: a correction bias or group limit of the router is not seen. Computed and returned in float32 (float64
-    for float64 logits). No real token gives a 0 with a graph. Raises ValueError for impossible sizes.
+    for float64 logits). No real token gives a 0 with a graph. Raises ValueError for impossible sizes,
+    and for no `document_ids`: they say what a sequence is.
     """
     real, document = _real_tokens(router_logits, document_ids, num_experts_per_token)
     lengths = torch.bincount(document)
-    total = torch.zeros((), device=document_ids.device)
+    total = torch.zeros((), device=document.device)
     for logits in router_logits:
         E = logits.shape[-1]
         wide = logits[real].to(torch.promote_types(logits.dtype, torch.float32))
@@ -54,7 +55,7 @@ def balance_loss(
     return total
 
 
-def expert_counts(router_logits: Sequence[Tensor], document_ids: Tensor, k: int) -> Tensor:
+def expert_counts(router_logits: Sequence[Tensor], document_ids: Tensor | None, k: int) -> Tensor:
     """How many real tokens have each expert among their k best: `[L, E]` int64 of this rank's tokens, no gradient.
 
     Arguments and errors as in `balance_loss`; layers must have one E. Sum over ranks and micro-batches, then
@@ -93,11 +94,16 @@ def load_metrics(counts: Tensor) -> dict[str, float]:
 
 
 def _real_tokens(
-    router_logits: Sequence[Tensor], document_ids: Tensor, num_experts_per_token: int
+    router_logits: Sequence[Tensor], document_ids: Tensor | None, num_experts_per_token: int
 ) -> tuple[Tensor, Tensor]:
     """Which tokens are no padding `[T]` bool, and of these the number of their document, from 0."""
     if not router_logits:
         raise ValueError("router_logits is empty; give one tensor [T, E] for each layer that has a router")
+    if document_ids is None:
+        raise ValueError(
+            "document_ids is None, so it is unknown which tokens form a sequence and which are padding; give the "
+            "batch's, or torch.ones(B, S, dtype=torch.int32) for rows that are one document each"
+        )
     if document_ids.dim() != 2:
         raise ValueError(f"document_ids {tuple(document_ids.shape)} must be [B, S]")
     for layer, logits in enumerate(router_logits):
