@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "on both sides (default: none)",
     )
     add("--shard-tokens", type=_tokens, default=_tokens("100M"), metavar="N", help="tokens per shard (default: 100M)")
-    add("--max-tokens", type=_tokens, metavar="N", help="stop after N tokens, as 500M or 1.5B (default: all)")
+    add("--max-tokens", type=_tokens, metavar="N", help="write at most N tokens, as 500M or 1.5B (default: all)")
     bos = prepare.add_mutually_exclusive_group()
     bos.add_argument(
         "--bos",

@@ -43,11 +43,15 @@ class Split:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What `prepare` has written; `str(summary)` is for people. `text_bytes` counts UTF-8, `seconds` wall time."""
+    """What `prepare` has written; `str(summary)` is for people.
+
+    `tokens_per_byte`: tokens of the texts, without BOS, over their bytes in UTF-8. `seconds` is wall time. `bos` is the
+    token before each document, "" for none.
+    """
 
     splits: dict[str, Split]
     empty_documents: int
-    text_bytes: int
+    tokens_per_byte: float
     seconds: float
     bos: str
     dtype: TokenType
@@ -56,7 +60,7 @@ class PrepareSummary:
         documents = sum(split.documents for split in self.splits.values())
         tokens = sum(split.tokens for split in self.splits.values())
         lines = [
-            f"{documents:,} documents, {tokens:,} tokens ({self.dtype}), {tokens / self.text_bytes:.3f} tokens/byte, "
+            f"{documents:,} documents, {tokens:,} tokens ({self.dtype}), {self.tokens_per_byte:.3f} tokens/byte, "
             f"{self.seconds:.1f} s, {tokens / self.seconds:,.0f} tokens/s",
             f"each document starts with {self.bos}" if self.bos else "nothing marks where a document starts",
         ]
@@ -86,7 +90,8 @@ def prepare(
 ) -> PrepareSummary:
     """Tokenise the documents of `inputs` into shards of the folder `output`; `am-data prepare --help` says how.
 
-    `max_tokens` counts both splits; the document that reaches it is cut there. Reports progress on stderr, as a bar on
+    `max_tokens` counts both splits; the document that reaches it is cut there, or left out where its BOS alone would be
+    left of it. Reports progress on stderr, as a bar on
     a terminal and as lines elsewhere. Nothing is left in `output` on an error: ValueError for the content,
     FileNotFoundError and FileExistsError for paths, ModuleNotFoundError without the extra `am-data[prepare]`.
     """
@@ -118,6 +123,7 @@ def prepare(
                 break
             before = writer.num_tokens
             writer.write(ids if whole <= left else ids[: int(left) - whole])
+            counts.text_tokens += len(ids)
             counts.text_bytes += len(text.encode())
             advance(writer.num_tokens - before)
         for name, writer in writers.items():
@@ -127,7 +133,8 @@ def prepare(
             name: Split(writer.num_documents, writer.num_tokens, writer.commit()) for name, writer in writers.items()
         }
     seconds = time.monotonic() - started
-    return PrepareSummary(splits, counts.empty, counts.text_bytes, seconds, bos_token or "", dtype)
+    tokens_per_byte = counts.text_tokens / counts.text_bytes
+    return PrepareSummary(splits, counts.empty, tokens_per_byte, seconds, bos_token or "", dtype)
 
 
 @dataclass
@@ -135,6 +142,7 @@ class _Counts:
     """What only the pass over the documents can tell."""
 
     empty: int = 0
+    text_tokens: int = 0
     text_bytes: int = 0
 
     def filled(self, texts: Iterable[str]) -> Iterator[str]:
@@ -184,9 +192,7 @@ def _texts(files: list[Path], text_key: str, split_on_blank_lines: bool) -> Iter
 def _column(path: Path, text_key: str) -> Iterator[str]:
     for number, row in enumerate(_rows(path)):
         if text_key not in row:
-            raise ValueError(
-                f"{path}, row {number}: no {text_key!r} in {', '.join(row)}; name the column by --text-key"
-            )
+            raise ValueError(f"{path}, row {number}: no {text_key!r} among {', '.join(row)}; name it with --text-key")
         text = row[text_key]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{path}, row {number}: {text_key!r} is {type(text).__name__}, not text; mend the row")
