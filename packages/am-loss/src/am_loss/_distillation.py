@@ -74,14 +74,15 @@ def distillation(
         return F.log_softmax(rows.to(dtype) / temperature, 1)
 
     log_p, log_q = log_probabilities(teacher_logits.detach()), log_probabilities(logits)
-    log_ratio = log_p - log_q
+    p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
+    # p and q both sum to 1; with their difference in the sum, the rounding of those sums cancels where P is near Q.
     if divergence == "forward_kl":
-        total = (log_p.exp() * log_ratio).sum()
+        total = (p * log_ratio + (q - p)).sum()
     elif divergence == "reverse_kl":
-        total = -(log_q.exp() * log_ratio).sum()
+        total = ((p - q) - q * log_ratio).sum()
     else:
         log_q_over_m = log_ratio_to_middle(log_ratio)
-        total = (log_p.exp() * (log_q_over_m + log_ratio) + log_q.exp() * log_q_over_m).sum() / 2
+        total = (p * (log_q_over_m + log_ratio) + q * log_q_over_m).sum() / 2
     return total * temperature**2
 
 
