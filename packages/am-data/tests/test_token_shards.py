@@ -104,6 +104,14 @@ def test_aligned_windows_start_at_the_first_bos_after_the_one_before(tmp_path, i
     assert f"{len(tokens) - len(seen)} tokens left out" in str(dataset.report)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_windows"), [(6, 1), (7, 2)])
+def test_the_last_aligned_window_needs_its_target(tmp_path, num_tokens, num_windows):
+    path = write_by_hand(tmp_path / "a.bin", [BOS, 1, 2, BOS, 4, 5, 6][:num_tokens])
+    dataset = am_data.TokenShards(path, 3, bos_token_id=BOS, align_to_bos=True)
+    assert windows(dataset) == [([BOS, 1, 2], [BOS, 1, 2, BOS]), ([BOS, 4, 5], [BOS, 4, 5, 6])][:num_windows]
+    assert dataset.report.num_left_out == num_tokens - (4, 7)[num_windows - 1]
+
+
 def test_split_documents_keep_every_target(tmp_path):
     tokens = [1, BOS, 2, 3, BOS, BOS, 4, 5, BOS]
     path = write_by_hand(tmp_path / "a.bin", tokens)
