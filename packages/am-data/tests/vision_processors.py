@@ -94,3 +94,27 @@ def make_llava_siglip() -> LlavaProcessor:
 
 def make_picture(width: int = 20, height: int = 12, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_qwen(family: str):
+    """Patches of 4 pixels, 2 x 2 of them a token. It needs torchvision, for the video processor that it must hold."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    processor, video = {
+        "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+        "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    }[family]
+    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 4096}, patch_size=4, merge_size=2)
+    return processor(pictures, make_tokenizer(), video(), chat_template=QWEN_TEMPLATE)
+
+
+def make_idefics3_torchvision() -> Idefics3Processor:
+    """As `make_idefics3`, with the image processor that `AutoProcessor` chooses where torchvision is installed."""
+    from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
+
+    pictures = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    return Idefics3Processor(pictures, make_tokenizer(), image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)

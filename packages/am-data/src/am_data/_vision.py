@@ -5,6 +5,7 @@ placeholder becomes the tokens that the processor itself writes for that picture
 picture's size alone, so the processor is asked once a size. Pixels are made when an example is asked for.
 """
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,9 @@ class VisionChatDataset:
         layout = layout_of(source, format, rows, split)
         tokenizer = adapter.processor.tokenizer
         template = chat_template or adapter.processor.chat_template
+        if not isinstance(template, str):
+            holder = type(adapter.processor).__name__
+            raise ValueError(f"the {holder} has chat_template={template!r}; pass chat_template= (Jinja text)")
         renderer = Renderer(tokenizer, chat_template=template, chat_template_kwargs=chat_template_kwargs)
         masker = _Masker(adapter, renderer, layout, _folder(images, rows), train_on, max_length, truncation)
         indices, kept, dropped = collect(map(masker, source), source, rows, on_bad_row)
@@ -314,13 +318,27 @@ class _UndecodedRows(Sequence[Row]):
     """Rows of a `datasets.Dataset` with pictures as bytes: decoding them, it fails for the whole row."""
 
     def __init__(self, dataset: "datasets.Dataset") -> None:
-        self._dataset = dataset.with_format("arrow")
+        self._rows = dataset.with_format("arrow")
+        self._features = copy.deepcopy(dataset.features)
+        _keep_bytes(self._features)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._dataset[index].to_pylist()[0]
+        return self._features.decode_example(self._rows[index].to_pylist()[0])
+
+
+def _keep_bytes(feature: object) -> None:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        feature.decode = False
+    elif isinstance(feature, Mapping):
+        for inner in feature.values():
+            _keep_bytes(inner)
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        _keep_bytes(feature.feature)
 
 
 def _undecoded(source: "Sequence[Row] | datasets.Dataset") -> "Sequence[Row] | datasets.Dataset":

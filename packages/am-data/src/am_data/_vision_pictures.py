@@ -49,8 +49,6 @@ def load_picture(source: object, folder: Path) -> "tuple[Image.Image, bytes]":
         if _has_second_frame(picture):
             raise RowRefusedError("a picture is animated", f"{where} has more than one frame; give one of them")
         picture.load()
-        digest = hashlib.blake2b(content or picture.tobytes(), digest_size=16)
-        digest.update(f"{picture.mode} {picture.size}".encode())
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F" or picture.mode.startswith("I"):
             detail = f"{where} has pixels of mode {picture.mode!r}; convert it to 8 bits a channel"
@@ -58,7 +56,7 @@ def load_picture(source: object, folder: Path) -> "tuple[Image.Image, bytes]":
         if picture.has_transparency_data:
             opaque = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
-        return picture.convert("RGB"), digest.digest()
+        picture = picture.convert("RGB")
     except RowRefusedError:
         raise
     # What Pillow's decoders raise at files that are cut, broken, or bombs.
@@ -72,6 +70,8 @@ def load_picture(source: object, folder: Path) -> "tuple[Image.Image, bytes]":
         Image.DecompressionBombError,
     ) as error:
         raise RowRefusedError("a picture is unreadable", f"{where}: {error}") from error
+    digest = hashlib.blake2b(content or picture.tobytes() + repr(picture.size).encode(), digest_size=16)
+    return picture, digest.digest()
 
 
 def _read(source: object, folder: Path) -> tuple[str, bytes]:

@@ -107,10 +107,15 @@ def vision_processor(processor: Any) -> VisionProcessor:
 
 
 def _idefics3(processor: Any) -> VisionProcessor:
+    settings = processor.image_processor
+    if not settings.do_normalize or 0 in np.atleast_1d(settings.image_mean):
+        raise ValueError(
+            f"do_normalize={settings.do_normalize} with image_mean={settings.image_mean} makes a black crop all zeros, "
+            "which the model takes for padding; choose do_normalize=True and an image_mean above 0"
+        )
+
     def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
-        # The model takes a crop of nothing but zeros for padding.
-        crops = tensors["pixel_values"].flatten(1).ne(0).any(1).sum()
-        return int(crops) * int(processor.image_seq_len)
+        return len(tensors["pixel_values"]) * int(processor.image_seq_len)
 
     names = ("pixel_values", "pixel_attention_mask")
     return VisionProcessor(
