@@ -63,12 +63,14 @@ def test_workers_get_the_same_config_and_overrides(folder):
     ("argv", "message"),
     [
         (
-            ["pretrain", "llm", "-c", "c.yaml"],
-            "'pretrain llm' is neither a config file nor a command; there is: finetune llm",
+            ["pretrain", "vlm", "-c", "c.yaml"],
+            "'pretrain vlm' is neither a config file nor a command; there is: "
+            "finetune llm, finetune vlm, pretrain llm, kd llm",
         ),
         (
-            ["finetune", "vlm", "-c", "c.yaml"],
-            "'finetune vlm' is neither a config file nor a command; there is: finetune llm",
+            ["finetune", "lm", "-c", "c.yaml"],
+            "'finetune lm' is neither a config file nor a command; there is: "
+            "finetune llm, finetune vlm, pretrain llm, kd llm",
         ),
         (
             ["finetun", "llm", "-c", "c.yaml"],
@@ -102,7 +104,7 @@ def test_usage_errors(folder, capsys, argv, message):
         (["other.yaml"], "other.yaml: cannot read the config: No such file or directory\n"),
         (
             ["finetune", "llm", "-c", "c.yaml", "--recipe", "sftt"],
-            "c.yaml:1 (--recipe): recipe: must be one of sft, got 'sftt'\n",
+            "c.yaml:1 (--recipe): recipe: must be one of sft, pretrain, kd, vlm, got 'sftt'\n",
         ),
         (
             ["c.yaml", "--dry-run", "--dataset.pth", "1"],

@@ -170,7 +170,7 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
     ("old", "new", "message"),
     [
         ("recipe: sft\n", "", "config.yaml:1: the key 'recipe' is required: one of sft"),
-        ("recipe: sft", "recipe: stf", "config.yaml:1: recipe: must be one of sft, got 'stf'"),
+        ("recipe: sft", "recipe: stf", "config.yaml:1: recipe: must be one of sft, pretrain, kd, vlm, got 'stf'"),
         ("  lr: 1e-4", "  lrr: 1e-4", "config.yaml:7: optimizer.lrr: unknown key; did you mean 'lr'?"),
         ("  lr: 1e-4", "  eps: 1e-4", "config.yaml:6: optimizer: the key 'lr' is required"),
         ("  lr: 1e-4", "  lr: -1e-4", "config.yaml:7: optimizer.lr: must be at least 0, got -0.0001"),
@@ -198,7 +198,11 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
         ),
         ("max_steps: 10", "max_steps: 0", "config.yaml:9: step_scheduler.max_steps: must be at least 1, got 0"),
         ("max_steps: 10", "max_steps: 8.0", "config.yaml:9: step_scheduler.max_steps: expected an integer, got 8.0"),
-        ("max_steps: 10", "max_steps: null", "config.yaml:8: step_scheduler: set max_steps, num_epochs or both"),
+        (
+            "max_steps: 10",
+            "max_steps: null",
+            "config.yaml:8: step_scheduler: set one of max_steps, num_epochs or more",
+        ),
         (
             "max_steps: 10",
             "max_steps: 10\n  global_batch_size: 10\n  local_batch_size: 4",
@@ -619,8 +623,12 @@ def test_public_names():
 
     assert am_recipes.config.__all__ == [
         "ConfigError",
+        "KdConfig",
+        "PretrainConfig",
+        "RunConfig",
         "SftConfig",
         "Target",
+        "VlmConfig",
         "check_targets",
         "identity_difference",
         "parse",

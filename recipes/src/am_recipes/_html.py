@@ -30,7 +30,9 @@ class Page:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
     answers: dict[str, list[list[str]]] = field(default_factory=dict)
+    pictures: list[list[Any]] = field(default_factory=list)
     next_steps: list[str] = field(default_factory=list)
 
 
@@ -64,6 +66,10 @@ def render(page: Page) -> str:
             _short,
             from_zero=True,
         ),
+        *(
+            _chart(name.replace("_", " ").capitalize(), [Series(name, _points(train, name), 2)], 520, 220, _short)
+            for name in page.others
+        ),
         "</div>",
     ]
     if len(train) > MAX_POINTS:
@@ -76,6 +82,7 @@ def render(page: Page) -> str:
         _list_section("Warnings", page.warnings, "warning"),
         '<section class="card">' + "\n".join(charts) + "</section>" if train else "",
         _answers(page.answers),
+        _pictures(page.pictures),
         _samples(page.samples),
         _next_steps(page.next_steps),
         _list_section("Set up", page.notes, "note"),
@@ -151,6 +158,24 @@ def _answers(answers: Mapping[str, Sequence[Sequence[str]]]) -> str:
         )
         blocks.append(f'<article><p class="prompt">{escape(prompt)}</p><div class="answers">{cells}</div></article>')
     return f'<section class="card"><h2>Answers</h2>{"".join(blocks)}</section>'
+
+
+def _pictures(rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return ""
+    right = sum(answer.strip() == expected.strip() for _, _, answer, expected in rows)
+    blocks = []
+    for pictures, prompt, answer, expected in rows:
+        images = "".join(f'<img alt="" src="data:image/png;base64,{escape(picture)}">' for picture in pictures)
+        mark = "good" if answer.strip() == expected.strip() else "bad"
+        wanted = "" if mark == "good" else f"<br><small>expected: {escape(expected.strip())}</small>"
+        blocks.append(
+            f'<figure title="{escape(prompt)}">{images}<figcaption class="{mark}">{escape(answer.strip())}{wanted}'
+            "</figcaption></figure>"
+        )
+    hint = f'<p class="hint">{right} of {len(rows)} answers are exactly the expected ones.</p>'
+    grid = f'<div class="pictures">{"".join(blocks)}</div>'
+    return f'<section class="card"><h2>Answers about pictures</h2>{hint}{grid}</section>'
 
 
 def _samples(samples: Sequence[Sequence[tuple[str, bool]]]) -> str:
@@ -405,6 +430,9 @@ pre:last-child { margin-bottom: 0; } pre i { color: var(--soft); font-style: nor
 mark { background: var(--mark); color: var(--mark-ink); border-radius: 3px; padding: 1px 0; }
 article + article { border-top: 1px solid var(--rule); margin-top: 16px; padding-top: 16px; }
 .prompt { font-weight: 600; margin: 0 0 10px; white-space: pre-wrap; overflow-wrap: anywhere; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 14px; }
+figure { margin: 0; text-align: center; }
+figure img { max-width: 96px; max-height: 96px; background: #fff; border-radius: 6px; padding: 4px; }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px; }
 .answer { border-left: 3px solid var(--rule); padding: 0 0 0 14px; } .answer:last-child { border-color: var(--c1); }
 .answer p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from am_recipes import launch
 from am_recipes._yaml import did_you_mean
-from am_recipes.config import ConfigError, SftConfig, check_targets, parse
+from am_recipes.config import ConfigError, RunConfig, check_targets, parse
 
 HELP = """\
 usage: automodel CONFIG [options] [overrides]
-       automodel finetune llm -c CONFIG [options] [overrides]
+       automodel COMMAND -c CONFIG [options] [overrides]
 
-Runs the recipe that the YAML file CONFIG names (recipe: sft).
+Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
+  finetune llm   sft        pretrain llm   pretrain
+  finetune vlm   vlm        kd llm         kd
 
 options:
   -c, --config CONFIG     the config file
@@ -40,7 +42,12 @@ The same command again continues the run from its latest checkpoint. Under torch
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM: run it again to continue"""
 
-COMMANDS = {("finetune", "llm"): "sft"}
+COMMANDS = {
+    ("finetune", "llm"): "sft",
+    ("finetune", "vlm"): "vlm",
+    ("pretrain", "llm"): "pretrain",
+    ("kd", "llm"): "kd",
+}
 _PACKAGES = (
     "am_ckpt",
     "am_data",
@@ -207,7 +214,7 @@ def _run_config(arguments: Arguments, path: Path, module: str | None) -> int:
     return _train(config)
 
 
-def _train(config: SftConfig) -> int:
+def _train(config: RunConfig) -> int:
     check_targets(config)
     status = importlib.import_module(f"am_recipes.{config.recipe}").main(config)
     return 0 if status is None else int(status)

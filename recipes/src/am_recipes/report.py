@@ -7,6 +7,7 @@ a power failure is dropped on resume. Numbers that JSON has no word for (NaN, in
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 import math
@@ -92,6 +93,7 @@ class Report:
         self._page.rows = _keep_rows(self._run_dir / "metrics.jsonl", resume_step)
         self._record = self._begin_record(resume_step, world_size, dict(identity or {}))
         self._page.answers = self._record["answers"]
+        self._page.pictures = self._record["pictures"]
         self._write_record()
         self._metrics = (self._run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -125,6 +127,22 @@ class Report:
         for prompt, answer in pairs:
             self._print(f"\n> {prompt}\n{answer.strip()}")
 
+    def pictures(self, rows: Iterable[tuple[Sequence[bytes], str, str, str]]) -> None:
+        """Show answers about pictures on the page, and print them; they survive.
+
+        Each row is its pictures as PNG or JPEG bytes, the prompt, the model's answer and the expected one.
+        """
+        if not self.active:
+            return
+        self._record["pictures"] = [
+            [[base64.b64encode(picture).decode() for picture in pictures], prompt, answer, expected]
+            for pictures, prompt, answer, expected in rows
+        ]
+        self._page.pictures = self._record["pictures"]
+        self._write_record()
+        for _, prompt, answer, expected in self._record["pictures"]:
+            self._print(f"> {prompt}  {answer.strip()}  (expected: {expected})")
+
     def step(
         self,
         step: int,
@@ -136,11 +154,13 @@ class Report:
         tokens: int,
         target_tokens: int,
         seconds: float,
+        others: Mapping[str, float] | None = None,
     ) -> None:
         """Record an optimizer step, counted from 1.
 
         ``loss`` is per target token; ``lr`` the rate the step was taken with; ``tokens`` and ``target_tokens`` count
         this step over all ranks, without padding; ``seconds`` is how long it took, without validation or saving.
+        ``others`` are further numbers by name, the same names at every step; each gets a chart of its own.
         """
         if not self.active:
             return
@@ -155,7 +175,8 @@ class Report:
             "tokens_per_second": tokens / seconds if seconds > 0 else math.nan,
             "peak_memory_bytes": peak_memory_bytes(),
             "time": time.time(),
-        }
+        } | dict(others or {})
+        self._page.others = list(others or {})
         self._write_row(row)
         self._show(row)
 
@@ -220,7 +241,7 @@ class Report:
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        record: dict[str, Any] = {"launches": [], "answers": {}}
+        record: dict[str, Any] = {"launches": [], "answers": {}, "pictures": []}
         if resume_step is not None and file.exists():
             record |= json.loads(file.read_text(encoding="utf-8"))
         record |= {"identity": identity, "finished": None, "total_steps": self._total_steps}

@@ -11,22 +11,32 @@ import math
 import os
 import signal
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 import am_ckpt
 import am_mesh
 import am_models
+import am_moe
+from am_recipes import assets
 from am_recipes.config import DEFAULT_LOSS, identity_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# How transformers.pipeline asks an exported model.
+CHAT = (
+    """("text-generation", "{export}")([{{"role": "user", "content": "Hello!"}}])[0]["generated_text"][-1]["content"]"""
+)
+TEXT = '("text-generation", "{export}")("The", do_sample=True, max_new_tokens=60)[0]["generated_text"]'
 
 
 def seed_everything(seed: int, *coordinates: int) -> None:
@@ -194,7 +204,12 @@ def require_finite(step: int, **values: float) -> None:
 
 
 def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; ``chat_template`` (Jinja) replaces its own. Raises ValueError."""
+    """The tokenizer of a folder, Hub id or ``package:`` asset; ``chat_template`` (Jinja) replaces its own.
+
+    Raises ValueError where there is none.
+    """
+    if isinstance(name_or_path, str) and name_or_path.startswith(assets.PACKAGE_PREFIX):
+        name_or_path = assets.resolve(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -238,9 +253,140 @@ def model_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | N
     return {name: path.read_bytes() for name, path in original.items()} | written
 
 
+def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:
+    """Refuse a model, the one at ``key`` of the config, that reads other tokens in the same ids: ValueError.
+
+    Sizes say nothing: vocabularies are padded. Compared are the tokens of all ids and how text is split into them.
+    """
+    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
+    names = {index: token for token, index in other.items()}
+    wrong = sorted(index for token, index in vocabulary.items() if names.get(index) != token)
+    if wrong:
+        token = ours.convert_ids_to_tokens(wrong[0])
+        raise ValueError(
+            f"the tokenizer of {key} is another one: {len(wrong)} of {len(vocabulary)} ids differ, the first is "
+            f"{wrong[0]}, {token!r} here and {names.get(wrong[0])!r} there; its distributions would be over other "
+            "tokens. Choose models of one tokenizer"
+        )
+    for rule in ("normalizer", "pre_tokenizer", "model"):
+        if _tokenizer_rule(ours, rule) != _tokenizer_rule(theirs, rule):
+            raise ValueError(
+                f"the tokenizer of {key} has the same tokens but another {rule}: it splits text differently, so that "
+                "model never saw text split like this. Choose models of one tokenizer"
+            )
+
+
+def _tokenizer_rule(tokenizer: PreTrainedTokenizerBase, rule: str) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())[rule]
+
+
+def require_memory(model: torch.nn.Module, device: torch.device, key: str) -> None:
+    """Refuse a model, the one at ``key`` of the config, whose weights on this rank exceed the free memory: ValueError.
+
+    Call it between layout and weights. Every rank calls it; processes of one machine share its main memory.
+    """
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in model.parameters()]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in local)
+    if device.type == "cuda":
+        free, sharing = torch.cuda.mem_get_info(device)[0], 1
+    else:
+        free, sharing = _available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed * sharing > free:
+        raise ValueError(
+            f"{key} needs {needed / 2**30:.1f} GiB on each of {sharing} processes of this machine, and "
+            f"{free / 2**30:.1f} GiB are free; shard it over more ranks, give it dtype bfloat16, or take a smaller one"
+        )
+
+
+def _available_memory() -> int:
+    """Bytes that processes can still take; all of the machine's where the system does not say."""
+    linux = Path("/proc/meminfo")
+    for line in linux.read_text().splitlines() if linux.exists() else []:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def next_steps(run_dir: Path, ask: str | None) -> list[str]:
+    """What to type after the run, as shell lines; ``ask`` is how to ask its export, None where it has none."""
+    lines = ["# Loss curves, what was under loss, samples:", f"open {run_dir / 'report.html'}"]
+    if ask is not None:
+        question = ask.format(export=run_dir / "export")
+        lines += ["# The exported model in stock transformers:"]
+        lines += [f"python -c 'from transformers import pipeline; print(pipeline{question})'"]
+    return lines
+
+
+class Routing:
+    """The losses of a mixture's router, and how evenly its experts were used since the last `metrics`."""
+
+    def __init__(self, num_experts_per_token: int, balance_loss: float, z_loss: float) -> None:
+        self._num_experts_per_token = num_experts_per_token
+        self._balance_loss = balance_loss
+        self._z_loss = z_loss
+        self._counts = torch.zeros((), dtype=torch.int64)
+
+    def loss(self, router_logits: Sequence[torch.Tensor], document_ids: torch.Tensor | None) -> torch.Tensor:
+        """The ``router_loss`` of `am_models.forward_with_loss`; counts the tokens of each expert."""
+        counts = am_moe.expert_counts(router_logits, document_ids, self._num_experts_per_token)
+        self._counts = self._counts.to(counts.device) + counts
+        return am_moe.balance_loss(
+            router_logits,
+            document_ids,
+            num_experts_per_token=self._num_experts_per_token,
+            coefficient=self._balance_loss,
+            z_loss=self._z_loss,
+        )
+
+    def metrics(self, data_ranks: DeviceMesh) -> dict[str, float]:
+        """`am_moe.load_metrics` of the counts over all ranks, which start anew. Every rank calls it."""
+        counts, self._counts = am_mesh.sum_over(data_ranks, self._counts), torch.zeros((), dtype=torch.int64)
+        return am_moe.load_metrics(counts)
+
+
+def routing(model: Any, balance_loss: float, z_loss: float) -> Routing | None:
+    """The routing of ``model``, None where it has no experts; ValueError where losses are asked of such a one."""
+    experts_per_token = model.config.to_dict().get("num_experts_per_tok")
+    if experts_per_token is not None:
+        return Routing(experts_per_token, balance_loss, z_loss)
+    if balance_loss or z_loss:
+        raise ValueError(
+            f"moe.balance_loss={balance_loss} and moe.z_loss={z_loss} are for models with experts, and "
+            f"{model.config.model_type} has none; leave the section out"
+        )
+    return None
+
+
 def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on ``device``."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def count(micro_batches: Iterable[Mapping[str, torch.Tensor]], key: str, *, but: int) -> int:
+    """How many values of ``key`` in the micro-batches of this rank are not ``but``."""
+    return sum(int((batch[key] != but).sum()) for batch in micro_batches)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    loss_fn: Callable[..., torch.Tensor],
+    loaders: Mapping[str, Iterable[Sequence[Mapping[str, torch.Tensor]]]],
+    data_ranks: DeviceMesh,
+    device: torch.device,
+) -> dict[str, float]:
+    """Mean loss per target token of each validation set. Every rank calls it; all get the same numbers."""
+    model.eval()
+    losses = {}
+    for name, loader in loaders.items():
+        total, targets = torch.zeros((), device=device), 0
+        for micro_batches in loader:
+            for batch in micro_batches:
+                total += am_models.forward_with_loss(model, loss_fn, **to_device(batch, device))
+            targets += count(micro_batches, "shift_labels", but=-100)
+        losses[name] = am_mesh.sum_over(data_ranks, total).item() / am_mesh.sum_over(data_ranks, targets)
+    return losses
 
 
 @torch.no_grad()
@@ -255,5 +401,20 @@ def generate_answers(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers.append((prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return answers
+
+
+@torch.no_grad()
+def generate_text(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, seed: int
+) -> list[tuple[str, str]]:
+    """(prompt, continuation) pairs, each sampled from the 20 likeliest tokens with ``seed``. Every rank calls it."""
+    model.eval()
+    answers: list[tuple[str, str]] = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        seed_everything(seed, len(answers))
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_k=20, temperature=0.8)
         answers.append((prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
     return answers

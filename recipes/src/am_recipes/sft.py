@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,12 +73,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
         am_models.leak_test(model)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
-    optimizer = optim.build_optimizer(
-        model,
-        optimizer=config.optimizer.factory(),
-        overrides=config.optimizer.overrides(),
-        **config.optimizer.hyperparameters(),
-    )
+    optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
     progress = runtime.Progress()
     state = {
@@ -116,13 +110,13 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             log.note(fact)
         log.samples(dataset.report.samples)
         if resumed is None and validation:
-            log.validation(0, evaluate(model, loss_fn, validation, data_ranks, device))
+            log.validation(0, runtime.evaluate(model, loss_fn, validation, data_ranks, device))
 
         for micro_batches in itertools.islice(loader, total_steps - progress.step):
             began = time.monotonic()
             # The divisor is known before any backward, so that every token of the step weighs the same.
-            targets = am_mesh.sum_over(data_ranks, count(micro_batches, "shift_labels", but=-100))
-            tokens = am_mesh.sum_over(data_ranks, count(micro_batches, "document_ids", but=0))
+            targets = am_mesh.sum_over(data_ranks, runtime.count(micro_batches, "shift_labels", but=-100))
+            tokens = am_mesh.sum_over(data_ranks, runtime.count(micro_batches, "document_ids", but=0))
 
             model.train()
             loss = torch.zeros((), device=device)
@@ -154,7 +148,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             stopping = stop.requested(data_ranks)
             losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                losses = evaluate(model, loss_fn, validation, data_ranks, device)
+                losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
                 log.validation(progress.step, losses)
                 runtime.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
@@ -181,7 +175,10 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
                 model, tokenizer, config.generate.prompts, config.generate.max_new_tokens
             )
             log.answers("after", answers)
-        log.finish(goal=config.goal(), next_steps=next_steps(config))
+        log.finish(
+            goal=config.goal(),
+            next_steps=runtime.next_steps(config.run_dir, runtime.CHAT if config.export.enabled else None),
+        )
     return 0
 
 
@@ -199,41 +196,3 @@ def make_loader(config: SftConfig, dataset: Any, data_ranks: DeviceMesh, *, trai
         shuffle=training and config.dataloader.shuffle,
         num_epochs=scheduler.num_epochs if training else 1,
     )
-
-
-def count(micro_batches: list[am_data.Batch], key: str, *, but: int) -> int:
-    """How many values of ``key`` on this rank are not ``but``."""
-    return sum(int((batch[key] != but).sum()) for batch in micro_batches)
-
-
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    loss_fn: Callable[..., torch.Tensor],
-    loaders: Mapping[str, am_data.DataLoader],
-    data_ranks: DeviceMesh,
-    device: torch.device,
-) -> dict[str, float]:
-    """Mean loss per target token of each validation set. Every rank calls it; all get the same numbers."""
-    model.eval()
-    losses = {}
-    for name, loader in loaders.items():
-        total, targets = torch.zeros((), device=device), 0
-        for micro_batches in loader:
-            for batch in micro_batches:
-                total += am_models.forward_with_loss(model, loss_fn, **runtime.to_device(batch, device))
-            targets += count(micro_batches, "shift_labels", but=-100)
-        losses[name] = am_mesh.sum_over(data_ranks, total).item() / am_mesh.sum_over(data_ranks, targets)
-    return losses
-
-
-def next_steps(config: SftConfig) -> list[str]:
-    """What to type after the run, as shell lines."""
-    lines = ["# Loss curves, what was under loss, sample answers:", f"open {config.run_dir / 'report.html'}"]
-    if config.export.enabled:
-        ask = (
-            f"""pipeline("text-generation", "{config.run_dir / "export"}")([{{"role": "user", "content": "Hello!"}}])"""
-        )
-        lines += ["# The exported model in stock transformers:"]
-        lines += [f'python -c \'from transformers import pipeline; print({ask}[0]["generated_text"][-1]["content"])\'']
-    return lines
