@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, assert_close, config_of, documents, linear_cross_entropy, stock
+from tiny_models import CONFIGS, VISION_CONFIGS, assert_close, config_of, documents, linear_cross_entropy, stock
 
 import am_models
 
@@ -254,13 +255,13 @@ def tensors_by_map(model: torch.nn.Module, records: list[dict]) -> dict[str, tor
     return tensors | {name: tensor.detach() for name, tensor in parameters.items() if name not in covered}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "llama", "llama_tied"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral", "llama", "llama_tied", *VISION_CONFIGS])
 def test_weight_map_describes_the_files_that_stock_writes_and_reads(family, tmp_path):
     from safetensors.torch import load_file, save_file
 
     model = stock(family)
     records = am_models.weight_map(model)
-    assert (records == []) == family.startswith("llama")
+    assert (records == []) == (family in ("llama", "llama_tied", "idefics3", "smolvlm", "qwen3_vl"))
     assert json.loads(json.dumps(records)) == records
     model.save_pretrained(tmp_path / "stock")
     written = load_file(tmp_path / "stock" / "model.safetensors")
@@ -272,9 +273,60 @@ def test_weight_map_describes_the_files_that_stock_writes_and_reads(family, tmp_
     model.config.save_pretrained(tmp_path / "mapped")
     files = {name: mapped[name].reshape(tensor.shape).contiguous() for name, tensor in written.items()}
     save_file(files, tmp_path / "mapped" / "model.safetensors", metadata={"format": "pt"})
-    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mapped")
+    auto = transformers.AutoModelForImageTextToText if family in VISION_CONFIGS else transformers.AutoModelForCausalLM
+    opened, info = auto.from_pretrained(tmp_path / "mapped", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     state = model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in opened.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "published"),
+    [
+        # Names in files on the Hub, of llava-1.5-7b-hf, Qwen2.5-VL-3B-Instruct, SmolVLM-256M, Qwen3-VL-2B-Instruct.
+        ("llava_clip", "language_model.model.layers.0.mlp.up_proj.weight language_model.lm_head.weight"),
+        ("llava_clip", "vision_tower.embeddings.class_embedding multi_modal_projector.linear_1.weight"),
+        ("qwen2_5_vl", "model.layers.0.mlp.up_proj.weight lm_head.weight visual.blocks.0.attn.qkv.weight"),
+        ("smolvlm", "model.text_model.layers.0.mlp.up_proj.weight model.vision_model.encoder.layers.0.mlp.fc1.weight"),
+        ("qwen3_vl", "model.language_model.layers.0.mlp.up_proj.weight model.visual.blocks.0.attn.qkv.weight"),
+    ],
+)
+def test_weight_map_gives_the_published_names(family, published):
+    model = stock(family)
+    names = set(tensors_by_map(model, am_models.weight_map(model)))
+    assert not set(published.split()) - names
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_clip", "qwen2_5_vl", "qwen3_moe"])
+def test_weight_map_reads_the_spelling_of_published_files(family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = stock(family)
+    model.save_pretrained(tmp_path)
+    records = am_models.weight_map(model)
+    by_file = operator.itemgetter("file")
+    assert sorted(am_models.weight_map(model, tmp_path), key=by_file) == sorted(records, key=by_file)
+    # What llava-hf's files call the parts of the tower, and what transformers 4.52 wrote: the names of the modules.
+    for old, new in (
+        ("vision_tower.", "vision_tower.vision_model."),
+        ("language_model.model.", "model.language_model."),
+    ):
+        path = tmp_path / "model.safetensors"
+        save_file(
+            {name.replace(old, new): tensor for name, tensor in load_file(path).items()},
+            path,
+            metadata={"format": "pt"},
+        )
+    mapped = tensors_by_map(model, am_models.weight_map(model, tmp_path))
+    assert set(mapped) == set(load_file(tmp_path / "model.safetensors"))
+    auto = transformers.AutoModelForImageTextToText if family in VISION_CONFIGS else transformers.AutoModelForCausalLM
+    opened, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    if family.startswith("llava"):
+        assert any("vision_tower.vision_model." in name for name in mapped)
+        assert am_models.weight_map(opened, tmp_path) == am_models.weight_map(model, tmp_path)
 
 
 def test_weight_map_is_the_same_on_the_meta_device_and_after_optimising():

@@ -10,6 +10,7 @@ import transformers
 from tiny_models import (
     GRID_FAMILIES,
     IMAGE,
+    SMALL,
     VISION_CONFIGS,
     assert_close,
     config_of,
@@ -21,6 +22,7 @@ from tiny_models import (
 )
 
 import am_models
+from am_testing import run_distributed
 
 NUMBERS = [2, 0, 1]
 
@@ -255,7 +257,7 @@ def test_text_and_pictures_are_not_mistaken_for_each_other(tmp_path):
 
 
 def test_an_undeclared_family_is_left_alone_and_takes_no_pictures():
-    text = {**config_of("llama").to_dict(), "model_type": "gemma3_text", "head_dim": 8}
+    text = {**SMALL, "head_dim": 8}
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(
         text_config=text, vision_config={**tower, "image_size": 8, "patch_size": 2}, mm_tokens_per_image=4
@@ -265,3 +267,47 @@ def test_an_undeclared_family_is_left_alone_and_takes_no_pictures():
     assert all(part.startswith("stock: gemma3 is not a declared family") for part in report.parts.values())
     with pytest.raises(TypeError, match="pixel_values"):
         am_models.forward_with_loss(model, linear_cross_entropy, **documents([4]), pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def _gradients_of_shards(family, frozen_tower):
+    """Rank 0 has two rows with pictures, rank 1 one row of text."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    model, rank = stock(family), torch.distributed.get_rank()
+    am_models.optimize(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen_tower and is_tower(name)))
+    for module in list(model.modules()):
+        if isinstance(module, torch.nn.ModuleList):
+            for block in module:
+                fully_shard(block)
+    fully_shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "forward_with_loss")
+    am_models.leak_test(model)
+    batch = joined(family, picture_rows(family, [2, 1] if rank == 0 else [0]))
+    am_models.forward_with_loss(model, linear_cross_entropy, **batch).backward()
+    named = model.named_parameters()
+    return {name: parameter.grad.full_tensor() for name, parameter in named if parameter.grad is not None}
+
+
+def is_tower(name: str) -> bool:
+    return name.startswith(("model.vision_model.", "model.vision_tower.", "model.visual.blocks."))
+
+
+def test_ranks_with_and_without_pictures_give_the_gradients_of_one_process():
+    for family, frozen_tower in (("idefics3", False), ("idefics3", True), ("llava", True), ("qwen3_vl", False)):
+        results = run_distributed(_gradients_of_shards, 2, family, frozen_tower)
+        model = stock(family)
+        am_models.optimize(model)
+        for numbers in ([2, 1], [0]):
+            batch = joined(family, picture_rows(family, numbers))
+            am_models.forward_with_loss(model, linear_cross_entropy, **batch).backward()
+        for name, parameter in model.named_parameters():
+            if frozen_tower and is_tower(name):
+                assert name not in results[0]
+            elif parameter.grad is not None and not (name.endswith("k_proj.bias") and is_tower(name)):
+                assert_close(results[0][name], parameter.grad, f"{family}: gradient of {name}")

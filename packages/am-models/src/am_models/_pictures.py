@@ -113,7 +113,7 @@ def install_blank_picture(base_model: nn.Module) -> None:
         blank = {name: tensor.to(pixel_values.device) for name, tensor in vision.blank(self.config).items()}
         outputs = stock(self, **blank, return_dict=True)
         for field in vision.features:
-            outputs[field] = _without_rows(outputs[field])
+            setattr(outputs, field, _without_rows(getattr(outputs, field)))
         return outputs
 
     base_model.get_image_features = MethodType(get_image_features, base_model)

@@ -7,7 +7,9 @@ in the parameter it came from by offset and strides. No list of families, no ari
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +32,17 @@ class _View(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def weight_map(model: nn.Module) -> list[dict[str, Any]]:
+def weight_map(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
     """Records of the tensors in the family's files that are not simply a parameter under its own name.
 
     Each is `{"file": str, "parameter": str, "slice": [[start, stop] or None, ...], "transpose": bool}`: the tensor
     `file` is `parameter[slice]` (one entry per dim of the parameter, None = whole), with its last two dims swapped if
     `transpose`, reshaped to drop the dims of size one that the slice leaves. A parameter without a record is stored
     whole under its own name; `[]` means that files and modules agree. Plain data, JSON-able, independent of the model.
+
+    folder: the safetensors files to be read. transformers renames what older versions of it wrote (the tower of LLaVA's
+    published files is `vision_tower.vision_model.`, since 5 it is written without the last part): the records then have
+    the spelling found there. None: the names that `save_pretrained` would write.
 
     Runs on meta-device and sharded models alike (global shapes are used) and reads no weights.
     Raises ValueError, naming the family, where a file tensor is not a slice of one parameter (values are computed, or
@@ -59,7 +65,34 @@ def weight_map(model: nn.Module) -> list[dict[str, Any]]:
         box, transpose = _locate(view, views[owner], family, file_name)
         if file_name != owner or transpose or any(box):
             records.append({"file": file_name, "parameter": owner, "slice": box, "transpose": transpose})
-    return records
+    return records if folder is None else _spelt_as_in(Path(folder), model, records)
+
+
+def _spelt_as_in(folder: Path, model: nn.Module, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, those of whole parameters under the names that transformers' own loading finds in `folder`."""
+    from safetensors import safe_open
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    parameters = dict(model.named_parameters())
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+        for name in names:
+            prefix = model.base_model_prefix
+            parameter, converter = rename_source_key(name, renamings, converters, prefix, parameters)
+            if converter is None and parameter in parameters:
+                found[parameter] = name
+    whole = [
+        {"file": name, "parameter": parameter, "slice": [None] * parameters[parameter].dim(), "transpose": False}
+        for parameter, name in sorted(found.items())
+        if name != parameter
+    ]
+    return [*(record for record in records if record["parameter"] not in found), *whole]
 
 
 def _locate(
