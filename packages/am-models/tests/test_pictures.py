@@ -311,3 +311,19 @@ def test_ranks_with_and_without_pictures_give_the_gradients_of_one_process():
                 assert name not in results[0]
             elif parameter.grad is not None and not (name.endswith("k_proj.bias") and is_tower(name)):
                 assert_close(results[0][name], parameter.grad, f"{family}: gradient of {name}")
+
+
+@pytest.mark.parametrize("family", sorted(VISION_CONFIGS))
+def test_vision_parts_name_all_there_is(family):
+    model = stock(family)
+    parts = am_models.vision_parts(model)
+    for name in (parts.tower, *parts.projector, parts.language_model):
+        assert list(model.get_submodule(name).parameters())
+    prefixes = tuple(f"{name}." for name in (parts.tower, *parts.projector, parts.language_model, "lm_head"))
+    assert [name for name, _ in model.named_parameters() if not name.startswith(prefixes)] == []
+    assert model.get_submodule(parts.language_model) is model.get_decoder()
+
+
+def test_vision_parts_of_a_text_model():
+    with pytest.raises(ValueError, match="llama is no declared family with pictures; choose among idefics3"):
+        am_models.vision_parts(stock("llama"))

@@ -94,7 +94,9 @@ FAMILIES = {
 class VisionFamily:
     """How pictures enter a model: facts on its base model (`model.base_model`).
 
-    language_model: attribute of the base model that holds the language model; the rest is vision tower and projector.
+    language_model: attribute of the base model that holds the language model.
+    tower, projector: paths in the base model of what sees pictures and of what turns its features into the language
+        model's hidden states (part of the tower in some families).
     blank: the smallest picture that the tower takes, as keyword arguments of the base model's `get_image_features`.
     keys, optional_keys: the processor's tensors that the base model takes with pictures, always or where given.
     features: fields of the output of `get_image_features` that end in the token sequence.
@@ -102,6 +104,8 @@ class VisionFamily:
     """
 
     language_model: str
+    tower: str
+    projector: tuple[str, ...]
     blank: Callable[[Any], dict[str, torch.Tensor]]
     keys: tuple[str, ...] = ("pixel_values",)
     optional_keys: tuple[str, ...] = ()
@@ -133,12 +137,22 @@ def _blank_grid(config: Any) -> dict[str, torch.Tensor]:
 _GRID_KEYS = ("pixel_values", "image_grid_thw")
 
 VISION_FAMILIES = {
-    "idefics3": VisionFamily("text_model", _blank_shuffled, optional_keys=("pixel_attention_mask",)),
-    "smolvlm": VisionFamily("text_model", _blank_shuffled, optional_keys=("pixel_attention_mask",)),
-    "llava": VisionFamily("language_model", _blank_fixed),
-    "qwen2_5_vl": VisionFamily("language_model", _blank_grid, keys=_GRID_KEYS, axes=3),
+    "idefics3": VisionFamily(
+        "text_model", "vision_model", ("connector",), _blank_shuffled, optional_keys=("pixel_attention_mask",)
+    ),
+    "smolvlm": VisionFamily(
+        "text_model", "vision_model", ("connector",), _blank_shuffled, optional_keys=("pixel_attention_mask",)
+    ),
+    "llava": VisionFamily("language_model", "vision_tower", ("multi_modal_projector",), _blank_fixed),
+    "qwen2_5_vl": VisionFamily("language_model", "visual", ("visual.merger",), _blank_grid, keys=_GRID_KEYS, axes=3),
     "qwen3_vl": VisionFamily(
-        "language_model", _blank_grid, keys=_GRID_KEYS, features=("pooler_output", "deepstack_features"), axes=3
+        "language_model",
+        "visual",
+        ("visual.merger", "visual.deepstack_merger_list"),
+        _blank_grid,
+        keys=_GRID_KEYS,
+        features=("pooler_output", "deepstack_features"),
+        axes=3,
     ),
 }
 

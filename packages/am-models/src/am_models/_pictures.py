@@ -9,13 +9,36 @@ from __future__ import annotations
 
 from functools import wraps
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from am_models._attention import uses_documents
 from am_models._families import VISION_FAMILIES, VisionFamily, base_class_of
+
+
+class VisionParts(NamedTuple):
+    """Names of modules, as they stand in front of the names of their parameters."""
+
+    tower: str
+    projector: tuple[str, ...]
+    language_model: str
+
+
+def vision_parts(model: nn.Module) -> VisionParts:
+    """Where `model` keeps its vision tower, its projector (inside the tower in some families) and language model.
+
+    Raises ValueError for a model that takes no pictures or whose family is not declared.
+    """
+    vision = VISION_FAMILIES.get(model.config.model_type)
+    if vision is None:
+        raise ValueError(
+            f"{model.config.model_type} is no declared family with pictures; choose among {', '.join(VISION_FAMILIES)}"
+        )
+    prefix = model.base_model_prefix
+    projector = tuple(f"{prefix}.{name}" for name in vision.projector)
+    return VisionParts(f"{prefix}.{vision.tower}", projector, f"{prefix}.{vision.language_model}")
 
 
 def multi_axis_positions(
