@@ -1,13 +1,12 @@
 """A run that is killed and started again is the run that was never killed.
 
-The recipe runs in processes forked from a server that has imported everything, so that a start costs no seconds and ten
-kills fit into a test. The kills are real: SIGKILL, at random moments, also while a checkpoint is being written.
+The kills are real: SIGKILL, at random moments, also while a checkpoint is being written. A start costs no seconds, so
+ten of them fit into a test.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,78 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 
 from am_recipes import config as configs
 from am_recipes import sft
+from integration_tests import runs
+from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "am_recipes.sft",
-        "torch.distributed.fsdp",
-        "transformers.models.llama.modeling_llama",
-        "datasets",
-        "am_ckpt._checkpointer",
-    ]
-)
+CONFIG = ROOT / "recipes" / "configs" / "tiny.yaml"
+EVERY_STEP = {"checkpoint.keep_last": "3", "step_scheduler.ckpt_every_steps": "1"}
+
+
+def changes(overrides: dict[str, str]) -> dict[str, str]:
+    """A checkpoint at every step, and ``overrides``, where ``__`` in a keyword stands for a dot."""
+    return EVERY_STEP | {key.replace("__", "."): value for key, value in overrides.items()}
 
 
 def tiny(run_dir: Path, **overrides: str) -> configs.SftConfig:
-    """The tiny config with a checkpoint at every step; ``__`` in a keyword stands for a dot."""
-    pairs = [("run_dir", str(run_dir)), ("checkpoint.keep_last", "3"), ("step_scheduler.ckpt_every_steps", "1")]
-    pairs += [(key.replace("__", "."), value) for key, value in overrides.items()]
-    return configs.parse(ROOT / "recipes" / "configs" / "tiny.yaml", pairs)
-
-
-def recipe(run_dir: Path, overrides: dict[str, str], rank: int, world_size: int, port: int) -> None:
-    """What `python -m am_recipes.sft -c recipes/configs/tiny.yaml` does, here in a forked process."""
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
-    if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    raise SystemExit(sft.main(tiny(run_dir, **overrides)))
+    return configs.parse(CONFIG, [("run_dir", str(run_dir)), *changes(overrides).items()])
 
 
 def start(run_dir: Path, world_size: int = 1, **overrides: str) -> list[Any]:
-    port = random.randint(20000, 50000)
-    processes = [
-        SERVER.Process(target=recipe, args=(run_dir, overrides, rank, world_size, port)) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def finish(processes: list[Any]) -> int:
-    for process in processes:
-        process.join(120)
-        assert process.exitcode is not None, "the run hangs"
-    return max(process.exitcode for process in processes)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in safetensors.torch.load_file(file).items()
-    }
-
-
-def assert_same_run(run_dir: Path, reference: Path) -> None:
-    assert metrics(run_dir) == metrics(reference)
-    mine, theirs = tensors(run_dir / "checkpoints" / "latest"), tensors(reference / "checkpoints" / "latest")
-    assert mine.keys() == theirs.keys()
-    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    return runs.start(CONFIG, run_dir, changes(overrides), world_size)
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +142,7 @@ def test_rows_once_over_kills_and_changes_of_world_size(tmp_path: Path, uninterr
     for world_size, until in ((1, 3), (2, 6), (4, None)):
         processes = start(tmp_path, world_size, checkpoint__keep_last="20")
         if until is not None:
-            wanted = tmp_path / "checkpoints" / f"step_{until:06d}"
-            while not wanted.exists():
-                assert all(process.is_alive() for process in processes)
-                time.sleep(0.01)
-            for process in processes:
-                os.kill(process.pid, signal.SIGKILL)
-            for process in processes:
-                process.join()
+            kill_when(processes, tmp_path / "checkpoints" / f"step_{until:06d}")
         else:
             assert finish(processes) == 0
     ours, reference = metrics(tmp_path), metrics(uninterrupted)
