@@ -198,6 +198,15 @@ def test_pictures_become_rgb_as_they_are_seen(tmp_path, make):
     assert (got["pixel_values"] - expected["pixel_values"]).abs().mean() <= 0.2 / 255
 
 
+def test_pictures_of_a_row_for_people(tmp_path):
+    path, seen = half_transparent(tmp_path / "picture.png")
+    dataset = am_data.VisionChatDataset([row(path), row()], processor=make_idefics3(), on_bad_row="raise")
+    (picture,) = dataset.pictures(0)
+    assert picture.mode == "RGB" and picture.size == seen.size
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(seen).astype(int)).max() <= 1
+    assert dataset.pictures(1) == []
+
+
 def bad_pictures(folder):
     """Each bad picture with the reason of its refusal and what its detail says."""
     frames = [make_picture(seed=seed) for seed in range(2)]

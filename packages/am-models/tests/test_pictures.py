@@ -322,6 +322,7 @@ def test_vision_parts_name_all_there_is(family):
     prefixes = tuple(f"{name}." for name in (parts.tower, *parts.projector, parts.language_model, "lm_head"))
     assert [name for name, _ in model.named_parameters() if not name.startswith(prefixes)] == []
     assert model.get_submodule(parts.language_model) is model.get_decoder()
+    assert am_models.num_position_axes(model.config) == (3 if family in GRID_FAMILIES else 1)
 
 
 def test_vision_parts_of_a_text_model():

@@ -32,7 +32,7 @@ class Page:
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     answers: dict[str, list[list[str]]] = field(default_factory=dict)
-    pictures: list[list[Any]] = field(default_factory=list)
+    pictures: dict[str, Any] = field(default_factory=dict)
     next_steps: list[str] = field(default_factory=list)
 
 
@@ -160,20 +160,19 @@ def _answers(answers: Mapping[str, Sequence[Sequence[str]]]) -> str:
     return f'<section class="card"><h2>Answers</h2>{"".join(blocks)}</section>'
 
 
-def _pictures(rows: Sequence[Sequence[Any]]) -> str:
-    if not rows:
+def _pictures(answers: Mapping[str, Any]) -> str:
+    if not answers:
         return ""
-    right = sum(answer.strip() == expected.strip() for _, _, answer, expected in rows)
     blocks = []
-    for pictures, prompt, answer, expected in rows:
-        images = "".join(f'<img alt="" src="data:image/png;base64,{escape(picture)}">' for picture in pictures)
+    for pictures, prompt, answer, expected in answers["rows"]:
+        images = "".join(f'<img alt="" src="data:image/png;base64,{escape(picture)}"/>' for picture in pictures)
         mark = "good" if answer.strip() == expected.strip() else "bad"
-        wanted = "" if mark == "good" else f"<br><small>expected: {escape(expected.strip())}</small>"
+        wanted = "" if mark == "good" else f"<div><small>expected: {escape(expected.strip())}</small></div>"
         blocks.append(
             f'<figure title="{escape(prompt)}">{images}<figcaption class="{mark}">{escape(answer.strip())}{wanted}'
             "</figcaption></figure>"
         )
-    hint = f'<p class="hint">{right} of {len(rows)} answers are exactly the expected ones.</p>'
+    hint = f'<p class="hint">{escape(answers["summary"])}</p>'
     grid = f'<div class="pictures">{"".join(blocks)}</div>'
     return f'<section class="card"><h2>Answers about pictures</h2>{hint}{grid}</section>'
 

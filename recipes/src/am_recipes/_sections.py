@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,7 +56,10 @@ class Model:
             # Code that comes with weights is never run; left to itself, transformers would ask on the terminal.
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if self.dtype != "auto":
-            config.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+            # The parts of a model with several have configs of their own.
+            for part in (config, *(vars(config)[name] for name in config.sub_configs)):
+                part.dtype = dtype
         return config
 
 
@@ -64,13 +67,18 @@ class Model:
 class Compose:
     """A new vision-language model: the weights of a language model under a vision tower and projector that are random.
 
-    ``config`` is the transformers config without ``text_config``, which comes from ``language_model``;
-    ``image_processor`` the settings of its image processor.
+    ``config`` is the transformers config without ``text_config``, which comes from ``language_model``; ``processor``
+    builds the processor around the tokenizer, in which ``replace_tokens`` gives unused tokens the names it looks for.
     """
 
     language_model: Text
     config: Mapping[str, Any]
-    image_processor: Mapping[str, Any]
+    processor: Target
+    replace_tokens: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, such as idefics3")
 
 
 @dataclass(frozen=True)

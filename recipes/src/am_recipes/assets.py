@@ -160,7 +160,7 @@ def _from_package(package: str) -> Path:
     folder = cache_folder() / f"{package}-{version}-{digest}-{CONVERSION}"
     if folder.is_dir():
         return check_folder(folder)
-    with _locked(folder.with_name(folder.name + ".lock"), waiting_for=f"another process that converts {package}"):
+    with locked(folder.with_name(folder.name + ".lock"), waiting_for=f"another process that converts {package}"):
         if not folder.is_dir():
             _convert_into(folder, gguf_file, package)
     return check_folder(folder)
@@ -187,7 +187,7 @@ def _package_gguf(package: str) -> tuple[Path, str]:
 
 
 @contextmanager
-def _locked(path: Path, *, waiting_for: str) -> Iterator[None]:
+def locked(path: Path, *, waiting_for: str) -> Iterator[None]:
     """Hold an exclusive lock, which the system drops with the process that holds it, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

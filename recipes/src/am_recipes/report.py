@@ -127,21 +127,22 @@ class Report:
         for prompt, answer in pairs:
             self._print(f"\n> {prompt}\n{answer.strip()}")
 
-    def pictures(self, rows: Iterable[tuple[Sequence[bytes], str, str, str]]) -> None:
+    def pictures(self, rows: Iterable[tuple[Sequence[bytes], str, str, str]], summary: str) -> None:
         """Show answers about pictures on the page, and print them; they survive.
 
-        Each row is its pictures as PNG or JPEG bytes, the prompt, the model's answer and the expected one.
+        Each row is its pictures as PNG bytes, the prompt, the model's answer and the expected one.
         """
         if not self.active:
             return
-        self._record["pictures"] = [
+        encoded: list[Any] = [
             [[base64.b64encode(picture).decode() for picture in pictures], prompt, answer, expected]
             for pictures, prompt, answer, expected in rows
         ]
-        self._page.pictures = self._record["pictures"]
+        self._record["pictures"] = self._page.pictures = {"summary": summary, "rows": encoded}
         self._write_record()
-        for _, prompt, answer, expected in self._record["pictures"]:
+        for _, prompt, answer, expected in encoded:
             self._print(f"> {prompt}  {answer.strip()}  (expected: {expected})")
+        self._print(summary)
 
     def step(
         self,
@@ -241,7 +242,7 @@ class Report:
             "versions": {"python": platform.python_version()}
             | {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        record: dict[str, Any] = {"launches": [], "answers": {}, "pictures": []}
+        record: dict[str, Any] = {"launches": [], "answers": {}, "pictures": {}}
         if resume_step is not None and file.exists():
             record |= json.loads(file.read_text(encoding="utf-8"))
         record |= {"identity": identity, "finished": None, "total_steps": self._total_steps}

@@ -126,8 +126,16 @@ class VisionChatDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._tokens[index]
-        if not self._pictures[index]:
+        pictures = self.pictures(index)
+        if not pictures:
             return dict(example)
+        _, tensors = self._adapter.process(pictures)
+        return {**example, **tensors}
+
+    def pictures(self, index: int) -> "list[Image.Image]":
+        """The pictures of row `index` as the processor gets them: RGB, upright, on white."""
+        if not self._pictures[index]:
+            return []
         place = self._indices[index]
         row = self._source[place]
         try:
@@ -135,10 +143,9 @@ class VisionChatDataset:
             loaded = [load_picture(source, self._masker.folder) for source in sources]
             if [digest for _, digest in loaded] != self._pictures[index]:
                 raise ValueError("a picture is not the one that was there when the dataset was made; make it anew")
-            _, tensors = self._adapter.process([picture for picture, _ in loaded])
         except ValueError as error:
             raise ValueError(f"row {row_id(row, place)}: {error}") from error
-        return {**example, **tensors}
+        return [picture for picture, _ in loaded]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ def vision_parts(model: nn.Module) -> VisionParts:
     return VisionParts(f"{prefix}.{vision.tower}", projector, f"{prefix}.{vision.language_model}")
 
 
+def num_position_axes(config: Any) -> int:
+    """Axes of the rotary embedding of a model with this configuration: 1, or those of `multi_axis_positions`."""
+    vision = VISION_FAMILIES.get(config.model_type)
+    return 1 if vision is None else vision.axes
+
+
 def multi_axis_positions(
     config: Any, input_ids: torch.Tensor, *, image_grid_thw: torch.Tensor | None = None
 ) -> torch.Tensor:
