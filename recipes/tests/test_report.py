@@ -286,7 +286,8 @@ def test_further_numbers_have_columns_and_charts(tmp_path: Path) -> None:
         step(report, 2, others={"kd_loss": 0.125, "ce_loss": 3.25})
         report.finish()
     assert [(row["kd_loss"], row["ce_loss"]) for row in rows(tmp_path)] == [(0.25, 3.5), (0.125, 3.25)]
-    assert ">Kd loss<" in page(tmp_path) and ">Ce loss<" in page(tmp_path)
+    assert ">Kd loss<" in page(tmp_path)
+    assert ">Ce loss<" in page(tmp_path)
     Tags(page(tmp_path))
 
 
@@ -295,10 +296,13 @@ def test_answers_about_pictures_are_shown_and_survive(tmp_path: Path) -> None:
     with start(tmp_path, output) as report:
         report.pictures([([b"PNG-1", b"PNG-2"], "What?", HOSTILE, "cat"), ([], "And?", "dog ", "dog")], "1 of 2 right")
         step(report, 1)
-    assert "1 of 2 right" in output.getvalue() and "(expected: cat)" in output.getvalue()
+    assert "1 of 2 right" in output.getvalue()
+    assert "(expected: cat)" in output.getvalue()
     with start(tmp_path, resume_step=1) as report:
         report.finish()
     text = page(tmp_path)
-    assert text.count('src="data:image/png;base64,') == 2 and "1 of 2 right" in text and "expected: cat" in text
+    assert text.count('src="data:image/png;base64,') == 2
+    assert "1 of 2 right" in text
+    assert "expected: cat" in text
     assert "<script>alert" not in text
     Tags(text)

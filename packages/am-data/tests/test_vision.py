@@ -202,7 +202,8 @@ def test_pictures_of_a_row_for_people(tmp_path):
     path, seen = half_transparent(tmp_path / "picture.png")
     dataset = am_data.VisionChatDataset([row(path), row()], processor=make_idefics3(), on_bad_row="raise")
     (picture,) = dataset.pictures(0)
-    assert picture.mode == "RGB" and picture.size == seen.size
+    assert picture.mode == "RGB"
+    assert picture.size == seen.size
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(seen).astype(int)).max() <= 1
     assert dataset.pictures(1) == []
 
