@@ -82,7 +82,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
         am_models.leak_test(model)
 
     # At kd_ratio 0 this is supervised fine-tuning, and nothing asks the teacher.
-    teacher = load_teacher(config, teacher_folder, tokenizer, device) if config.kd_ratio > 0 else None
+    teacher = load_teacher(config, teacher_folder, tokenizer, dataset, device) if config.kd_ratio > 0 else None
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
@@ -110,13 +110,15 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
     loss_fn = config.loss_fn.callable()
-    kd_loss_fn = functools.partial(
-        config.kd_loss_fn.callable(),
-        kd_ratio=config.kd_ratio,
-        temperature=config.temperature,
-        # Vocabularies are padded to different sizes, but the tokens are the same.
-        num_tokens=1 + max(tokenizer.get_vocab().values()),
+    # Vocabularies are padded to different sizes, but the tokens are the same.
+    models = (model,) if teacher is None else (model, teacher)
+    num_tokens = min(
+        1 + max(tokenizer.get_vocab().values()), *(m.get_input_embeddings().num_embeddings for m in models)
     )
+    kd_loss_fn = functools.partial(
+        config.kd_loss_fn.callable(), kd_ratio=config.kd_ratio, temperature=config.temperature, num_tokens=num_tokens
+    )
+    require_options(kd_loss_fn, num_tokens)
     with Report(
         config.run_dir,
         config.to_yaml(),
@@ -209,16 +211,16 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
 
 
 def load_teacher(
-    config: KdConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    config: KdConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dataset: Any, device: torch.device
 ) -> Any:
-    """The frozen teacher in its own dtype and layout; it must read the same tokens as the student."""
+    """The frozen teacher in its own dtype and layout; it must read the student's tokens and embed those of the data."""
     if folder is not None:
         runtime.require_same_tokens(tokenizer, runtime.load_tokenizer(folder, None), "teacher_model")
     layout = config.teacher_distributed or config.distributed
     dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
     with torch.device("meta"):
         teacher: Any = am_models.AutoModelForCausalLM.from_config(config.teacher_model.hf_config(folder), kernels="off")
-    runtime.require_embeddings(teacher, tokenizer, ())
+    runtime.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
     kernels = am_models.optimize(teacher, kernels=config.kernels)
     runtime.require_loss_function(kernels, config.kd_loss_fn.path)
     mapping = am_models.weight_map(teacher)
@@ -228,6 +230,14 @@ def load_teacher(
     fresh = () if folder else ("*",)
     am_ckpt.load_hf(teacher, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
     return teacher
+
+
+def require_options(kd_loss_fn: Callable[..., am_loss.DistillationLoss], num_tokens: int) -> None:
+    """Let the loss function refuse its options before anything is written: it is asked about no target at all."""
+    head = {"bias": None, "softcap": None, "scale": None}
+    hidden, weight = torch.zeros(1, 1), torch.zeros(num_tokens, 1)
+    teacher_head = {f"teacher_{name}": value for name, value in ({"hidden": hidden, "weight": weight} | head).items()}
+    kd_loss_fn(hidden, weight, torch.tensor([-100]), **head, **teacher_head)
 
 
 def distil(

@@ -222,7 +222,9 @@ def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -
     return tokenizer
 
 
-def require_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Any]) -> None:
+def require_embeddings(
+    model: Any, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Any], name: str = "the model"
+) -> None:
     """Refuse data with token ids that ``model`` has no embedding for: ValueError, where a GPU would abort.
 
     A tokenizer may know more tokens than the model, as long as the data does not use them; only then is it read.
@@ -233,8 +235,8 @@ def require_embeddings(model: Any, tokenizer: PreTrainedTokenizerBase, datasets:
     largest = max(int(data[index]["input_ids"].max()) for data in datasets for index in range(len(data)))
     if largest >= rows:
         raise ValueError(
-            f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but the model embeds ids "
-            f"0..{rows - 1} (vocab_size={rows}); use the model's own tokenizer, or a model with a larger vocab_size"
+            f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds "
+            f"ids 0..{rows - 1} (vocab_size={rows}); use {name}'s own tokenizer, or a model with a larger vocab_size"
         )
 
 
