@@ -12,12 +12,10 @@ import contextlib
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +27,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import yaml
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import am_ckpt
@@ -40,12 +37,10 @@ import am_models
 import am_peft
 from am_recipes import cli, kd
 from am_recipes import config as configs
-from am_testing import run_distributed
+from integration_tests import runs
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = yaml.safe_load((ROOT / "recipes/configs/kd/tiny.yaml").read_text())
-TOKENIZER = ROOT / "recipes/data/tiny/tokenizer"
-TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
+TINY = yaml.safe_load((runs.ROOT / "recipes/configs/kd/tiny.yaml").read_text())
+TOKENIZER = runs.ROOT / "recipes/data/tiny/tokenizer"
 TOLERANCE = 1e-5
 NUM_ROWS, PACK_TOKENS, KD_RATIO, TEMPERATURE, LEARNING_RATE = 10, 128, 0.7, 2.0, 2.0
 STUDENT = {
@@ -67,7 +62,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(runs.ROOT)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "AUTOMODEL_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
@@ -113,19 +108,6 @@ def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return config
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in safetensors.torch.load_file(file).items()
-    }
-
-
 # The same result however it is split.
 
 
@@ -148,17 +130,11 @@ def sgd(inputs: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     return changed(config, changes)
 
 
-def run_recipe(path: str, run_dir: str) -> int:
-    """`python -m am_recipes.kd -c PATH --run_dir RUN_DIR` on this rank."""
-    os.chdir(ROOT)
-    return kd.main(configs.parse(path, [("run_dir", run_dir)]))
-
-
 def trained(folder: Path, inputs: Path, world_size: int, changes: Mapping[str, Any]) -> Path:
     """The run directory of `sgd` on so many ranks."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(sgd(inputs, changes)))
-    assert set(run_distributed(run_recipe, world_size, str(path), str(folder / "run"))) == {0}
+    assert runs.finish(runs.start(path, folder / "run", {}, world_size)) == 0
     return folder / "run"
 
 
@@ -223,7 +199,7 @@ def initial(inputs: Path, lora: bool) -> dict[str, torch.Tensor]:
 
 def compare(run_dir: Path, reference: Mapping[str, Any], start: Mapping[str, torch.Tensor]) -> None:
     """Raise AssertionError naming the first value beyond the tolerance."""
-    rows = metrics(run_dir)
+    rows = runs.metrics(run_dir)
     assert len(rows) == len(reference["steps"])
     for row, expected in zip(rows, reference["steps"], strict=True):
         for name, value in expected.items():
@@ -305,7 +281,7 @@ def teacher_shifted(hidden, weight, labels, *, teacher_hidden, **options):
     teacher_hidden = teacher_hidden.roll(1, 1)
     return am_loss.linear_distillation(hidden, weight, labels, teacher_hidden=teacher_hidden, **options)
 
-def divided_here(hidden, weight, labels, **options):
+def wrong_divisor(hidden, weight, labels, **options):
     losses = am_loss.linear_distillation(hidden, weight, labels, **options)
     return am_loss.DistillationLoss(*(loss * 1.001 for loss in losses))
 
@@ -314,67 +290,40 @@ def padding_counted(hidden, weight, labels, *, num_tokens, **options):
 """
 
 
-def run_with_module(path: str, run_dir: str, folder: str) -> int:
-    sys.path.insert(0, folder)
-    try:
-        return run_recipe(path, run_dir)
-    finally:
-        sys.path.remove(folder)
-
-
-@pytest.mark.parametrize("fault", ["rows_dropped", "teacher_shifted", "divided_here", "padding_counted"])
-def test_faults_are_caught(tmp_path: Path, inputs: Path, reference: dict[str, Any], fault: str) -> None:
+@pytest.mark.parametrize("fault", ["rows_dropped", "teacher_shifted", "wrong_divisor", "padding_counted"])
+def test_faults_are_caught(
+    tmp_path: Path, inputs: Path, reference: dict[str, Any], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "kd_faults.py").write_text(FAULTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
     world_size, changes = LAYOUTS["fsdp2"]
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(sgd(inputs, changes | {"kd_loss_fn._target_": f"kd_faults.{fault}"})))
-    run_distributed(run_with_module, world_size, str(path), str(tmp_path / "run"), str(tmp_path))
+    run_dir = trained(tmp_path, inputs, world_size, changes | {"kd_loss_fn._target_": f"kd_faults.{fault}"})
     with pytest.raises(AssertionError, match="differs"):
-        compare(tmp_path / "run", reference, initial(inputs, False))
+        compare(run_dir, reference, initial(inputs, False))
 
 
-def one_step(path: str) -> dict[str, Any]:
-    """A step with the recipe's own functions; what became of teacher and student on this rank."""
-    os.chdir(ROOT)
+def test_the_teacher_stays_as_it_is(tmp_path: Path, inputs: Path) -> None:
+    """A step with the recipe's own functions. On several ranks, the second steps of the layouts say the same."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(sgd(inputs, {})))
     config = configs.parse(path)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    rows = am_data.ChatDataset(config.dataset.arguments["rows"], tokenizer)
-    dims = am_mesh.ParallelDims().build("cpu")
-    loader = kd.make_loader(config, rows, dims.mesh("dp"), training=True)
-    student = am_models.AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
-    student = am_mesh.parallelize(student, dims, forward_methods=("forward_with_loss",)).train()
-    teacher = kd.load_teacher(config, Path(config.teacher_model.name_or_path), tokenizer, rows, torch.device("cpu"))
-    before = {name: full(weight) for name, weight in teacher.named_parameters()}
-    kd_loss_fn = functools.partial(am_loss.linear_distillation, num_tokens=len(tokenizer))
-    for batch in next(iter(loader)):
-        kd.distil(student, teacher, kd_loss_fn, batch).loss.backward()
-    return {
-        "unmoved": all(torch.equal(full(weight), before[name]) for name, weight in teacher.named_parameters()),
-        "frozen": not any(weight.requires_grad for weight in teacher.parameters()),
-        "gradients": [name for name, weight in teacher.named_parameters() if weight.grad is not None],
-        "evaluates": not any(module.training for module in teacher.modules()),
-        "student learns": all(weight.grad is not None for weight in student.parameters()),
-        "sharded": all(isinstance(weight, DTensor) for weight in (*teacher.parameters(), *student.parameters())),
-    }
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_teacher_stays_as_it_is(tmp_path: Path, inputs: Path, world_size: int) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(sgd(inputs, LAYOUTS["fsdp2"][1] | {"run_dir": str(tmp_path / "run")})))
-    for result in run_distributed(one_step, world_size, str(path)):
-        assert result == {
-            "unmoved": True,
-            "frozen": True,
-            "gradients": [],
-            "evaluates": True,
-            "student learns": True,
-            "sharded": world_size > 1,
-        }
+    rows = config.dataset.build(tokenizer=tokenizer)
+    folder = inputs / "teacher"
+    student = am_models.AutoModelForCausalLM.from_pretrained(inputs / "student", dtype=torch.float32).train()
+    with am_mesh.process_group() as device:
+        loader = kd.make_loader(config, rows, am_mesh.ParallelDims().build("cpu").mesh("dp"), training=True)
+        teacher = kd.load_teacher(config, folder, tokenizer, rows, device)
+        kd_loss_fn = functools.partial(am_loss.linear_distillation, num_tokens=len(tokenizer))
+        for batch in next(iter(loader)):
+            kd.distil(student, teacher, kd_loss_fn, batch).loss.backward()
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    assert [name for name, weight in teacher.named_parameters() if not torch.equal(weight, stored[name])] == []
+    assert [
+        name for name, weight in teacher.named_parameters() if weight.requires_grad or weight.grad is not None
+    ] == []
+    assert [name for name, module in teacher.named_modules() if module.training] == []
+    assert [name for name, weight in student.named_parameters() if weight.grad is None] == []
 
 
 # In one process: the tiny config, three steps.
@@ -433,14 +382,14 @@ def test_ratio_zero_is_fine_tuning_bit_for_bit(tmp_path: Path, inputs: Path, lor
     same = (
         {"export.merge_adapter": True, "model": {"name_or_path": str(inputs / "student")}, "peft": LORA} if lora else {}
     )
-    runs = {}
+    runners = {}
     for name in ("kd", "sft"):
         (tmp_path / name).mkdir()
-        runs[name] = Runner(tmp_path / name)
+        runners[name] = Runner(tmp_path / name)
     without_teacher = {"recipe": "sft"} | dict.fromkeys(("teacher_model", "kd_ratio", "temperature"))
-    assert runs["kd"](same | {"kd_ratio": 0.0}) == (0, "")
-    assert runs["sft"](same | without_teacher) == (0, "")
-    ours, theirs = (metrics(runs[name].run_dir) for name in ("kd", "sft"))
+    assert runners["kd"](same | {"kd_ratio": 0.0}) == (0, "")
+    assert runners["sft"](same | without_teacher) == (0, "")
+    ours, theirs = (runs.metrics(runners[name].run_dir) for name in ("kd", "sft"))
     for row in ours:
         if "loss" in row:
             assert row.pop("ce_loss") == row["loss"]
@@ -448,7 +397,7 @@ def test_ratio_zero_is_fine_tuning_bit_for_bit(tmp_path: Path, inputs: Path, lor
     assert ours == theirs
     assert len(theirs) == 7
     for folder in ("export", "checkpoints"):
-        mine, reference = (tensors(runs[name].run_dir / folder) for name in ("kd", "sft"))
+        mine, reference = (runs.tensors(runners[name].run_dir / folder) for name in ("kd", "sft"))
         assert mine.keys() == reference.keys()
         assert [name for name in reference if not torch.equal(mine[name], reference[name])] == []
 
@@ -458,7 +407,7 @@ def test_a_student_that_is_its_teacher_stays(run: Runner, inputs: Path, pack: in
     itself = {"name_or_path": str(inputs / "student"), "dtype": "float32"}
     alone = {"model": itself, "teacher_model": itself, "kd_ratio": 1.0, "optimizer.weight_decay": 0.0}
     assert run(alone | {"packed_sequence.packed_sequence_size": pack}) == (0, "")
-    for row in metrics(run.run_dir):
+    for row in runs.metrics(run.run_dir):
         if "loss" in row:
             assert abs(row["kd_loss"]) <= 1e-6
             assert row["ce_loss"] == 0.0
@@ -472,7 +421,7 @@ def test_a_student_that_is_its_teacher_stays(run: Runner, inputs: Path, pack: in
 def test_what_a_run_leaves_behind(run: Runner) -> None:
     """Vocabularies of 2048 and 2112; a checkpoint and an export of the student alone."""
     assert run({}) == (0, "")
-    rows = [row for row in metrics(run.run_dir) if "loss" in row]
+    rows = [row for row in runs.metrics(run.run_dir) if "loss" in row]
     for row in rows:
         assert row["loss"] == pytest.approx(0.5 * row["ce_loss"] + 0.5 * row["kd_loss"], rel=1e-6)
         assert row["kd_loss"] > 0
@@ -481,7 +430,7 @@ def test_what_a_run_leaves_behind(run: Runner) -> None:
     ids = tokenizer("Name three colours.", return_tensors="pt").input_ids
     assert exported.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     names = {name.removeprefix("model.") for name, _ in exported.named_parameters()}
-    saved = tensors(run.run_dir / "checkpoints" / "latest")
+    saved = runs.tensors(run.run_dir / "checkpoints" / "latest")
     assert {name.removeprefix("model/model.") for name in saved if name.startswith("model/")} == names
     slots = {name for name in saved if name.startswith("optim/")}
     assert {name.split("/")[1] for name in slots} >= {"exp_avg", "exp_avg_sq"}
@@ -490,61 +439,30 @@ def test_what_a_run_leaves_behind(run: Runner) -> None:
 
 # Killed and stopped.
 
-SERVER = multiprocessing.get_context("forkserver")
-
-
-def in_a_process(path: Path, run_dir: Path) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    raise SystemExit(run_recipe(str(path), str(run_dir)))
-
-
-def start(path: Path, run_dir: Path) -> Any:
-    process = SERVER.Process(target=in_a_process, args=(path, run_dir))
-    process.start()
-    return process
-
-
-def wait_for(path: Path, process: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def finish(process: Any) -> int:
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
 
 def test_killed_and_stopped_runs_go_on_bit_for_bit(tmp_path: Path) -> None:
-    SERVER.set_forkserver_preload(["am_recipes.kd", "transformers.models.llama.modeling_llama", "datasets"])
     path, whole, run_dir = tmp_path / "config.yaml", tmp_path / "whole", tmp_path / "run"
     path.write_text(yaml.safe_dump(changed(TINY, SHORT | {"step_scheduler.max_steps": 8, "checkpoint.keep_last": 9})))
-    assert run_recipe(str(path), str(whole)) == 0
+    assert runs.finish(runs.start(path, whole, {})) == 0
 
-    process = start(path, run_dir)
-    wait_for(run_dir / "checkpoints" / "step_000002", process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert 2 <= metrics(run_dir)[-1]["step"] < 8
+    runs.kill_when(runs.start(path, run_dir, {}), run_dir / "checkpoints" / "step_000002")
+    assert 2 <= runs.metrics(run_dir)[-1]["step"] < 8
 
-    process = start(path, run_dir)
-    wait_for(run_dir / "checkpoints" / "step_000005", process)
+    (process,) = runs.start(path, run_dir, {})
+    while not (run_dir / "checkpoints" / "step_000005").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    assert finish(process) == 75
-    stopped = metrics(run_dir)[-1]["step"]
+    assert runs.finish([process]) == 75
+    stopped = runs.metrics(run_dir)[-1]["step"]
     assert 5 <= stopped < 8
     assert os.readlink(run_dir / "checkpoints" / "latest") == f"step_{stopped:06d}"
 
-    assert run_recipe(str(path), str(run_dir)) == 0
-    assert metrics(run_dir) == metrics(whole)
-    for folder in ("checkpoints/latest", "export"):
-        mine, theirs = tensors(run_dir / folder), tensors(whole / folder)
-        assert mine.keys() == theirs.keys()
-        assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    assert runs.finish(runs.start(path, run_dir, {})) == 0
+    runs.assert_same_run(run_dir, whole)
+    mine, theirs = runs.tensors(run_dir / "export"), runs.tensors(whole / "export")
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
 
 
 # Mistakes.
