@@ -29,8 +29,10 @@ SERVER.set_forkserver_preload(
     [
         "am_recipes.sft",
         "am_recipes.pretrain",
+        "am_recipes.vlm",
         "torch.distributed.fsdp",
         "transformers.models.llama.modeling_llama",
+        "transformers.models.idefics3.modeling_idefics3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "datasets",
         "am_ckpt._checkpointer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,15 +25,19 @@ from am_recipes._sections import Compose
 def compose(spec: Compose, seed: int) -> Path:
     """The folder of the model that ``spec`` describes, built where it is not there yet; any process may ask at once.
 
-    Raises ValueError where a token to replace is not in the tokenizer, what `am_recipes.assets.resolve` raises for the
-    language model, and what transformers raises for the config and the processor.
+    Raises ValueError where ``replace_tokens`` does not fit the tokenizer or the processor needs tokens without an
+    embedding, what `am_recipes.assets.resolve` raises for the language model, and what transformers raises for the
+    config and the processor.
     """
     source = assets.resolve(spec.language_model)
-    described = json.dumps([plain(spec), seed, assets.fingerprint(source)], sort_keys=True)
+    settings = {path.name: path.read_text(encoding="utf-8") for path in source.glob("*.json")}
+    described = json.dumps([plain(spec), seed, assets.fingerprint(source), settings], sort_keys=True)
     digest = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
     folder = assets.cache_folder() / f"composed-{spec.config['model_type']}-{digest}"
     with assets.locked(folder.with_name(folder.name + ".lock"), waiting_for="another process that composes the model"):
         if not folder.is_dir():
+            for abandoned in folder.parent.glob(f"{folder.name}.part-*"):
+                shutil.rmtree(abandoned)
             with tempfile.TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
                 _build(spec, seed, source, Path(temporary) / "folder")
                 (Path(temporary) / "folder").rename(folder)
@@ -69,12 +74,21 @@ def _build(spec: Compose, seed: int, source: Path, folder: Path) -> None:
 
 def _renamed_tokens(source: Path, names: Mapping[str, Any], folder: Path) -> Path:
     """Write the tokenizer of ``source`` into ``folder`` with unused tokens under the names the processor looks for."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    for old, new in names.items():
+        if old not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"model.compose.replace_tokens: {old!r} is no added token of the tokenizer; choose among "
+                f"{', '.join(tokenizer.get_added_vocab())}"
+            )
+        if new in tokenizer.get_vocab():
+            raise ValueError(
+                f"model.compose.replace_tokens: the tokenizer has a token {new!r} already; leave {old!r} as it is"
+            )
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (source / name).read_text(encoding="utf-8")
         for old, new in names.items():
-            if name == "tokenizer.json" and json.dumps(old) not in text:
-                raise ValueError(f"model.compose.replace_tokens: the tokenizer has no token {old!r}; choose one it has")
             text = text.replace(json.dumps(old), json.dumps(new))
         (folder / name).write_text(text, encoding="utf-8")
     return folder

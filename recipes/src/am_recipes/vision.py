@@ -12,13 +12,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor
 
+import am_data
 import am_models
 import am_peft
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
-
-    import am_data
 
 
 def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
@@ -44,6 +43,35 @@ def require_processor(config: PretrainedConfig, adapter: am_data.VisionProcessor
             f"({adapter.image_token!r}), but the {config.model_type} model looks for {wanted}; set "
             "processor.name_or_path to the model's own processor"
         )
+
+
+@torch.no_grad()
+def require_features(
+    model: Any, loss_fn: Callable[..., torch.Tensor], dataset: am_data.VisionChatDataset, device: torch.device
+) -> None:
+    """Run ``model`` on the first row with pictures: ValueError where it cannot take them as the processor made them.
+
+    How many features a tower makes is known to the tower alone. Every rank calls it, and runs the same row.
+    """
+    adapter = dataset.processor_adapter
+    examples = (dataset[index] for index in range(len(dataset)))
+    row = next((example for example in examples if adapter.tensor_names[0] in example), None)
+    if row is None:
+        return
+    batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(model.config))
+    model.eval()
+    try:
+        am_models.forward_with_loss(model, loss_fn, **{name: tensor.to(device) for name, tensor in batch.items()})
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:
+        shapes = ", ".join(f"{name} {list(row[name].shape)}" for name in adapter.tensor_names)
+        num_tokens = int((row["input_ids"] == adapter.image_token_id).sum())
+        raise ValueError(
+            f"{type(adapter.processor).__name__} writes the pictures of a row as {num_tokens} tokens with {shapes}, "
+            f"which do not fit the {model.config.model_type} model: {error}; set processor.name_or_path to the model's "
+            "own processor"
+        ) from error
 
 
 def position_ids(config: PretrainedConfig) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None:
@@ -81,8 +109,8 @@ def freeze(model: Any, rules: Sequence[Mapping[str, Any]] | None, *, has_adapter
 class Answers:
     """What a model said about pictures.
 
-    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where the next
-    row's pictures took their place, for rows whose pictures have the same shape: what the pictures do not explain.
+    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where
+    another row's pictures took their place, for rows whose pictures have the same shape: what the pictures do not explain.
     """
 
     rows: list[tuple[list[bytes], str, str, str]]
@@ -124,6 +152,9 @@ def answer_rows(
             input_ids = torch.from_numpy(prompt)[None].to(model.device)
             tensors = {name: value.to(model.device) for name, value in adapter.join([pictures]).items()}
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **tensors}
+            if am_models.num_position_axes(model.config) > 1:
+                # Where generate finds the pictures, whose positions have rows and columns.
+                inputs["mm_token_type_ids"] = (input_ids == adapter.image_token_id).int()
             if isinstance(model, FSDPModule):
                 # generate runs the vision tower on its own, outside the forward that gathers its first weights.
                 model.unshard()
@@ -132,7 +163,8 @@ def answer_rows(
 
         images = [_png(picture) for picture in dataset.pictures(index)]
         rows.append((images, decode(ids[:begin]).strip(), ask(example), expected))
-        other = examples[(index + 1) % len(examples)]
+        # Far away: neighbours in a table are often alike.
+        other = examples[(index + len(examples) // 2) % len(examples)]
         if _shapes(other, adapter) == _shapes(example, adapter):
             shuffled.append((ask(other), expected))
     return Answers(rows, shuffled)

@@ -51,9 +51,13 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
     data_ranks = dims.mesh("dp")
 
-    # Data: every rank reads the same index and takes its share of each global batch.
+    # On the meta device it costs nothing: a model without a vision tower is refused before any data is read.
     folder = find_model(config)
     hf_config = config.model.hf_config(folder)
+    with torch.device("meta"):
+        model: Any = am_models.AutoModelForImageTextToText.from_config(hf_config, kernels="off")
+
+    # Data: every rank reads the same index and takes its share of each global batch.
     processor = vision.load_processor(config.processor.name_or_path or folder, config.processor.chat_template)
     dataset = config.dataset.build(processor=processor)
     held_out = {name: target.build(processor=processor) for name, target in config.validation_datasets.items()}
@@ -65,8 +69,6 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     total_steps = runtime.total_steps(len(loader), **config.goal())
 
     # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
-    with torch.device("meta"):
-        model: Any = am_models.AutoModelForImageTextToText.from_config(hf_config, kernels="off")
     runtime.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
@@ -104,6 +106,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
     loss_fn = config.loss_fn.callable()
+    vision.require_features(model, loss_fn, dataset, device)
     with Report(
         config.run_dir,
         config.to_yaml(),
