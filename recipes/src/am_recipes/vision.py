@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
     """The processor of a folder or Hub id; ``chat_template`` (Jinja) replaces its own. Raises ValueError."""
     try:
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name_or_path)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
@@ -109,8 +110,8 @@ def freeze(model: Any, rules: Sequence[Mapping[str, Any]] | None, *, has_adapter
 class Answers:
     """What a model said about pictures.
 
-    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where
-    another row's pictures took their place, for rows whose pictures have the same shape: what the pictures do not explain.
+    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where another
+    row's pictures of the same shape took their place: what the pictures do not explain.
     """
 
     rows: list[tuple[list[bytes], str, str, str]]
