@@ -32,7 +32,7 @@ import am_loss
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, optim, runtime
+from am_recipes import assets, checks, optim, runtime
 from am_recipes.config import KdConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 def main(config: KdConfig) -> int:
     """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
-    runtime.require_run_dir(config.run_dir)
+    checks.require_run_dir(config.run_dir)
     if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
         return 0
@@ -68,11 +68,11 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
     # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
     with torch.device("meta"):
         model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
-    runtime.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
+    checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     kernels = am_models.optimize(model, kernels=config.kernels)
-    runtime.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn.path)
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
@@ -155,7 +155,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
                 parts += torch.stack([part.detach() / targets for part in losses])
             mean_loss, ce_loss, kd_loss = am_mesh.sum_over(data_ranks, parts).tolist()
             grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm).item()
-            runtime.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
+            checks.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -178,7 +178,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
                 held_out_losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
                 log.validation(progress.step, held_out_losses)
-                runtime.require_finite(progress.step, **held_out_losses)
+                checks.require_finite(progress.step, **held_out_losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=held_out_losses)
@@ -215,18 +215,18 @@ def load_teacher(
 ) -> Any:
     """The frozen teacher in its own dtype and layout; it must read the student's tokens and embed those of the data."""
     if folder is not None:
-        runtime.require_same_tokens(tokenizer, runtime.load_tokenizer(folder, None), "teacher_model")
+        checks.require_same_tokens(tokenizer, runtime.load_tokenizer(folder, None), "teacher_model")
     layout = config.teacher_distributed or config.distributed
     dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
     with torch.device("meta"):
         teacher: Any = am_models.AutoModelForCausalLM.from_config(config.teacher_model.hf_config(folder), kernels="off")
-    runtime.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
+    checks.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
     kernels = am_models.optimize(teacher, kernels=config.kernels)
-    runtime.require_loss_function(kernels, config.kd_loss_fn.path)
+    checks.require_loss_function(kernels, config.kd_loss_fn.path)
     mapping = am_models.weight_map(teacher)
     teacher.requires_grad_(False).eval()
     teacher = am_mesh.parallelize(teacher, dims, forward_methods=("forward_with_loss",), **layout.options())
-    runtime.require_memory(teacher, device, "teacher_model")
+    checks.require_memory(teacher, device, "teacher_model")
     fresh = () if folder else ("*",)
     am_ckpt.load_hf(teacher, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
     return teacher

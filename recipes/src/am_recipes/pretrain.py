@@ -28,7 +28,7 @@ import am_loss
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, optim, runtime
+from am_recipes import assets, checks, optim, routing, runtime
 from am_recipes.config import PretrainConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -36,7 +36,7 @@ from am_recipes.report import Report
 
 def main(config: PretrainConfig) -> int:
     """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
-    runtime.require_run_dir(config.run_dir)
+    checks.require_run_dir(config.run_dir)
     if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
         return 0
@@ -60,12 +60,12 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     # Model: meta device -> faster parts -> parallel layout -> weights.
     with torch.device("meta"):
         model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
-    runtime.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
+    checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     kernels = am_models.optimize(model, kernels=config.kernels)
-    runtime.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn.path)
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
-    routing = runtime.routing(model, config.moe.balance_loss, config.moe.z_loss)
+    router = routing.routing(model, config.moe.balance_loss, config.moe.z_loss)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
     fresh = () if folder else ("*",)
     am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
@@ -86,7 +86,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
     loss_fn = config.loss_fn.callable()
-    router_loss = routing.loss if routing is not None else None
+    router_loss = router.loss if router is not None else None
     with Report(
         config.run_dir,
         config.to_yaml(),
@@ -119,7 +119,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
                 loss += part.detach()
             mean_loss = am_mesh.sum_over(data_ranks, loss).item()
             grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm).item()
-            runtime.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
+            checks.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -135,14 +135,14 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
                 tokens=tokens,
                 target_tokens=targets,
                 seconds=time.monotonic() - began,
-                others=routing.metrics(data_ranks) if routing is not None else None,
+                others=router.metrics(data_ranks) if router is not None else None,
             )
             stopping = stop.requested(data_ranks)
             losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
                 losses = runtime.evaluate(model, am_loss.linear_cross_entropy, validation, data_ranks, device)
                 log.validation(progress.step, losses)
-                runtime.require_finite(progress.step, **losses)
+                checks.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=losses)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 import am_ckpt
 import am_mesh
 import am_models
-import am_moe
 from am_recipes import assets
-from am_recipes.config import DEFAULT_LOSS, identity_difference
+from am_recipes.config import identity_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,25 +92,6 @@ class StopSignal:
         self._received = True
 
 
-def require_run_dir(run_dir: Path) -> None:
-    """Find out before anything is loaded, not at the first save, that a run cannot write where it should.
-
-    Every rank calls this. Raises NotADirectoryError or PermissionError; creates nothing.
-    """
-    for folder in (run_dir / "checkpoints", run_dir / "export"):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(
-                f"run_dir={run_dir} needs the folder {folder}, but {existing} is a file; remove it or choose another "
-                "run_dir"
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"run_dir={run_dir} needs the folder {folder}, and {existing} cannot be written by this user or is "
-                "read-only; choose another run_dir"
-            )
-
-
 def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[str, Any]) -> bool:
     """Refuse a directory that holds another run; say whether this very run has already finished there.
 
@@ -180,29 +157,6 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
     return step
 
 
-def require_loss_function(kernels: am_models.OptimizeReport, path: str) -> None:
-    """Refuse a loss function of the user's for a family whose loss am-models computes from materialised logits."""
-    if kernels.loss.startswith("logits") and path != DEFAULT_LOSS:
-        raise ValueError(
-            f"loss_fn={path} would not be called: family {kernels.family} has its loss computed from {kernels.loss}; "
-            "leave loss_fn out to train with cross-entropy"
-        )
-
-
-def require_finite(step: int, **values: float) -> None:
-    """Refuse to go on from a loss or gradient norm of ``step`` that is NaN or infinite: FloatingPointError.
-
-    Call it before such a step changes the weights and before they are saved. Equal on every rank, so all of them raise.
-    """
-    broken = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"step {step}: {', '.join(broken)}; finite numbers are needed to go on. Nothing was saved, earlier "
-            "checkpoints are as they were. Lower optimizer.lr, set lr_scheduler.warmup_steps or "
-            "clip_grad_norm.max_norm, look for broken rows, and train in another run_dir"
-        )
-
-
 def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, Hub id or ``package:`` asset; ``chat_template`` (Jinja) replaces its own.
 
@@ -222,24 +176,6 @@ def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -
     return tokenizer
 
 
-def require_embeddings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Any], name: str = "the model"
-) -> None:
-    """Refuse data with token ids that ``model`` has no embedding for: ValueError, where a GPU would abort.
-
-    A tokenizer may know more tokens than the model, as long as the data does not use them; only then is it read.
-    """
-    rows = model.get_input_embeddings().num_embeddings
-    if max(tokenizer.get_vocab().values()) < rows:
-        return
-    largest = max(int(data[index]["input_ids"].max()) for data in datasets for index in range(len(data)))
-    if largest >= rows:
-        raise ValueError(
-            f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds "
-            f"ids 0..{rows - 1} (vocab_size={rows}); use {name}'s own tokenizer, or a model with a larger vocab_size"
-        )
-
-
 def model_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> dict[str, bytes]:
     """What stands beside the weights of an export, by file name: config, generation config and tokenizer as this run
     uses them, and what else ``folder`` (the model's own) has: code, licence, SentencePiece model.
@@ -255,61 +191,6 @@ def model_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | N
     return {name: path.read_bytes() for name, path in original.items()} | written
 
 
-def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:
-    """Refuse a model, the one at ``key`` of the config, that reads other tokens in the same ids: ValueError.
-
-    Sizes say nothing: vocabularies are padded. Compared are the tokens of all ids and how text is split into them.
-    """
-    vocabulary, other = ours.get_vocab(), theirs.get_vocab()
-    names = {index: token for token, index in other.items()}
-    wrong = sorted(index for token, index in vocabulary.items() if names.get(index) != token)
-    if wrong:
-        token = ours.convert_ids_to_tokens(wrong[0])
-        raise ValueError(
-            f"the tokenizer of {key} is another one: {len(wrong)} of {len(vocabulary)} ids differ, the first is "
-            f"{wrong[0]}, {token!r} here and {names.get(wrong[0])!r} there; its distributions would be over other "
-            "tokens. Choose models of one tokenizer"
-        )
-    for rule in ("normalizer", "pre_tokenizer", "model"):
-        if _tokenizer_rule(ours, rule) != _tokenizer_rule(theirs, rule):
-            raise ValueError(
-                f"the tokenizer of {key} has the same tokens but another {rule}: it splits text differently, so that "
-                "model never saw text split like this. Choose models of one tokenizer"
-            )
-
-
-def _tokenizer_rule(tokenizer: PreTrainedTokenizerBase, rule: str) -> Any:
-    return json.loads(tokenizer.backend_tokenizer.to_str())[rule]
-
-
-def require_memory(model: torch.nn.Module, device: torch.device, key: str) -> None:
-    """Refuse a model, the one at ``key`` of the config, whose weights on this rank exceed the free memory: ValueError.
-
-    Call it between layout and weights. Every rank calls it; processes of one machine share its main memory.
-    """
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in model.parameters()]
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in local)
-    if device.type == "cuda":
-        free, sharing = torch.cuda.mem_get_info(device)[0], 1
-    else:
-        free, sharing = _available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if needed * sharing > free:
-        raise ValueError(
-            f"{key} needs {needed / 2**30:.1f} GiB on each of {sharing} processes of this machine, and "
-            f"{free / 2**30:.1f} GiB are free; shard it over more ranks, give it dtype bfloat16, or take a smaller one"
-        )
-
-
-def _available_memory() -> int:
-    """Bytes that processes can still take; all of the machine's where the system does not say."""
-    linux = Path("/proc/meminfo")
-    for line in linux.read_text().splitlines() if linux.exists() else []:
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def next_steps(run_dir: Path, ask: str | None) -> list[str]:
     """What to type after the run, as shell lines; ``ask`` is how to ask its export, None where it has none."""
     lines = ["# Loss curves, what was under loss, samples:", f"open {run_dir / 'report.html'}"]
@@ -318,46 +199,6 @@ def next_steps(run_dir: Path, ask: str | None) -> list[str]:
         lines += ["# The exported model in stock transformers:"]
         lines += [f"python -c 'from transformers import pipeline; print(pipeline{question})'"]
     return lines
-
-
-class Routing:
-    """The losses of a mixture's router, and how evenly its experts were used since the last `metrics`."""
-
-    def __init__(self, num_experts_per_token: int, balance_loss: float, z_loss: float) -> None:
-        self._num_experts_per_token = num_experts_per_token
-        self._balance_loss = balance_loss
-        self._z_loss = z_loss
-        self._counts = torch.zeros((), dtype=torch.int64)
-
-    def loss(self, router_logits: Sequence[torch.Tensor], document_ids: torch.Tensor | None) -> torch.Tensor:
-        """The ``router_loss`` of `am_models.forward_with_loss`; counts the tokens of each expert."""
-        counts = am_moe.expert_counts(router_logits, document_ids, self._num_experts_per_token)
-        self._counts = self._counts.to(counts.device) + counts
-        return am_moe.balance_loss(
-            router_logits,
-            document_ids,
-            num_experts_per_token=self._num_experts_per_token,
-            coefficient=self._balance_loss,
-            z_loss=self._z_loss,
-        )
-
-    def metrics(self, data_ranks: DeviceMesh) -> dict[str, float]:
-        """`am_moe.load_metrics` of the counts over all ranks, which start anew. Every rank calls it."""
-        counts, self._counts = am_mesh.sum_over(data_ranks, self._counts), torch.zeros((), dtype=torch.int64)
-        return am_moe.load_metrics(counts)
-
-
-def routing(model: Any, balance_loss: float, z_loss: float) -> Routing | None:
-    """The routing of ``model``, None where it has no experts; ValueError where losses are asked of such a one."""
-    experts_per_token = model.config.to_dict().get("num_experts_per_tok")
-    if experts_per_token is not None:
-        return Routing(experts_per_token, balance_loss, z_loss)
-    if balance_loss or z_loss:
-        raise ValueError(
-            f"moe.balance_loss={balance_loss} and moe.z_loss={z_loss} are for models with experts, and "
-            f"{model.config.model_type} has none; leave the section out"
-        )
-    return None
 
 
 def to_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

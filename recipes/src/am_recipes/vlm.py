@@ -28,7 +28,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, compose, optim, runtime, vision
+from am_recipes import assets, checks, compose, optim, runtime, vision
 from am_recipes.config import VlmConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def main(config: VlmConfig) -> int:
     """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
-    runtime.require_run_dir(config.run_dir)
+    checks.require_run_dir(config.run_dir)
     if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
         return 0
@@ -69,12 +69,12 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     total_steps = runtime.total_steps(len(loader), **config.goal())
 
     # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
-    runtime.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
+    checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     vision.freeze(model, config.freeze, has_adapter=config.peft is not None)
     kernels = am_models.optimize(model, kernels=config.kernels)
-    runtime.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn.path)
     mapping = am_models.weight_map(model, folder)
     model_files = runtime.model_files(model, processor, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
@@ -138,7 +138,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
                 loss += part.detach()
             mean_loss = am_mesh.sum_over(data_ranks, loss).item()
             grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm).item()
-            runtime.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
+            checks.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -160,7 +160,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
                 losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
                 log.validation(progress.step, losses)
-                runtime.require_finite(progress.step, **losses)
+                checks.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=losses)
