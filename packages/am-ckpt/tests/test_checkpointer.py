@@ -45,7 +45,16 @@ def names(directory: Path) -> list[str]:
 
 
 def test_the_public_names() -> None:
-    assert am_ckpt.__all__ == ["Checkpointer", "hf_files", "load_hf", "save_hf"]
+    assert am_ckpt.__all__ == [
+        "Checkpointer",
+        "Inventory",
+        "MergeReport",
+        "hf_files",
+        "inspect",
+        "load_hf",
+        "merge",
+        "save_hf",
+    ]
     assert all(name in dir(am_ckpt) and callable(getattr(am_ckpt, name)) for name in am_ckpt.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Checkpoint'"):
         am_ckpt.Checkpoint  # noqa: B018

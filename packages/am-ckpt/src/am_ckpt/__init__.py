@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from am_ckpt._checkpointer import Checkpointer
-    from am_ckpt._hf import hf_files, load_hf, save_hf
+    from am_ckpt._hf import load_hf, save_hf
+    from am_ckpt._inventory import Inventory, inspect
+    from am_ckpt._merge import MergeReport, merge
+    from am_ckpt._names import hf_files
 
-__all__ = ["Checkpointer", "hf_files", "load_hf", "save_hf"]
+__all__ = ["Checkpointer", "Inventory", "MergeReport", "hf_files", "inspect", "load_hf", "merge", "save_hf"]
 
 _MODULES = {
     "Checkpointer": "am_ckpt._checkpointer",
-    "hf_files": "am_ckpt._hf",
+    "Inventory": "am_ckpt._inventory",
+    "MergeReport": "am_ckpt._merge",
+    "hf_files": "am_ckpt._names",
+    "inspect": "am_ckpt._inventory",
     "load_hf": "am_ckpt._hf",
+    "merge": "am_ckpt._merge",
     "save_hf": "am_ckpt._hf",
 }
 

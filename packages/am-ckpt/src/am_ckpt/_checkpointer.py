@@ -49,8 +49,9 @@ from am_ckpt._layout import (
     step_name,
     steps,
 )
+from am_ckpt._names import ADAPTER
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
-from am_ckpt._restore import ADAPTER_FILE, restore
+from am_ckpt._restore import restore
 from am_ckpt._shards import byte_blocks, dtype_name
 
 
@@ -394,7 +395,7 @@ def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[_Tensor
             )
     if rank == 0:
         if contents.adapter is not None:
-            yield _TensorFile(f"model/{ADAPTER_FILE}", contents.adapter, None)
+            yield _TensorFile(f"model/{ADAPTER}", contents.adapter, None)
         for entry, (_, tensors) in contents.state.items():
             if tensors:
                 yield _TensorFile(f"state/{entry}.safetensors", tensors, None)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,66 +20,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, parse_json, read_header
+from am_ckpt._boxes import Box, runs, split
+from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
 from am_ckpt._io import create, fsync_directory, remove, require_space, write_all, write_bytes
 from am_ckpt._layout import require_file_name
+from am_ckpt._mapping import Record, output_shape, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
+from am_ckpt._names import INDEX, byte_count, hf_files, weight_files
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
-from am_ckpt._read import Chunk, Reader, Source, whole_sources
+from am_ckpt._read import Reader
 from am_ckpt._restore import nearest
-from am_ckpt._shards import (
-    Box,
-    Held,
-    Piece,
-    as_bytes,
-    assign,
-    cut,
-    dtype_name,
-    is_direct,
-    pieces,
-    require_exact_cover,
-    runs,
-    split,
-)
+from am_ckpt._shards import Held, Piece, as_bytes, assign, cut, dtype_name, is_direct, pieces
+from am_ckpt._sources import Chunk, Source, hf_sources
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # In the metadata of an export's weight files: the names of all its files. Only such a folder is replaced.
 _EXPORT_KEY = "am_ckpt_export"
-_MAX_INDEX_BYTES = 256 * 2**20
 _CASTABLE = {"F16", "BF16", "F32", "F64"}
-_COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One tensor of the files and the part of a parameter that it is: see :func:`load_hf`."""
-
-    file: str
-    parameter: str
-    box: Box
-    transpose: bool
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        """The shape in the file, but for dims of size one, which may be left out there."""
-        size = self.box.size
-        return (*size[:-2], size[-1], size[-2]) if self.transpose else size
-
-
-def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
-
-    What :func:`save_hf` copies from ``files_from``; also fit for ``Checkpointer(files=)``.
-    """
-    found = {}
-    for path in sorted(Path(folder).iterdir()):
-        wanted = any(fnmatchcase(path.name, pattern) for pattern in _COPIED)
-        if wanted and path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED):
-            found[path.name] = path
-    return found
 
 
 def load_hf(
@@ -180,7 +135,7 @@ class _LoadPlan:
         self.patterns = patterns
         self._sources = hf_sources(folder) if folder is not None else {}
         self._stored = stored_tensors(model)
-        self._records = _records_by_parameter(
+        self._records = records_by_parameter(
             mapping, {p.name: tuple(s.tensor.shape) for s in self._stored for p in s.places}
         )
         self._mapped = {str(record["parameter"]) for record in mapping or ()}
@@ -248,21 +203,17 @@ def _listed(what: str, names: Sequence[str], candidates: Any) -> list[str]:
 
 def _mismatch(record: Record, source: Source, parameter: torch.Tensor) -> list[str]:
     name = dtype_name(parameter.dtype, record.parameter)
-    if _without_ones(record.file_shape) != _without_ones(source.shape):
+    if without_ones(record.file_shape) != without_ones(source.shape):
         return [f"{record.parameter}: model {list(record.file_shape)}, file {list(source.shape)} ({record.file})"]
     if name != source.dtype and not {name, source.dtype} <= _CASTABLE:
         return [f"{record.parameter}: model {name}, file {source.dtype}; convert or dequantise the file first"]
     return []
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(size for size in shape if size != 1)
-
-
 def _squeezed(source: Source) -> Source:
     """The same bytes, described without dims of size one."""
     (chunk,) = source.chunks
-    shape = _without_ones(source.shape)
+    shape = without_ones(source.shape)
     return Source(source.dtype, shape, [Chunk(chunk.path, chunk.begin, Box((0,) * len(shape), shape))])
 
 
@@ -284,79 +235,6 @@ def _file_piece(record: Record, piece: Piece) -> Piece | None:
     return Piece(
         box, values.squeeze([dim for dim, total in enumerate(full) if total == 1]) if len(kept) < len(full) else values
     )
-
-
-def _records_by_parameter(
-    mapping: Sequence[Mapping[str, Any]] | None, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, list[Record]]:
-    """The mapping's records of the parameters in ``shapes``; ``ValueError`` where they do not tile a parameter."""
-    records: dict[str, list[Record]] = {}
-    for item in mapping or ():
-        if set(item) != {"file", "parameter", "slice", "transpose"}:
-            raise ValueError(f"mapping record {dict(item)!r} must have exactly file, parameter, slice and transpose")
-        name = item["parameter"]
-        if name in shapes:
-            records.setdefault(name, []).append(_record(item, shapes[name]))
-    for name, parts in records.items():
-        require_exact_cover(f"mapping of {name!r}", shapes[name], [record.box for record in parts])
-    return records
-
-
-def _record(item: Mapping[str, Any], shape: tuple[int, ...]) -> Record:
-    ranges = item["slice"] if item["slice"] is not None else [None] * len(shape)
-    if len(ranges) != len(shape) or (item["transpose"] and len(shape) < 2):
-        raise ValueError(f"mapping record {dict(item)!r} does not fit the parameter's shape {list(shape)}")
-    pairs = [
-        (0, size) if pair is None else (int(pair[0]), int(pair[1])) for pair, size in zip(ranges, shape, strict=True)
-    ]
-    box = Box(tuple(start for start, _ in pairs), tuple(stop - start for start, stop in pairs))
-    return Record(item["file"], item["parameter"], box, bool(item["transpose"]))
-
-
-def hf_sources(folder: Path) -> dict[str, Source]:
-    """The tensors of a Hugging Face folder by name; every header is checked, no data is read."""
-    if (folder / INDEX).is_file():
-        return _indexed_sources(folder)
-    if (folder / SINGLE).is_file():
-        return whole_sources(folder / SINGLE, read_header(folder / SINGLE, follow_symlinks=True))
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} is not a folder; give the local folder of a model, not the name of one on a hub"
-        )
-    there = sorted(path.name for path in folder.iterdir())
-    advice = ""
-    if any(name.startswith("shard-") for name in there):
-        advice = "; it holds the shards of a training checkpoint: load them with Checkpointer.load"
-    elif any(name.endswith((".bin", ".pt", ".pth")) for name in there):
-        advice = "; it holds pickled weights, which can run code: convert them to safetensors first"
-    raise FileNotFoundError(
-        f"{folder} has neither {SINGLE} nor {INDEX}{advice} (found {', '.join(there[:8]) or 'nothing'})"
-    )
-
-
-def _indexed_sources(folder: Path) -> dict[str, Source]:
-    where = folder / INDEX
-    if where.stat().st_size > _MAX_INDEX_BYTES:
-        raise ValueError(f"{where} has {where.stat().st_size} bytes, more than the {_MAX_INDEX_BYTES} allowed")
-    index = parse_json(where.read_bytes(), str(where))
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{where} has no weight_map of names to file names")
-    files: dict[str, dict[str, Source]] = {}
-    for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(".safetensors"):
-            raise ValueError(f"{where} names {name!r}; only safetensors files of the folder itself are read")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing; {INDEX} expects {len(set(weight_map.values()))} files"
-            )
-        files[name] = whole_sources(folder / name, read_header(folder / name, follow_symlinks=True))
-    absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name]]
-    if absent:
-        raise ValueError(
-            f"{where} places {absent[0]!r} in {weight_map[absent[0]]}, which lacks it ({len(absent)} such)"
-        )
-    return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
 
 
 def save_hf(
@@ -388,7 +266,7 @@ def save_hf(
     rank = rank_and_size()[0]
     tensors: dict[str, Stored] = {}
     held = agree(context, lambda: _held(bare, tensors))
-    plan = compute(context, lambda: _SavePlan(held, mapping, _byte_count(max_shard_size)))
+    plan = compute(context, lambda: _SavePlan(held, mapping, byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
     staging = target.with_name(f".{target.name}-staging-{export_id}")
@@ -411,15 +289,6 @@ def _held(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
         boxes = tuple(piece.box for piece in pieces(stored.tensor, stored.name))
         held[stored.name] = Held(dtype_name(stored.tensor.dtype, stored.name), tuple(stored.tensor.shape), boxes)
     return held
-
-
-def _byte_count(size: int | str) -> int:
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size)
-    if match is None:
-        raise ValueError(f"max_shard_size={size!r} must be a number of bytes, or text such as '5GB' or '500MiB'")
-    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
 
 
 def _extra_files(
@@ -468,7 +337,7 @@ class _SavePlan:
         self, held: list[dict[str, Held]], mapping: Sequence[Mapping[str, Any]] | None, max_shard_bytes: int
     ) -> None:
         merged, self._shares = assign(held)
-        by_parameter = _records_by_parameter(mapping, {name: item.shape for name, item in merged.items()})
+        by_parameter = records_by_parameter(mapping, {name: item.shape for name, item in merged.items()})
         self._records = {
             name: by_parameter.get(name, [Record(name, name, Box((0,) * len(item.shape), item.shape), False)])
             for name, item in merged.items()
@@ -478,22 +347,8 @@ class _SavePlan:
             for record in records:
                 if record.file in described:
                     raise ValueError(f"two parts of the model are mapped to {record.file!r}")
-                # A part of one index along a dim loses that dim: experts are stored one by one.
-                parameter = merged[name].shape
-                single = [d for d, size in enumerate(record.box.size) if size == 1 and parameter[d] != 1]
-                shape = tuple(size for d, size in enumerate(record.file_shape) if d not in single)
-                described[record.file] = (merged[name].dtype, shape)
-        groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
-        used = 0
-        for file, (dtype, shape) in described.items():
-            size = element_count(shape) * ITEM_BYTES[dtype]
-            if groups[-1] and used + size > max_shard_bytes:
-                groups.append({})
-                used = 0
-            groups[-1][file] = (dtype, shape)
-            used += size
-        names = [f"model-{index:05d}-of-{len(groups):05d}.safetensors" for index in range(1, len(groups) + 1)]
-        self._files = dict(zip([SINGLE] if len(groups) == 1 else names, groups, strict=True))
+                described[record.file] = (merged[name].dtype, output_shape(record, merged[name].shape))
+        self._files = weight_files(described, max_shard_bytes)
         self._home = {tensor: name for name, group in self._files.items() for tensor in group}
 
     def _headers(self, extra: Sequence[str]) -> dict[str, Header]:
@@ -548,7 +403,7 @@ class _SavePlan:
 def _write_part(descriptor: int, header: Header, record: Record, part: Piece) -> None:
     entry = header.entries[record.file]
     item = ITEM_BYTES[entry.dtype]
-    shape = _without_ones(record.file_shape)
+    shape = without_ones(record.file_shape)
     whole = Box((0,) * len(shape), shape)
     blocks = [Box((0,) * len(shape), part.box.size)] if is_direct(part.values) else list(split(part.box.size, item))
     for block in blocks:

@@ -21,6 +21,8 @@ from typing import Any
 
 import xxhash
 
+from am_ckpt._errors import UnsafeError
+
 # Writes are cut here so that a signal or a short write repeats little.
 _MAX_WRITE = 64 * 2**20
 # What file systems without fallocate answer.
@@ -56,11 +58,11 @@ def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ValueError(f"{path} is a symbolic link; checkpoints consist of regular files") from error
+            raise UnsafeError(f"{path} is a symbolic link; checkpoints consist of regular files") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is not a regular file")
+        raise UnsafeError(f"{path} is not a regular file")
     return descriptor
 
 

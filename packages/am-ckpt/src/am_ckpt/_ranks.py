@@ -12,11 +12,24 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
+
 T = TypeVar("T")
 
 # Rebuilt by name on the other ranks; whatever else happens arrives as RuntimeError.
 _ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (ValueError, TypeError, KeyError, RuntimeError, FileNotFoundError, FileExistsError)
+    kind.__name__: kind
+    for kind in (
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        FileNotFoundError,
+        FileExistsError,
+        ArgumentError,
+        IncompleteError,
+        UnsafeError,
+    )
 }
 
 

@@ -1,53 +1,27 @@
 """Byte ranges of safetensors files straight into tensors.
 
-A *source* is a stored tensor: its dtype, its global shape, and the chunks of files that hold its boxes. Reading a box
-preads only the ranges that intersect it; into contiguous CPU memory without a copy, otherwise (another device, a cast,
-a strided target) through a buffer of bounded size.
+Reading a box preads only the ranges that intersect it; into contiguous CPU memory without a copy, otherwise (another
+device, a cast, a strided target) through a buffer of bounded size.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from am_ckpt._format import ITEM_BYTES, Header
+from am_ckpt._boxes import Box, describe, require_exact_cover, runs, split
+from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading, read_exactly
-from am_ckpt._shards import DTYPES, Box, Piece, as_bytes, cut, describe, is_direct, require_exact_cover, runs, split
+from am_ckpt._shards import DTYPES, Piece, as_bytes, cut, is_direct
+from am_ckpt._sources import Source
 
 # Shorter runs that lie this close together are read as one: a page comes from the disk anyway.
 _SMALL_RUN = 4096
 _MAX_JOINED = 2**20
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """``box`` of a tensor, row-major from byte ``begin`` of ``path``."""
-
-    path: Path
-    begin: int
-    box: Box
-
-
-@dataclass
-class Source:
-    """A tensor on disk."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: list[Chunk] = field(default_factory=list)
-
-
-def whole_sources(path: Path, header: Header) -> dict[str, Source]:
-    """The tensors of an ordinary safetensors file, each whole."""
-    return {
-        name: Source(entry.dtype, entry.shape, [Chunk(path, entry.begin, Box((0,) * len(entry.shape), entry.shape))])
-        for name, entry in header.entries.items()
-    }
 
 
 def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from am_ckpt._boxes import Box
 from am_ckpt._codec import decode
 from am_ckpt._contents import MODEL, parameter_names, require_entries
 from am_ckpt._format import Header, parse_json
 from am_ckpt._layout import checked_header, read_file, read_manifest
 from am_ckpt._model import stored_tensors
+from am_ckpt._names import ADAPTER
 from am_ckpt._optimizer import apply, match_groups, new_slot
 from am_ckpt._ranks import agree
-from am_ckpt._read import Chunk, Reader, Source, require_readable, whole_sources
-from am_ckpt._shards import DTYPES, Box, Piece, dtype_name, pieces
+from am_ckpt._read import Reader, require_readable
+from am_ckpt._shards import DTYPES, Piece, dtype_name, pieces
+from am_ckpt._sources import Chunk, Source, whole_sources
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _MAX_STATE_BYTES = 2**30
 
 
@@ -161,8 +163,8 @@ class _Step:
     def _adapter(self, model: Any) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":
             raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
-        path = self._folder / "model" / ADAPTER_FILE
-        sources = whole_sources(path, checked_header(path, self._records[f"model/{ADAPTER_FILE}"]))
+        path = self._folder / "model" / ADAPTER
+        sources = whole_sources(path, checked_header(path, self._records[f"model/{ADAPTER}"]))
         now = model.state_dict()
         problems = _name_differences(
             [n for n in now if n not in sources], [n for n in sources if n not in now], now, sources
@@ -170,7 +172,7 @@ class _Step:
         for name in now.keys() & sources.keys():
             problems += _shape_difference(name, sources[name], now[name])
         _raise_differences("the adapter", problems)
-        tensors = self._whole_tensors(path, f"model/{ADAPTER_FILE}")
+        tensors = self._whole_tensors(path, f"model/{ADAPTER}")
 
         def load() -> None:
             model.load_state_dict(tensors)

@@ -1,0 +1,187 @@
+"""The command ``am-ckpt``: what is in a checkpoint, and a plain Hugging Face folder out of it.
+
+Exit codes: 0 ok, 1 wrong usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 input or output error, 6 conflict
+with what is there, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NoReturn
+
+from am_ckpt._boxes import describe
+from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
+
+_EXIT_CODES = (
+    (ArgumentError, 1),
+    (IncompleteError, 3),
+    (UnsafeError, 4),
+    (FileNotFoundError, 3),
+    (FileExistsError, 6),
+    (ValueError, 2),
+    (OSError, 5),
+)
+_EPILOG = (
+    "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
+    "there, 130 interrupted"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments`` (default: the process's) and return the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not os.path.isdir(options.path):
+            raise ArgumentError(f"{options.path} is not a folder; give the folder of a checkpoint")
+        code: int = options.run(options)
+        return code
+    except KeyboardInterrupt:
+        print("am-ckpt: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        code = next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+        if options.json:
+            print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
+        print(f"am-ckpt: {error}", file=sys.stderr)
+        return code
+
+
+def _parser() -> _Parser:
+    parser = _Parser("am-ckpt", description="Look into, check and merge training checkpoints.", epilog=_EPILOG)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    show = commands.add_parser("inspect", help="what a checkpoint folder holds, from headers alone", epilog=_EPILOG)
+    show.add_argument("path", metavar="PATH")
+    show.add_argument("--tensors", metavar="GLOB", default=None, help="list the tensors whose names match")
+    show.add_argument("--chunks", action="store_true", help="with --tensors or --json: which bytes of which files")
+    show.set_defaults(run=_inspect)
+    merge = commands.add_parser(
+        "merge", help="shards to a Hugging Face folder, without a model in memory", epilog=_EPILOG
+    )
+    merge.add_argument("path", metavar="SOURCE")
+    merge.add_argument("destination", metavar="DESTINATION")
+    merge.add_argument("--like", metavar="FOLDER", help="take config, tokenizer, template and code from here")
+    merge.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a weight file (default 5GB)")
+    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    merge.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
+    merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
+    merge.add_argument("--overwrite", action="store_true", help="replace a model that is at DESTINATION")
+    merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+    merge.set_defaults(run=_merge)
+    for command in (show, merge):
+        command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
+    for command in (show, merge):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from am_ckpt._inventory import inspect
+
+    inventory = inspect(options.path, section=options.section)
+    chosen = options.tensors or ("*" if options.json else None)
+    names = [name for name in inventory.tensors if chosen is not None and fnmatchcase(name, chosen)]
+    if options.json:
+        plain = inventory.to_json(chunks=options.chunks)
+        plain["tensors"] = {name: plain["tensors"][name] for name in names}
+        print(json.dumps(plain, indent=1))
+    else:
+        step = f", step {inventory.step}" if inventory.step is not None else ""
+        what = "adapter" if inventory.adapter else "model"
+        print(f"{inventory.path}: {inventory.kind}{step}")
+        print(f"{what}: {len(inventory.tensors)} tensors, {_size(inventory.num_bytes)}, {_dtypes(inventory)}")
+        for section, tensors in inventory.sections.items():
+            if section != inventory.section:
+                print(f"{section or 'top level'}: {len(tensors)} tensors")
+        if inventory.others:
+            print(f"not tensors: {len(inventory.others)} entries")
+        if inventory.files:
+            print(f"files: {', '.join(sorted(inventory.files))}")
+        for name in names:
+            source = inventory.tensors[name]
+            print(f"{name}  {source.dtype} {list(source.shape)}  in {len(source.chunks)} parts")
+            for chunk in source.chunks if options.chunks else ():
+                print(f"    {describe(chunk.box)}  {chunk.path.name} from byte {chunk.begin}")
+        for note in inventory.notes:
+            print(f"note: {note}")
+    inventory.require_whole()
+    return 0
+
+
+def _dtypes(inventory: Any) -> str:
+    counts: dict[str, int] = {}
+    for source in inventory.tensors.values():
+        counts[source.dtype] = counts.get(source.dtype, 0) + 1
+    return ", ".join(f"{dtype} ({count})" for dtype, count in sorted(counts.items()))
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from am_ckpt._merge import merge
+
+    report = merge(
+        options.path,
+        options.destination,
+        like=options.like,
+        max_shard_size=options.max_shard_size,
+        dtype=options.dtype,
+        section=options.section,
+        threads=options.threads,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        fsync=not options.no_fsync,
+        progress=_progress_line() if sys.stderr.isatty() else None,
+    )
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        rate = report.num_bytes / max(report.seconds, 1e-9) / 1e9
+        resumed = f", {_size(report.resumed_bytes)} of them from before" if report.resumed_bytes else ""
+        print(
+            f"{report.destination}: {report.num_tensors} tensors, {_size(report.num_bytes)}{resumed}, from "
+            f"{report.kind}, "
+            f"{report.seconds:.1f} s ({rate:.1f} GB/s)"
+        )
+        for note in report.notes:
+            print(f"note: {note}")
+    return 0
+
+
+def _size(num_bytes: int) -> str:
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= power:
+            return f"{num_bytes / power:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _progress_line() -> Callable[[int, int], None]:
+    """A line on stderr, at most ten times a second."""
+    started = shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < 0.1 and done < total:
+            return
+        shown = now
+        rate = done / max(now - started, 1e-9)
+        left = (total - done) / max(rate, 1)
+        share = done * 100 // max(total, 1)
+        text = f"\r{share:3d} %  {_size(done)} of {_size(total)}  {rate / 1e9:.1f} GB/s  {left:.0f} s left "
+        print(text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The copy engine: boxes of source files into tensors of output files, through small reused buffers.
+
+A tensor whose parts are long runs in both places is copied as byte ranges; ranges that meet are joined. Any other (a
+shard along a later dim, a transposed or strided one, a cast) is put together in tiles: contiguous blocks of the output
+of a few MiB, filled from all files that have a part of them and written at once. Fresh memory costs more than the I/O,
+so every thread keeps one tile and one scratch buffer. Source files are opened read-only.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from am_ckpt._boxes import Box, Shape, split
+from am_ckpt._format import ITEM_BYTES, element_count
+from am_ckpt._io import open_for_reading, read_exactly, write_all
+from am_ckpt._mapping import Record, dropped_dims
+from am_ckpt._sources import Source
+
+# A tile and a piece of a range: small enough to stay in the cache between reading and writing.
+TILE_BYTES = 2 * 2**20
+_PIECE_BYTES = 2**20
+# Parts with shorter runs than this go through tiles: there, a read serves many runs.
+_MIN_RUN_BYTES = 2**18
+_MAX_RANGE_BYTES = 64 * 2**20
+# Reading this many times the wanted bytes in one call is cheaper than several calls.
+_MAX_WASTE = 2
+_CLONE_ALIGNMENT = 4096
+_FICLONERANGE = 0x4020940D
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of an output tensor (``offset``, ``size``) and where it is: strides in bytes from ``begin`` of ``path``."""
+
+    path: Path
+    begin: int
+    offset: Shape
+    size: Shape
+    strides: Shape
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the result: ``shape`` from byte ``begin`` of output file ``file``, and the parts that tile it."""
+
+    name: str
+    file: str
+    begin: int
+    shape: Shape
+    dtype: str
+    source_dtype: str
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return element_count(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Range:
+    """``count`` bytes from ``begin`` of ``path`` to ``target`` of output file ``file``."""
+
+    path: Path
+    begin: int
+    file: str
+    target: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block of an output tensor that is contiguous there."""
+
+    output: Output
+    box: Box
+
+    @property
+    def count(self) -> int:
+        return self.box.count * ITEM_BYTES[self.output.dtype]
+
+
+Job = Range | Tile
+
+
+def row_major(shape: Shape, item_bytes: int) -> Shape:
+    """Strides in bytes of a contiguous tensor."""
+    return tuple(element_count(shape[dim + 1 :]) * item_bytes for dim in range(len(shape)))
+
+
+def plan_jobs(outputs: Sequence[Output]) -> list[Job]:
+    """All copies, in the order of the output files; ranges that continue each other are one."""
+    jobs: list[Job] = []
+    for output in outputs:
+        ranges = _ranges(output)
+        if ranges is None:
+            item = ITEM_BYTES[output.source_dtype]
+            jobs += [Tile(output, box) for box in split(output.shape, item, TILE_BYTES) if box.count]
+            continue
+        for run in ranges:
+            last = jobs[-1] if jobs else None
+            if (
+                isinstance(last, Range)
+                and (last.path, last.file) == (run.path, run.file)
+                and (last.begin + last.count, last.target + last.count) == (run.begin, run.target)
+                and last.count + run.count <= _MAX_RANGE_BYTES
+            ):
+                jobs[-1] = Range(last.path, last.begin, last.file, last.target, last.count + run.count)
+            else:
+                jobs.append(run)
+    return jobs
+
+
+def _ranges(output: Output) -> list[Range] | None:
+    """The output's parts as byte ranges, or None where they must be put together in tiles."""
+    if output.dtype != output.source_dtype:
+        return None
+    item = ITEM_BYTES[output.dtype]
+    targets = row_major(output.shape, item)
+    found: list[Range] = []
+    for part in output.parts:
+        run, outer = item, len(part.size)
+        while outer and (part.size[outer - 1] == 1 or part.strides[outer - 1] == targets[outer - 1] == run):
+            outer -= 1
+            run *= part.size[outer]
+        # A whole tensor is one run, whatever its size.
+        if run < _MIN_RUN_BYTES and (outer or len(output.parts) > 1):
+            return None
+        base = output.begin + sum(a * b for a, b in zip(part.offset, targets, strict=True))
+        for index in numpy.ndindex(*part.size[:outer]):
+            begin = part.begin + sum(i * s for i, s in zip(index, part.strides, strict=False))
+            target = base + sum(i * s for i, s in zip(index, targets, strict=False))
+            for start in range(0, run, _MAX_RANGE_BYTES):
+                count = min(_MAX_RANGE_BYTES, run - start)
+                found.append(Range(part.path, begin + start, output.file, target + start, count))
+    return found
+
+
+def parts_of(record: Record, source: Source) -> Iterator[Part]:
+    """Where the published tensor of ``record`` is in the files of its parameter, in its own dims."""
+    item = ITEM_BYTES[source.dtype]
+    dropped = dropped_dims(record, source.shape)
+    for chunk in source.chunks:
+        region = chunk.box.intersect(record.box)
+        if region is None:
+            continue
+        strides = list(
+            row_major(chunk.box.size, item) if chunk.strides is None else [stride * item for stride in chunk.strides]
+        )
+        begin = chunk.begin + sum(
+            (a - b) * stride for a, b, stride in zip(region.offset, chunk.box.offset, strides, strict=True)
+        )
+        offset = [a - b for a, b in zip(region.offset, record.box.offset, strict=True)]
+        size = list(region.size)
+        if record.transpose:
+            for row in (offset, size, strides):
+                row[-1], row[-2] = row[-2], row[-1]
+        kept = [dim for dim in range(len(size)) if dim not in dropped]
+        yield Part(
+            chunk.path,
+            begin,
+            tuple(offset[dim] for dim in kept),
+            tuple(size[dim] for dim in kept),
+            tuple(strides[dim] for dim in kept),
+        )
+
+
+class Copier:
+    """Runs jobs on ``threads`` threads. ``targets``: descriptors of the output files, open for reading and writing."""
+
+    def __init__(self, targets: dict[str, int], *, threads: int, follow_symlinks: bool) -> None:
+        self._targets = targets
+        self._threads = threads
+        self._follow_symlinks = follow_symlinks
+        self._sources: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._clones = sys.platform == "linux"
+
+    def run(self, jobs: Iterator[tuple[int, Job]], finished: Callable[[int, Job], None]) -> None:
+        """Copy every job; ``finished`` is called after each, by the thread that did it.
+
+        The first error of any thread stops all of them and is raised here, as is an interrupt.
+        """
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            buffers = Buffers()
+            try:
+                while not self._stopped.is_set():
+                    with self._lock:
+                        item = next(jobs, None)
+                    if item is None:
+                        return
+                    self._copy(item[1], buffers)
+                    finished(*item)
+            except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+                failures.append(error)
+                self._stopped.set()
+
+        workers = [threading.Thread(target=work, name=f"am-ckpt-copy-{i}") for i in range(self._threads)]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:
+            self._stopped.set()
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            for descriptor in self._sources.values():
+                os.close(descriptor)
+            self._sources.clear()
+        if failures:
+            raise failures[0]
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
+            return self._sources[path]
+
+    def _copy(self, job: Job, buffers: Buffers) -> None:
+        if isinstance(job, Range):
+            self._copy_range(job, buffers)
+            return
+        output, box = job.output, job.box
+        item = ITEM_BYTES[output.source_dtype]
+        block = buffers.block(box.size, item)
+        fill(block, box, output.parts, self._open, buffers)
+        data = block.reshape(-1).view(numpy.uint8).data
+        if output.dtype != output.source_dtype:
+            data = _cast(data, output.source_dtype, output.dtype)
+        strides = row_major(output.shape, ITEM_BYTES[output.dtype])
+        begin = output.begin + sum(a * b for a, b in zip(box.offset, strides, strict=True))
+        write_all(self._targets[output.file], data, begin)
+
+    def _copy_range(self, job: Range, buffers: Buffers) -> None:
+        source, target = self._open(job.path), self._targets[job.file]
+        done = self._clone(source, target, job)
+        while done < job.count:
+            view = buffers.piece[: min(len(buffers.piece), job.count - done)]
+            read_exactly(source, view, job.begin + done, job.path)
+            write_all(target, view, job.target + done)
+            done += len(view)
+
+    def _clone(self, source: int, target: int, job: Range) -> int:
+        """Share the aligned blocks of a range where the file system can (XFS, btrfs); returns how many bytes it did."""
+        count = job.count - job.count % _CLONE_ALIGNMENT
+        if not self._clones or not count or job.begin % _CLONE_ALIGNMENT or job.target % _CLONE_ALIGNMENT:
+            return 0
+        try:
+            fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, job.begin, count, job.target))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            # Not this file system, or not between these two: do not ask again.
+            self._clones = False
+            return 0
+        return count
+
+
+class Buffers:
+    """The memory of one thread."""
+
+    def __init__(self) -> None:
+        self._tile = numpy.empty(0, numpy.uint8)
+        self.piece = memoryview(bytearray(_PIECE_BYTES))
+
+    def block(self, size: Shape, item_bytes: int) -> numpy.ndarray:
+        """A contiguous array of this size in the tile; what was in it before is lost."""
+        count = element_count(size) * item_bytes
+        if count > len(self._tile):
+            self._tile = numpy.empty(max(count, TILE_BYTES), numpy.uint8)
+        return self._tile[:count].view(f"u{item_bytes}").reshape(size)
+
+
+def fill(
+    block: numpy.ndarray, box: Box, parts: Iterable[Part], open_file: Callable[[Path], int], buffers: Buffers
+) -> None:
+    """Fill ``block``, which stands for ``box`` of a tensor, from the parts of it that files hold."""
+    for part in parts:
+        common = Box(part.offset, part.size).intersect(box)
+        if common is None:
+            continue
+        inside = [a - b for a, b in zip(common.offset, part.offset, strict=True)]
+        begin = part.begin + sum(a * b for a, b in zip(inside, part.strides, strict=True))
+        here: list[Any] = [
+            slice(a - b, a - b + n) for a, b, n in zip(common.offset, box.offset, common.size, strict=True)
+        ]
+        # With an ellipsis, a 0-d block gives a view instead of a value.
+        read_box(open_file(part.path), begin, part.strides, block[(*here, ...)], buffers, part.path)
+
+
+def read_box(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
+    """Fill ``out`` with the box whose first element is at byte ``begin`` and whose strides in the file are given."""
+    dims = sorted((d for d in range(out.ndim) if out.shape[d] != 1), key=lambda dim: -strides[dim])
+    index: list[Any] = [0 if n == 1 else slice(None) for n in out.shape]
+    thin = out[(*index, ...)]
+    rank = {dim: position for position, dim in enumerate(sorted(dims))}
+    thin = thin.transpose([rank[dim] for dim in dims])
+    _read(descriptor, begin, tuple(strides[dim] for dim in dims), thin, buffers, path)
+
+
+def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
+    """:func:`read_box` for strides that fall from dim to dim."""
+    item = out.itemsize
+    span = sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True)) + item
+    if span == out.nbytes and out.flags.c_contiguous:
+        read_exactly(descriptor, out.reshape(-1).view(numpy.uint8).data, begin, path)
+        return
+    if span <= len(buffers.piece) and span <= _MAX_WASTE * out.nbytes + _CLONE_ALIGNMENT:
+        read_exactly(descriptor, buffers.piece[:span], begin, path)
+        there = numpy.frombuffer(buffers.piece, numpy.uint8, span).view(out.dtype)
+        out[...] = numpy.lib.stride_tricks.as_strided(there, out.shape, strides)
+        return
+    # Too long or too thin for one read: cut the slowest dim into as many indices as fit.
+    inner, wanted = span - (out.shape[0] - 1) * strides[0], out.nbytes // out.shape[0]
+    step = 1
+    if strides[0] > 0 and max(strides[0], inner) <= _MAX_WASTE * wanted and inner <= len(buffers.piece):
+        step = (len(buffers.piece) - inner) // strides[0] + 1
+    for start in range(0, out.shape[0], step):
+        rows = out[start : start + step]
+        if len(rows) == 1:
+            _read(descriptor, begin + start * strides[0], strides[1:], rows[0, ...], buffers, path)
+        else:
+            _read(descriptor, begin + start * strides[0], strides, rows, buffers, path)
+
+
+def _cast(data: memoryview, source_dtype: str, dtype: str) -> memoryview:
+    """The values of ``data`` in another floating-point type, rounded to nearest even."""
+    # The one thing here that needs torch: numpy has no bfloat16.
+    import torch
+
+    from am_ckpt._shards import DTYPES, as_bytes
+
+    return as_bytes(torch.frombuffer(data, dtype=DTYPES[source_dtype]).to(DTYPES[dtype]))

@@ -1,0 +1,13 @@
+"""What can be wrong with a checkpoint, told apart for exit codes. All are ``ValueError`` to callers."""
+
+
+class UnsafeError(ValueError):
+    """Input that could do more than be read: code in a pickle, a path out of the folder, a link, a device."""
+
+
+class IncompleteError(ValueError):
+    """Parts of a checkpoint are not there: elements that no file holds, tensors that the config calls for."""
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be honoured, whatever the checkpoint holds."""

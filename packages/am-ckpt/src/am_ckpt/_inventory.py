@@ -1,0 +1,405 @@
+"""One view of every kind of checkpoint folder: which tensors, in which bytes of which files. Without torch.
+
+Recognised: a step of our own, torch's ``.distcp`` folders, safetensors shards of torch's Hugging Face writer, plain
+Hugging Face folders and adapters. Headers and metadata are read, tensor data never.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from am_ckpt._boxes import Box, describe, require_exact_cover
+from am_ckpt._distcp import METADATA, read_metadata
+from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
+from am_ckpt._format import ITEM_BYTES, element_count, parse_json, read_header
+from am_ckpt._layout import MANIFEST, checked_header, read_manifest, require_file_name
+from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
+from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
+
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+# Where training frameworks put the model inside the folder of a step.
+_INSIDE = ("model", "pytorch_model_fsdp_0", "sharded")
+
+
+@dataclass
+class Inventory:
+    """What a checkpoint folder holds: see :func:`inspect`.
+
+    ``kind``: ``"am-ckpt"``, ``"dcp"`` (``.distcp`` files), ``"dcp-safetensors"`` (shards of torch's Hugging Face
+    writer), ``"huggingface"`` or ``"adapter"``. ``tensors`` are those of the model by name; ``sections`` those of every
+    part, ``section`` the part that is the model. ``others``: entries that are no tensors. ``files``: small files that
+    belong to the model. ``problems``: everything by which the model's tensors are not whole. ``notes``: what a reader
+    should know and cannot be checked.
+    """
+
+    path: Path
+    kind: str
+    section: str
+    sections: dict[str, dict[str, Source]]
+    adapter: bool = False
+    others: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
+    mapping: list[dict[str, Any]] | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+    exact_shapes: bool = True
+    follow_symlinks: bool = False
+    notes: list[str] = field(default_factory=list)
+    problems: list[ValueError] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, Source]:
+        """The model's tensors by name."""
+        return self.sections[self.section]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the model's tensors."""
+        return sum(source_bytes(source) for source in self.tensors.values())
+
+    def require_whole(self) -> None:
+        """Raise the first problem, with the number of the others."""
+        if self.problems:
+            first = self.problems[0]
+            more = f" (and {len(self.problems) - 1} more: am-ckpt inspect lists them)" if len(self.problems) > 1 else ""
+            raise type(first)(f"{first}{more}")
+
+    def to_json(self, *, chunks: bool = True) -> dict[str, Any]:
+        """Plain data for ``json.dumps``; ``chunks=False`` leaves out where the bytes are."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "step": self.step,
+            "adapter": self.adapter,
+            "bytes": self.num_bytes,
+            "section": self.section,
+            "sections": {name: len(tensors) for name, tensors in self.sections.items()},
+            "others": self.others,
+            "files": sorted(self.files),
+            "mapping": self.mapping is not None,
+            "aliases": self.aliases,
+            "notes": self.notes,
+            "problems": [str(problem) for problem in self.problems],
+            "tensors": {name: _source_json(source, chunks) for name, source in self.tensors.items()},
+        }
+
+
+def source_bytes(source: Source) -> int:
+    """Bytes of a whole tensor; 0 for dtypes that safetensors does not know."""
+    return element_count(source.shape) * ITEM_BYTES.get(source.dtype, 0)
+
+
+def _source_json(source: Source, chunks: bool) -> dict[str, Any]:
+    plain: dict[str, Any] = {"dtype": source.dtype, "shape": list(source.shape)}
+    if chunks:
+        plain["chunks"] = [
+            {
+                "file": chunk.path.name,
+                "begin": chunk.begin,
+                "end": chunk.begin + (chunk.archive_bytes or chunk.box.count * ITEM_BYTES.get(source.dtype, 0)),
+                "offset": list(chunk.box.offset),
+                "size": list(chunk.box.size),
+            }
+            for chunk in source.chunks
+        ]
+    return plain
+
+
+def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inventory:
+    """What the checkpoint folder ``path`` holds, read from headers and metadata alone.
+
+    ``section``: which part is the model, where a ``.distcp`` folder holds several and none is called ``model``: the
+    keys of the state dict that lead to it, joined by dots.
+
+    Whether every element of every tensor is in exactly one file is checked; what is not right is in ``problems``.
+    Raises ``ValueError`` where the folder is of no known kind, holds pickled weights, or has damaged or unsafe files,
+    ``FileNotFoundError`` where files are missing.
+    """
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
+    inventory = _open(folder, section)
+    for name, source in inventory.tensors.items():
+        problem = cover_problem(name, source)
+        if problem is not None:
+            inventory.problems.append(problem)
+    return inventory
+
+
+def _open(folder: Path, section: str | None) -> Inventory:
+    if (folder / MANIFEST).exists():
+        return _own(folder)
+    if folder.name == "model" and (folder.parent / MANIFEST).exists():
+        # The manifest knows which shards belong together; their folder alone does not.
+        return _own(folder.parent)
+    if (folder / METADATA).exists():
+        return _distcp(folder, section)
+    there = sorted(entry.name for entry in folder.iterdir())
+    if section is not None:
+        raise ArgumentError(f"section={section!r}: only .distcp folders have sections; {folder} is none")
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        tensors = hf_sources(folder)
+        return Inventory(
+            folder, "huggingface", "model", {"model": tensors}, files=hf_files(folder), follow_symlinks=True
+        )
+    if (folder / ADAPTER).is_file():
+        return _adapter(folder)
+    if any(_SHARD.fullmatch(name) for name in there):
+        return _safetensors_shards(folder, [name for name in there if _SHARD.fullmatch(name)])
+    num_distcp = sum(name.endswith(".distcp") for name in there)
+    if num_distcp:
+        raise IncompleteError(
+            f"{folder} holds {num_distcp} .distcp files but no {METADATA}: the save did not finish, or the file "
+            "(its name "
+            "starts with a dot) was not copied; take an earlier step"
+        )
+    for name in _INSIDE:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            inventory = _open(folder / name, section)
+            inventory.notes.append(f"the model is in the folder {name!r}")
+            inventory.files = {**hf_files(folder), **inventory.files}
+            return inventory
+    raise _unrecognised(folder, there)
+
+
+def _unrecognised(folder: Path, there: list[str]) -> ValueError:
+    found = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
+    steps = [name for name in there if re.fullmatch(r"step[_-]\d+|checkpoint[_-]\d+|epoch_\d+_step_\d+", name)]
+    if steps:
+        return ArgumentError(f"{folder} holds several checkpoints; give one of them, such as {folder / steps[-1]}")
+    if any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in there):
+        return UnsafeError(
+            f"{folder} holds pickled weights, which can run code when loaded ({found}); convert them to "
+            "safetensors first"
+        )
+    return ArgumentError(
+        f"{folder} is no checkpoint of a known kind: neither {MANIFEST} (am-ckpt), {METADATA} with .distcp "
+        "files (torch), "
+        f"shard-*.safetensors (torch), {SINGLE} or its index (Hugging Face) nor {ADAPTER} (found {found})"
+    )
+
+
+def _own(folder: Path) -> Inventory:
+    manifest = read_manifest(folder)
+    sections: dict[str, dict[str, Source]] = {
+        section: {name: Source(item["dtype"], tuple(item["shape"])) for name, item in tensors.items()}
+        for section, tensors in manifest["tensors"].items()
+    }
+    files: dict[str, Path] = {}
+    for record in manifest["files"]:
+        section, _, name = record["path"].partition("/")
+        require_file_name(name, f"{folder / MANIFEST}:")
+        path = folder / section / name
+        if section == "model" and not name.endswith(".safetensors"):
+            files[name] = path
+        if section in sections and "header_xxh3_128" in record:
+            require_recorded_size(path, record)
+            header = checked_header(path, record)
+            if name == ADAPTER:
+                sections[section] = whole_sources(path, header)
+            else:
+                _add_shard(sections[section], path, header.metadata, whole_sources(path, header), known=True)
+    aliases = {str(alias): str(name) for alias, name in manifest["aliases"].items()}
+    return Inventory(
+        folder,
+        "am-ckpt",
+        "model",
+        sections,
+        adapter=manifest["model"] == "adapter",
+        others=[f"state/{name}" for name in manifest["state"]],
+        files=files,
+        mapping=manifest["mapping"],
+        aliases=aliases,
+        step=manifest["step"],
+    )
+
+
+def require_recorded_size(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise unless a file of the manifest is there with its size."""
+    try:
+        size = path.lstat().st_size
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}, written by rank {record['rank']}, is missing; copy it again") from error
+    if size != record["bytes"]:
+        raise ValueError(f"{path} has {size} bytes, {record['bytes']} were written; it is damaged: copy it again")
+
+
+def _add_shard(
+    tensors: dict[str, Source], path: Path, metadata: Mapping[str, str], parts: Mapping[str, Source], *, known: bool
+) -> bool:
+    """Add the parts of a shard file to ``tensors``; whether the file says all global shapes.
+
+    ``known``: the global shapes in ``tensors`` stand. Otherwise they grow with what the files say.
+    """
+    info = parse_json(metadata.get("DCP_SHARDING_INFO", "{}").encode(), f"{path}, DCP_SHARDING_INFO")
+    exact = True
+    for name, part in parts.items():
+        entry = info.get(name, {}) if isinstance(info, dict) else {}
+        offset = entry.get("saved_offsets", [0] * len(part.shape)) if isinstance(entry, dict) else None
+        shape = entry.get("global_shape") if isinstance(entry, dict) else None
+        for row in (offset, shape):
+            fits = isinstance(row, list) and len(row) == len(part.shape)
+            if row is not None and not (fits and all(type(n) is int and 0 <= n < 2**63 for n in row)):
+                raise ValueError(
+                    f"{path}: DCP_SHARDING_INFO of {name!r} is {entry!r}, it needs {len(part.shape)} sizes"
+                )
+        if offset is None:
+            raise ValueError(f"{path}: DCP_SHARDING_INFO of {name!r} is {entry!r}, it needs saved_offsets")
+        box = Box(tuple(offset), part.shape)
+        if known:
+            if name not in tensors:
+                raise ValueError(f"{path} holds {name!r}, which {MANIFEST} does not list")
+        else:
+            end = tuple(shape) if shape is not None else tuple(a + n for a, n in zip(box.offset, box.size, strict=True))
+            source = tensors.setdefault(name, Source(part.dtype, end))
+            if len(source.shape) != len(end):
+                raise ValueError(f"{path}: {name!r} has {len(end)} dims, other files say {len(source.shape)}")
+            exact &= shape is not None
+            source.shape = tuple(max(a, b) for a, b in zip(source.shape, end, strict=True))
+        if part.dtype != tensors[name].dtype:
+            raise ValueError(f"{path}: {name!r} is {part.dtype}, the others say {tensors[name].dtype}")
+        if box.count:
+            tensors[name].chunks.append(Chunk(path, part.chunks[0].begin, box))
+    return exact
+
+
+def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
+    tensors: dict[str, Source] = {}
+    exact = True
+    saves: dict[str, str] = {}
+    for name in names:
+        header = read_header(folder / name)
+        exact &= _add_shard(tensors, folder / name, header.metadata, whole_sources(folder / name, header), known=False)
+        saves.setdefault(header.metadata.get("am_ckpt_save_id", ""), name)
+    if len(saves) > 1:
+        raise ValueError(
+            f"{folder} mixes files of {len(saves)} saves: {', '.join(saves.values())}; remove the stale ones"
+        )
+    inventory = Inventory(folder, "dcp-safetensors", "model", {"model": tensors}, files=hf_files(folder))
+    inventory.exact_shapes = exact
+    if not exact:
+        inventory.notes.append(
+            "these files do not say how large the whole tensors are: the loss of the files of the last ranks "
+            "shows only "
+            "in shapes, which config.json or --like give"
+        )
+    return inventory
+
+
+def _adapter(folder: Path) -> Inventory:
+    header = read_header(folder / ADAPTER, follow_symlinks=True)
+    files = hf_files(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        files[ADAPTER_CONFIG] = folder / ADAPTER_CONFIG
+    sections = {"model": whole_sources(folder / ADAPTER, header)}
+    return Inventory(folder, "adapter", "model", sections, adapter=True, files=files, follow_symlinks=True)
+
+
+def _distcp(folder: Path, section: str | None) -> Inventory:
+    found = read_metadata(folder)
+    sections: dict[str, dict[str, Source]] = {}
+    for name, source in found.tensors.items():
+        keys = found.paths.get(name, (name,))
+        # An optimizer's tensors lie below "state"; all of them are one section.
+        stop = next((i for i, key in enumerate(keys[:-1]) if i and key in ("state", "param_groups")), len(keys) - 1)
+        part = ".".join(keys[:stop])
+        inner = name[len(part) + 1 :] if part and name.startswith(part + ".") else name
+        sections.setdefault(part, {})[inner] = source
+    chosen = _choose_section(folder, sections, section)
+    inventory = Inventory(folder, "dcp", chosen, sections, others=found.others, files=hf_files(folder))
+    flat = [name for name in sections[chosen] if name.endswith(("_flat_param", "flat_param_0"))]
+    if flat:
+        inventory.problems.append(
+            ValueError(
+                f"{flat[0]!r} is a flattened FSDP1 parameter, whose layout is not in the checkpoint: save with "
+                "StateDictType.SHARDED_STATE_DICT or FSDP2"
+            )
+        )
+    return inventory
+
+
+def _choose_section(folder: Path, sections: Mapping[str, Any], section: str | None) -> str:
+    if section is not None:
+        if section not in sections:
+            raise ArgumentError(f"section={section!r} is not in {folder}; it holds {_listed(sections)}")
+        return section
+    if not sections:
+        raise ArgumentError(f"{folder} holds no tensors")
+    named = [name for name in sections if name.rpartition(".")[2] in ("model", "module", "model_state_dict")]
+    if len(named) == 1:
+        return named[0]
+    if not named and ("" in sections or len(sections) == 1):
+        return "" if "" in sections else next(iter(sections))
+    raise ArgumentError(f"{folder} holds {_listed(sections)}: say which is the model with section= (--section)")
+
+
+def _listed(sections: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name!r} ({len(tensors)} tensors)" for name, tensors in sections.items())
+
+
+def cover_problem(name: str, source: Source) -> ValueError | None:
+    """Why the chunks of a tensor do not hold every element exactly once, with ranges and files; None if they do."""
+    # Empty tensors of plain files have an empty chunk.
+    boxes = [chunk.box for chunk in source.chunks if chunk.box.count]
+    try:
+        require_exact_cover(repr(name), source.shape, boxes)
+    except IncompleteError:
+        hole = _first_hole(source, boxes)
+        missing = element_count(source.shape) - sum(box.count for box in boxes)
+        there = ", ".join(f"{describe(chunk.box)} in {chunk.path.name}" for chunk in source.chunks[:4]) or "no part"
+        return IncompleteError(
+            f"{name!r} {source.dtype} {list(source.shape)}: {describe(hole)} is in no file ({missing} of "
+            f"{element_count(source.shape)} elements missing; found {there}): a rank's file is missing, copy it too or "
+            "take another step"
+        )
+    except ValueError as error:
+        return _overlap(name, source, str(error))
+    return None
+
+
+def _overlap(name: str, source: Source, otherwise: str) -> ValueError:
+    """Name the files of the first chunk that lies outside or of the first two that overlap."""
+    whole = Box((0,) * len(source.shape), source.shape)
+    what = f"{name!r} {source.dtype} {list(source.shape)}"
+    for index, chunk in enumerate(source.chunks):
+        if chunk.box.intersect(whole) != chunk.box:
+            return ValueError(
+                f"{what}: {describe(chunk.box)} in {chunk.path} lies outside; the file is of another save"
+            )
+        for other in source.chunks[:index]:
+            both = chunk.box.intersect(other.box)
+            if both is not None:
+                return ValueError(
+                    f"{what}: {describe(both)} is in two files, {other.path.name} and {chunk.path}: they are of "
+                    "different saves; remove the stale one"
+                )
+    return ValueError(otherwise)
+
+
+def _first_hole(source: Source, boxes: list[Box]) -> Box:
+    left = [Box((0,) * len(source.shape), source.shape)]
+    for box in boxes:
+        left = [rest for part in left for rest in _without(part, box)]
+    return min(left)
+
+
+def _without(part: Box, box: Box) -> list[Box]:
+    """``part`` without ``box``, as boxes."""
+    common = part.intersect(box)
+    if common is None:
+        return [part]
+    rest = []
+    offset, size = list(part.offset), list(part.size)
+    for dim in range(len(size)):
+        before = common.offset[dim] - offset[dim]
+        after = offset[dim] + size[dim] - common.offset[dim] - common.size[dim]
+        for start, count in ((offset[dim], before), (common.offset[dim] + common.size[dim], after)):
+            if count:
+                rest.append(Box((*offset[:dim], start, *offset[dim + 1 :]), (*size[:dim], count, *size[dim + 1 :])))
+        offset[dim], size[dim] = common.offset[dim], common.size[dim]
+    return rest

@@ -1,0 +1,70 @@
+"""Values of stored tensors, a block at a time, without torch: for comparing and checking them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy
+
+from am_ckpt._boxes import Box, split
+from am_ckpt._copy import TILE_BYTES, Buffers, fill, parts_of
+from am_ckpt._distcp import locate
+from am_ckpt._format import ITEM_BYTES
+from am_ckpt._io import open_for_reading
+from am_ckpt._mapping import whole_record
+from am_ckpt._sources import Source
+
+
+class TensorReader:
+    """Keeps the files it has read open; use it in a ``with`` statement."""
+
+    def __init__(self, *, follow_symlinks: bool) -> None:
+        self._follow_symlinks = follow_symlinks
+        self._descriptors: dict[Path, int] = {}
+        self._buffers = Buffers()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, path: Path) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
+        return self._descriptors[path]
+
+    def located(self, name: str, source: Source) -> Source:
+        """``source`` with the places of its values instead of the archives that they are in."""
+        chunks = [
+            locate(name, source.dtype, chunk, self._open(chunk.path)) if chunk.archive_bytes is not None else chunk
+            for chunk in source.chunks
+        ]
+        return Source(source.dtype, source.shape, chunks)
+
+    def blocks(self, name: str, source: Source) -> Iterator[tuple[Box, numpy.ndarray]]:
+        """The tensor's values as unsigned integers of its item size, in blocks of about 2 MiB, row-major.
+
+        The array is reused: it holds until the next block is asked for.
+        """
+        source = self.located(name, source)
+        item = ITEM_BYTES[source.dtype]
+        parts = list(parts_of(whole_record(name, source.shape), source))
+        for box in split(source.shape, item, TILE_BYTES):
+            if box.count:
+                values = self._buffers.block(box.size, item)
+                fill(values, box, parts, self._open, self._buffers)
+                yield box, values
+
+    def equal(self, name: str, source: Source, other_name: str, other: Source) -> bool:
+        """Whether two tensors of equal dtype and shape hold the same bytes."""
+        with TensorReader(follow_symlinks=self._follow_symlinks) as second:
+            pairs = zip(self.blocks(name, source), second.blocks(other_name, other), strict=True)
+            return all(numpy.array_equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
