@@ -177,6 +177,19 @@ def test_what_cannot_be_prepared_exits_with_1_and_leaves_nothing(tmp_path, token
     assert read_tokens(output) == before
 
 
+def test_a_split_that_cannot_be_published_takes_the_other_back(tmp_path, tokenizer_folder, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    # A folder in the place of the last file: train_* and validation_000000.bin have their names by then.
+    (tmp_path / "out" / "validation_000000.bos.idx").mkdir(parents=True)
+    options = ("--output", tmp_path / "out", "--tokenizer", tokenizer_folder, "--validation-fraction", "0.3")
+    assert run(path, *options) == 1
+    assert "validation_000000.bos.idx" in capsys.readouterr().err
+    assert [left.name for left in (tmp_path / "out").iterdir()] == ["validation_000000.bos.idx"]
+    (tmp_path / "out" / "validation_000000.bos.idx").rmdir()
+    assert run(path, *options) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -136,9 +136,12 @@ def test_the_tokenizer_gives_bos_and_vocabulary(tmp_path, tokenizer):
     path = write_by_hand(tmp_path / "a.bin", [tokenizer.bos_token_id, 20, tokenizer.bos_token_id, 21])
     assert len(am_data.TokenShards(path, 3, split_documents=True, tokenizer=tokenizer)[0]) == 2
     too_large = write_by_hand(tmp_path / "b.bin", [1, len(tokenizer), 3])
-    with pytest.raises(ValueError, match=rf"b.bin has token id {len(tokenizer)} at token 1, beyond vocab_size="):
+    with pytest.raises(ValueError, match=f"token 1, beyond the tokenizer's vocabulary of {len(tokenizer)} ids; tok"):
         am_data.TokenShards(too_large, 2, tokenizer=tokenizer)
+    # The model's vocabulary wins, larger or smaller.
     assert len(am_data.TokenShards(too_large, 2, tokenizer=tokenizer, vocab_size=len(tokenizer) + 1)) == 1
+    with pytest.raises(ValueError, match=r"a.bin has token id 20 at token 1, beyond vocab_size=20; .* of the model"):
+        am_data.TokenShards(path, 2, tokenizer=tokenizer, vocab_size=20)
 
 
 def test_an_id_beyond_the_vocabulary_is_found_when_its_window_is_read(tmp_path):
@@ -271,12 +274,32 @@ def test_impossible_arguments_are_errors(tmp_path):
         am_data.TokenShards(tmp_path, 3)
 
 
-@pytest.mark.parametrize("positions", [[0, 4], [0, 20, 40], [1024, 1034], [0, 10, 5]])
+@pytest.mark.parametrize("positions", [[0, 4], [0, 20, 40], [1024, 1034], [0, 10, 5], [-5, 0, 10, 20]])
 def test_a_wrong_bos_index_is_refused(tmp_path, positions):
     path = write_by_hand(tmp_path / "a.bin", stream(30, bos_every=10))
     np.array(positions, dtype="<i4").tofile(tmp_path / "a.bos.idx")
     with pytest.raises(ValueError, match=r"a.bos.idx .*; delete it"):
         am_data.TokenShards(path, 5, bos_token_id=BOS, align_to_bos=True)
+
+
+def test_a_bos_index_that_is_wrong_in_the_middle_of_a_shard_is_refused(tmp_path):
+    for name in ("a", "b"):
+        write_by_hand(tmp_path / f"{name}_0.bin", stream(9000, bos_every=10))
+        np.arange(0, 9000, 10, dtype="<i4").tofile(tmp_path / f"{name}_0.bos.idx")
+    paths = [tmp_path / "a_0.bin", tmp_path / "b_0.bin"]
+    options = {"bos_token_id": BOS, "align_to_bos": True}
+    assert len(am_data.TokenShards(paths, 20, **options)) == 899
+    positions = np.arange(0, 9000, 10, dtype="<i4")
+    positions[440:460] += 3
+    positions.tofile(tmp_path / "b_0.bos.idx")
+    found = int(stream(9000, bos_every=10)[4403])
+    with pytest.raises(
+        ValueError,
+        match=rf"b_0.bos.idx lists token 4403 of b_0.bin as BOS \(bos_token_id=7\), but it is {found}; delete it, or",
+    ):
+        am_data.TokenShards(paths, 20, **options)
+    (tmp_path / "b_0.bos.idx").unlink()
+    assert len(am_data.TokenShards(paths, 20, **options)) == 899
 
 
 def test_a_shard_that_shrinks_later_is_an_error_not_a_crash(tmp_path):

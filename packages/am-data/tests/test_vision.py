@@ -213,6 +213,7 @@ def bad_pictures(folder):
     frames = [make_picture(seed=seed) for seed in range(2)]
     (folder / "text.png").write_text("not a picture")
     (folder / "empty.png").write_bytes(b"")
+    (folder / "bomb.ppm").write_text("P6 20000 20000 255\n")
     whole = Path(saved(make_picture(64, 64), folder / "whole.jpg")).read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     png = Path(saved(make_picture(64, 64), folder / "whole.png")).read_bytes()
@@ -228,6 +229,7 @@ def bad_pictures(folder):
         ("text.png", "a picture is unreadable", "text.png: cannot identify"),
         ("cut.jpg", "a picture is unreadable", "cut.jpg: .*truncated"),
         ("cut.png", "a picture is unreadable", "cut.png: "),
+        ("bomb.ppm", "a picture is unreadable", "bomb.ppm: .*decompression bomb"),
         ("empty.png", "a picture is zero-sized", "empty.png has 0 bytes"),
         (Image.new("RGB", (0, 5)), "a picture is zero-sized", "0 x 5 pixels"),
         *((path, "a picture is animated", "frames.* has more than one frame") for path in animated),
@@ -328,6 +330,30 @@ def test_processors_without_adapter_template_or_declared_tensors():
         am_data.VisionChatDataset([row(make_picture())], processor=adapter)
     with pytest.raises(ValueError, match=r"do_normalize=False .* makes a black crop all zeros"):
         am_data.vision_processor(make_idefics3(do_normalize=False))
+
+
+def test_options_and_rows_are_refused_as_by_a_chat_dataset(tokenizer):
+    builds = [
+        lambda rows, **options: am_data.ChatDataset(rows, tokenizer, **options),
+        lambda rows, **options: am_data.VisionChatDataset(rows, processor=make_llava(), **options),
+    ]
+    good = {"prompt": "Say it.", "completion": "It is said."}
+    for build in builds:
+        for options, message in [
+            ({"format": "chatml"}, "format='chatml' is unknown; choose one of auto, messages"),
+            ({"on_bad_row": "skip"}, "on_bad_row='skip' is unknown; choose 'drop' or 'raise'"),
+            ({"max_length": 0}, "max_length=0 must be at least 1 token"),
+            ({"truncation": True}, "truncation=True needs max_length"),
+            ({"max_length": 2}, r"all 1 rows of the list were refused:\ndropped 1: longer than max_length \(rows 0\)"),
+            ({"max_length": 2, "on_bad_row": "raise"}, "row 0: longer than max_length: .*; mend it"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                build([good], **options)
+        report = build([good, {"id": "b", "prompt": "Say it.", "completion": "word " * 500}], max_length=200).report
+        assert [(reason, entry.examples) for reason, entry in report.dropped.items()] == [
+            ("longer than max_length", ["b"])
+        ]
+        assert "".join(text for text, supervised in report.samples[0] if supervised).strip().startswith("It is said.")
 
 
 def test_rows_over_max_length_are_refused_or_cut_after_the_last_picture():

@@ -1,4 +1,7 @@
-"""Text, JSON lines and Parquet tokenised into token shards, in one streaming pass.
+"""Text, JSON lines and Parquet tokenised into token shards, in one pass.
+
+JSON lines and Parquet are streamed. A .txt file is read whole, however its documents are divided, and so is a .json
+file that is one array: memory must hold the largest of them.
 
 The text of a document is encoded without special tokens, and what looks like one in it as plain text, so that no text
 can forge the start of a document. `tokenizers` encodes in batches, on threads of its own.
@@ -91,9 +94,9 @@ def prepare(
     """Tokenise the documents of `inputs` into shards of the folder `output`; `am-data prepare --help` says how.
 
     `max_tokens` counts both splits; the document that reaches it is cut there, or left out where its BOS alone would be
-    left of it. Reports progress on stderr, as a bar on
-    a terminal and as lines elsewhere. Nothing is left in `output` on an error: ValueError for the content,
-    FileNotFoundError and FileExistsError for paths, ModuleNotFoundError without the extra `am-data[prepare]`.
+    left of it. Reports progress on stderr, as a bar on a terminal and as lines elsewhere. No shard of either split is
+    left in `output` on an error: ValueError for the content, FileNotFoundError and FileExistsError for paths,
+    ModuleNotFoundError without the extra `am-data[prepare]`.
     """
     if prefix == VALIDATION and validation_fraction:
         raise ValueError(f"prefix={prefix!r} is the name of the validation shards; choose another --prefix")

@@ -73,7 +73,9 @@ class ShardWriter:
     """Shards `PREFIX_000000.bin`, ... of a folder, seen under their names only after `commit`.
 
     A context manager: shards are written to a hidden folder inside `folder`, which is removed on leaving, whatever
-    happened. Memory does not grow with the data, but for 4 bytes per document of the shard at hand.
+    happened. Leaving with an exception also takes back what was committed, so that of writers in one `ExitStack` all
+    shards are there in the end, or none. Memory does not grow with the data, but for 4 bytes per document of the shard
+    at hand.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class ShardWriter:
         self._num_documents = 0
         self._num_tokens = 0
         self._names: list[str] = []
+        self._published: list[Path] = []
         self._file: BinaryIO | None = None
         self._filled = 0
         self._bos_positions: list[NDArray[np.int64]] = []
@@ -129,6 +132,9 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
+        if kind is not None:
+            for path in self._published:
+                path.unlink(missing_ok=True)
 
     def write(self, document: ArrayLike) -> None:
         """Append one document of token ids `[S]`, after a BOS token if there is one and it does not start with it."""
@@ -154,15 +160,15 @@ class ShardWriter:
     def commit(self) -> list[Path]:
         """Give the shards their names, all written and synced to disk before, and return them in order.
 
-        Only a crash between the renames leaves some of them. Raises ValueError if there is no document, FileExistsError
-        if other shards of the prefix have come up.
+        Only a process killed between the renames leaves some of them. Raises ValueError if there is no document,
+        FileExistsError if other shards of the prefix have come up.
         """
         self._close()
         if not self._names:
             raise ValueError(f"there are no documents for {self._folder / self._prefix}_*.bin; give at least one")
         self._refuse_existing()
         for path in sorted(self._staging.iterdir()):
-            path.rename(self._folder / path.name)
+            self._published.append(path.rename(self._folder / path.name))
         _sync_folder(self._folder)
         return [self._folder / name for name in self._names]
 

@@ -68,14 +68,18 @@ class TokenShards:
 
     `align_to_bos`: each window starts at a BOS token, the next one at the first BOS at or after its end; the tokens
     between are left out (`report` counts them). The positions come from `.bos.idx` files, or from reading every shard
-    once where there is none. `split_documents`: attention stays inside documents; `dataset[i]` is then the list of the
-    window's documents, cut before each BOS, which `collate` lays out as a pack. The last target of each is the token
-    that follows in the stream, as a rule the BOS, so every target is kept and a model learns to end a document. By
-    default a window is one document. Both options need `bos_token_id`.
+    once where there is none. An index is compared with its shard at both ends and at the start of every window, which
+    reads a page of the file for each; one that leaves out BOS tokens in between gives fewer windows.
 
-    `tokenizer` gives `bos_token_id` and `vocab_size`, the number of token ids, where they are not given themselves. Ids
-    beyond the vocabulary are a ValueError: looked for in samples of each shard when the dataset is built, and in every
-    window when it is read, since a corpus may be larger than anybody wants to read twice.
+    `split_documents`: attention stays inside documents; `dataset[i]` is then the list of the window's documents, cut
+    before each BOS, which `collate` lays out as a pack. The last target of each is the token that follows in the
+    stream, as a rule the BOS, so every target is kept and a model learns to end a document. By default a window is one
+    document. Both options need `bos_token_id`.
+
+    `tokenizer` gives `bos_token_id` and `vocab_size`, the number of token ids, where they are not given themselves:
+    a `vocab_size`, as a rule that of the model, wins over the tokenizer's, also where it is larger. Ids beyond it are a
+    ValueError: looked for in samples of each shard when the dataset is built, and in every window when it is read,
+    since a corpus may be larger than anybody wants to read twice.
 
     Headers and file sizes are checked here; no file stays open (a window maps its own bytes), so thousands of shards
     will do, and the dataset pickles. Every rank builds it and sees all windows. Raises FileNotFoundError for paths
@@ -95,6 +99,7 @@ class TokenShards:
     ) -> None:
         if sequence_length < 1:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1 token")
+        self._limited_by_tokenizer = vocab_size is None
         if tokenizer is not None:
             bos_token_id = tokenizer.bos_token_id if bos_token_id is None else bos_token_id
             vocab_size = len(tokenizer) if vocab_size is None else vocab_size
@@ -179,9 +184,15 @@ class TokenShards:
         if self._vocab_size is None or tokens.max() < self._vocab_size:
             return
         at = int(np.argmax(tokens >= self._vocab_size))
+        constraint = (
+            f"the tokenizer's vocabulary of {self._vocab_size} ids; tokenise the corpus with that tokenizer, or give a "
+            "model's larger vocab_size"
+            if self._limited_by_tokenizer
+            else f"vocab_size={self._vocab_size}; tokenise the corpus with the tokenizer of the model, which has "
+            "that vocabulary"
+        )
         raise ValueError(
-            f"{self._files[shard]} has token id {int(tokens[at])} at token {first + at}, beyond vocab_size="
-            f"{self._vocab_size}; tokenise the corpus with the tokenizer of the model"
+            f"{self._files[shard]} has token id {int(tokens[at])} at token {first + at}, beyond {constraint}"
         )
 
     def _sample(self, options: str) -> str:
@@ -223,7 +234,12 @@ class TokenShards:
                 f"{self._files[0]} first, has {self._sequence_length} tokens and a target after it; check "
                 "bos_token_id, lower sequence_length or leave align_to_bos out"
             )
-        return positions[chosen]
+        begins = positions[chosen]
+        for path, header, end in zip(self._files, self._headers, self._ends):
+            first = end - header.num_tokens
+            inside = slice(*np.searchsorted(begins, (first, end)))
+            _check_listed(path, header, begins[inside] - first, bos_token_id)
+        return begins
 
 
 def _find_shards(paths: Paths) -> list[Path]:
@@ -281,9 +297,23 @@ def _bos_positions(path: Path, header: ShardHeader, bos_token_id: int) -> NDArra
                 f"{index} does not list the tokens {bos_token_id} of {path.name} (from token {first}: "
                 f"{listed[:3].tolist()} listed, {found[:3].tolist()} found); delete it, or mend bos_token_id"
             )
-    if (np.diff(positions) <= 0).any() or (len(positions) and positions[-1] >= header.num_tokens):
-        raise ValueError(f"{index} has positions that do not ascend below {header.num_tokens}; delete it")
+    if len(positions) and (positions[0] < 0 or (np.diff(positions) <= 0).any() or positions[-1] >= header.num_tokens):
+        raise ValueError(f"{index} has positions that do not ascend from 0 to below {header.num_tokens}; delete it")
     return positions
+
+
+def _check_listed(path: Path, header: ShardHeader, positions: NDArray[np.int64], bos_token_id: int) -> None:
+    """Raises ValueError where a shard has an index and holds another token than BOS at one of `positions`."""
+    index = bos_index_path(path)
+    if not index.exists():
+        return
+    tokens = _map_tokens(path, header, 0, header.num_tokens)[positions]
+    wrong = np.flatnonzero(tokens != bos_token_id)
+    if len(wrong):
+        raise ValueError(
+            f"{index} lists token {positions[wrong[0]]} of {path.name} as BOS (bos_token_id={bos_token_id}), but it is "
+            f"{tokens[wrong[0]]}; delete it, or rebuild it by writing the shards again"
+        )
 
 
 def _scan(path: Path, header: ShardHeader, first: int, last: int, bos_token_id: int) -> NDArray[np.int64]:

@@ -16,10 +16,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._chat import NUM_SAMPLES, Refused, check_options, collect, cut, digest_of, layout_of, row_id, segments
 from am_data._messages import Format, Message, RowRefusedError, normalise
 from am_data._render import IGNORE_INDEX, Renderer, TrainOn
 from am_data._report import DatasetReport
+from am_data._row_filter import (
+    NUM_SAMPLES,
+    Refused,
+    check_options,
+    collect,
+    cut,
+    digest_of,
+    layout_of,
+    row_id,
+    segments,
+)
 from am_data._rows import Row, Rows, read_rows
 from am_data._tokens import Example, TokenDataset
 from am_data._vision_pictures import load_picture, require_pillow

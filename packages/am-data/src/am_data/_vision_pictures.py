@@ -59,16 +59,7 @@ def load_picture(source: object, folder: Path) -> "tuple[Image.Image, bytes]":
         picture = picture.convert("RGB")
     except RowRefusedError:
         raise
-    # What Pillow's decoders raise at files that are cut, broken, or bombs.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
         raise RowRefusedError("a picture is unreadable", f"{where}: {error}") from error
     digest = hashlib.blake2b(content or picture.tobytes() + repr(picture.size).encode(), digest_size=16)
     return picture, digest.digest()
