@@ -149,6 +149,15 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
         ("checkpoint: {keep_last: 0}", "config.yaml:10: checkpoint.keep_last: must be at least 1, got 0"),
         ("lr_scheduler: {warmup_steps: 11}", "config.yaml:1: lr_scheduler.warmup_steps=11 is longer than the run"),
         ("lr_scheduler: {style: linear, min_lr: 1.0}", "config.yaml:1: lr_scheduler.min_lr=1.0 is above optimizer.lr"),
+        (
+            "lr_scheduler: {style: wsd, warmup_steps: 4, decay_steps: 7}",
+            "config.yaml:1: lr_scheduler.decay_steps=7 is longer than the 6 steps of step_scheduler.max_steps=10 that "
+            "follow step 4, the first at the full rate; lower it",
+        ),
+        (
+            "lr_scheduler: {style: wsd, decay_steps: 10}",
+            "config.yaml:1: lr_scheduler.decay_steps=10 is longer than the 9 steps of step_scheduler.max_steps=10",
+        ),
         ("validation_dataset_a: 3", "config.yaml:10: validation_dataset_a: expected a mapping with _target_"),
         ("validation_dataset: {_target_: nodots}", "config.yaml:10: validation_dataset._target_: 'nodots' is not the"),
         ("loss_fn: {_target_: [a]}", "config.yaml:10: loss_fn._target_: expected text, got a list of 1"),
@@ -196,6 +205,12 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
             "  lr: 1\n  param_group_overrides:\n  - {pattern: a, lr_mul: 2}",
             "config.yaml:9: optimizer.param_group_overrides.0.lr_mul: unknown key; did you mean 'lr_mult'?",
         ),
+        (
+            "  lr: 1e-4",
+            "  lr: 1\n  adamw: {lr: 1}",
+            "config.yaml:1: optimizer.adamw is for torch.optim.Muon, which leaves a part to AdamW, and the optimizer "
+            "is torch.optim.AdamW; remove it",
+        ),
         ("max_steps: 10", "max_steps: 0", "config.yaml:9: step_scheduler.max_steps: must be at least 1, got 0"),
         ("max_steps: 10", "max_steps: 8.0", "config.yaml:9: step_scheduler.max_steps: expected an integer, got 8.0"),
         (
@@ -228,6 +243,62 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
 )
 def test_refused_values_of_required_sections(write, old, new, message):
     assert refused(write(MINIMAL.replace(old, new))).startswith(message)
+
+
+def test_what_fits_the_run_exactly_is_accepted(write):
+    text = MINIMAL.replace("lr: 1e-4", "lr: 1\n  _target_: torch.optim.Muon\n  adamw: {lr: 0.5}")
+    config = parse(write(text + "lr_scheduler: {style: wsd, warmup_steps: 4, decay_steps: 6}\n"))
+    assert config.optimizer.options()["adamw"] == {"lr": 0.5}
+    assert config.lr_scheduler.decay_steps == 6
+
+
+VLM = """\
+recipe: vlm
+model:
+  name_or_path: some/folder
+dataset:
+  path: rows.parquet
+optimizer:
+  lr: 1e-4
+step_scheduler:
+  max_steps: 10
+"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("[{freeze: 5}]", "config.yaml:10: freeze.0.freeze: expected text, got 5"),
+        ("[{freeze: ''}]", "config.yaml:10: freeze.0.freeze: must not be empty, got ''"),
+        ("[{freez: a}]", "config.yaml:10: freeze.0.freez: unknown key; did you mean 'freeze'?"),
+        ("[{freeze: a}, {}]", "config.yaml:10: freeze.1: give exactly one of freeze, unfreeze"),
+        ("[{freeze: a, unfreeze: b}]", "config.yaml:10: freeze.0: give exactly one of freeze, unfreeze"),
+        ("{freeze: a}", "config.yaml:10: freeze: expected a list, got"),
+    ],
+)
+def test_freeze_rules_are_refused_where_they_stand(write, rules, message):
+    assert refused(write(VLM + f"freeze: {rules}\n")).startswith(message)
+
+
+def test_freeze_rules_are_those_of_am_peft(write):
+    config = parse(write(VLM + "freeze: [{freeze: 'model.*'}, {unfreeze: model.connector}]\n"))
+    assert config.freeze_rules() == [{"freeze": "model.*"}, {"unfreeze": "model.connector"}]
+    config.save(Path("saved.yaml"))
+    assert parse("saved.yaml") == config
+    assert parse(write(VLM)).freeze_rules() is None
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{dtype: auto}",
+        "{name_or_path: a, config: {model_type: idefics3}}",
+        "{name_or_path: a, compose: {language_model: b, config: {model_type: idefics3}, processor: {_target_: a.b}}}",
+    ],
+)
+def test_a_vision_model_has_one_source(write, model):
+    message = refused(write(VLM.replace("\n  name_or_path: some/folder", f" {model}")))
+    assert message.startswith("config.yaml:2: model: give exactly one of name_or_path, config, compose:")
 
 
 def test_a_missing_file_is_a_config_error(write):
@@ -471,6 +542,104 @@ def test_an_inline_model_config_is_held_against_its_class(write):
     assert message == "config.yaml:4: model.config.model_type: unknown 'lama'; did you mean 'llama'?"
 
 
+def test_the_teacher_of_a_kd_run_is_checked_too(write):
+    text = MINIMAL.replace("recipe: sft", "recipe: kd")
+    text += "teacher_model:\n  config:\n    model_type: llama\n    hidden_size: 64\n"
+    check_targets(parse(write(text)))
+    message = refused(write(text.replace("hidden_size", "hiden_size")), targets=True)
+    assert message.startswith("config.yaml:13: teacher_model.config.hiden_size: LlamaConfig has no such field")
+    assert message.endswith("did you mean 'hidden_size'?")
+    message = refused(write(text.replace(": llama", ": lama")), targets=True)
+    assert message == "config.yaml:12: teacher_model.config.model_type: unknown 'lama'; did you mean 'llama'?"
+
+
+def inline_vision(config):
+    return VLM.replace("name_or_path: some/folder", f"config: {config}") + "processor: {name_or_path: p}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "{model_type: idefics3, vision_config: {hiden_size: 7}}",
+            "model.config.vision_config.hiden_size: Idefics3VisionConfig has no such field; did you mean 'hidden_size'",
+        ),
+        # Where the class of a part is open, its own model_type decides, or else the default of the whole.
+        (
+            "{model_type: idefics3, text_config: {hiden_size: 7}}",
+            "model.config.text_config.hiden_size: LlamaConfig has no such field; did you mean 'hidden_size'?",
+        ),
+        (
+            "{model_type: idefics3, text_config: {model_type: qwen3, hiden_size: 7}}",
+            "model.config.text_config.hiden_size: Qwen3Config has no such field; did you mean 'hidden_size'?",
+        ),
+        (
+            "{model_type: idefics3, text_config: {model_type: lama}}",
+            "model.config.text_config.model_type: unknown 'lama'; did you mean 'llama'?",
+        ),
+        ("{model_type: idefics3, text_config: {model_type: [7]}}", "model.config.text_config.model_type: unknown [7]"),
+        ("{model_type: dpt, backbone_config: {depths: 7}}", "model.config.backbone_config: needs a model_type"),
+        # Two levels down.
+        (
+            "{model_type: qwen2_5_omni, thinker_config: {text_config: {hiden_size: 7}}}",
+            "model.config.thinker_config.text_config.hiden_size: Qwen2_5OmniTextConfig has no such field; did you mean",
+        ),
+        (
+            "{model_type: idefics3, text_config: {hidden_size: wide}}",
+            "model.config.text_config: LlamaConfig: Field 'hidden_size' expected int, got str (value: 'wide')",
+        ),
+        (
+            "{model_type: idefics3, vision_config: 7}",
+            "model.config: Idefics3Config: Field 'vision_config' with value 7",
+        ),
+    ],
+)
+def test_the_parts_of_a_model_config_are_checked(write, given, message):
+    assert refused(write(inline_vision(given)), targets=True).startswith(f"config.yaml:3: {message}")
+
+
+def test_a_part_that_a_model_does_without_has_no_dtype(write):
+    """Gemma 4 has a vision and an audio part only where they are asked for."""
+    config = parse(write(inline_vision("{model_type: gemma4, vision_config: null}\n  dtype: bfloat16")))
+    check_targets(config)
+    hf_config = config.model.hf_config(None)
+    assert hf_config.vision_config is None
+    assert [str(part.dtype) for part in (hf_config, hf_config.text_config)] == ["torch.bfloat16"] * 2
+
+
+COMPOSED = """\
+compose:
+    language_model: a
+    processor: {_target_: my_targets.Rows, path: x}
+    config:
+      model_type: idefics3
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "vision_config: {hiden_size: 7}",
+            "8: model.compose.config.vision_config.hiden_size: Idefics3VisionConfig has no such field; did you mean",
+        ),
+        ("text_config: {}", "8: model.compose.config.text_config: it comes from language_model; remove it"),
+        ("image_token_id: 3", "8: model.compose.config.image_token_id: it comes from the processor; remove it"),
+        ("tie_word_embeddings: true", "8: model.compose.config.tie_word_embeddings: it comes from language_model"),
+    ],
+)
+def test_the_config_of_a_composed_model_is_checked(write, given, message):
+    text = VLM.replace("name_or_path: some/folder\n", COMPOSED)
+    check_targets(parse(write(text)))
+    assert refused(write(text.replace("idefics3", f"idefics3\n      {given}")), targets=True).startswith(
+        f"config.yaml:{message}"
+    )
+    misspelt = refused(
+        write(text.replace("{_target_: my_targets.Rows, path", "{_target_: my_targets.Rows, pth")), targets=True
+    )
+    assert misspelt.startswith("config.yaml:5: model.compose.processor.pth: my_targets.Rows takes no such argument")
+
+
 def test_environment(write, monkeypatch):
     monkeypatch.setenv("AM_DATA", "/data")
     monkeypatch.setenv("AM_LR", "3e-4")
@@ -610,10 +779,11 @@ def test_a_later_error_about_a_value_names_its_line(write):
     assert str(config.error("optimizer.eps", "x")) == "config.yaml:6: optimizer.eps: x"
 
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(FOLDER)) for path in CONFIGS])
 def test_the_shipped_configs_fit_what_they_name(path):
     check_targets(parse(path))
 

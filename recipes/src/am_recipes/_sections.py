@@ -39,11 +39,7 @@ class Model:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        sources = {name: vars(self)[name] for name in ("name_or_path", "config", "compose") if name in vars(self)}
-        if sum(source is not None for source in sources.values()) != 1:
-            raise ValueError(f"give exactly one of {', '.join(sources)}: where the weights come from")
-        if self.config is not None and not isinstance(self.config.get("model_type"), str):
-            raise ValueError("config needs a model_type, such as llama")
+        _require_one_source({"name_or_path": self.name_or_path, "config": self.config})
 
     def hf_config(self, folder: Path | None) -> PretrainedConfig:
         """The transformers config, from ``folder`` or the inline ``config``, with ``dtype`` set unless it is auto."""
@@ -57,9 +53,10 @@ class Model:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if self.dtype != "auto":
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
-            # The parts of a model with several have configs of their own.
+            # The parts of a model with several have configs of their own; a part it does without is None.
             for part in (config, *(vars(config)[name] for name in config.sub_configs)):
-                part.dtype = dtype
+                if part is not None:
+                    part.dtype = dtype
         return config
 
 
@@ -86,6 +83,25 @@ class VisionModel(Model):
     """`Model`, or a new one by ``compose``."""
 
     compose: Compose | None = None
+
+    def __post_init__(self) -> None:
+        _require_one_source({"name_or_path": self.name_or_path, "config": self.config, "compose": self.compose})
+
+
+@dataclass(frozen=True)
+class FreezeRule:
+    """What to freeze or to train again: exactly one pattern, as `am_peft.freeze` reads it."""
+
+    freeze: Text | None = None
+    unfreeze: Text | None = None
+
+    def __post_init__(self) -> None:
+        if (self.freeze is None) == (self.unfreeze is None):
+            raise ValueError("give exactly one of freeze, unfreeze; the rules of a list apply in order")
+
+    def rule(self) -> dict[str, str]:
+        """One rule of `am_peft.freeze`."""
+        return {name: pattern for name, pattern in asdict(self).items() if pattern is not None}
 
 
 @dataclass(frozen=True)
@@ -295,7 +311,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Generate:
-    """Sample answers at the end of the run, decoded greedily."""
+    """Sample answers at the end of the run: decoded greedily after a chat prompt; recipe pretrain samples."""
 
     prompts: tuple[Text, ...] = ()
     max_new_tokens: PositiveInt = 64
@@ -337,6 +353,15 @@ class Processor:
 
     name_or_path: Text | None = None
     chat_template: Text | None = None
+
+
+def _require_one_source(sources: Mapping[str, Any]) -> None:
+    """Where the weights of a model come from: exactly one of ``sources``, and ``config`` with a model_type."""
+    if sum(source is not None for source in sources.values()) != 1:
+        raise ValueError(f"give exactly one of {', '.join(sources)}: where the weights come from")
+    config = sources["config"]
+    if config is not None and not isinstance(config.get("model_type"), str):
+        raise ValueError("config needs a model_type, such as llama")
 
 
 def _compiles(pattern: str) -> bool:

@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from am_recipes import _sections as sections
 from am_recipes._saved import fingerprints, written
 from am_recipes._schema import Check, DefaultTarget, Prefixed, Target, plain, read_section
 from am_recipes._yaml import ConfigError, Node, Place, dump, load, nearest, override, resolve, walk
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = [
     "ConfigError",
@@ -33,12 +36,19 @@ __all__ = [
 
 DEFAULT_LOSS = "am_loss.linear_cross_entropy"
 DEFAULT_KD_LOSS = "am_loss.linear_distillation"
+MUON = "torch.optim.Muon"
 _CHAT, _TOKENS, _PICTURES = "am_data.ChatDataset", "am_data.TokenShards", "am_data.VisionChatDataset"
 # In the short form of a dataset, ``path`` is what its class calls its first argument.
 _PATHS = {_CHAT: "rows", _TOKENS: "paths", _PICTURES: "rows"}
 ChatRows = Annotated[Target, DefaultTarget(_CHAT)]
 Tokens = Annotated[Target, DefaultTarget(_TOKENS)]
 Pictures = Annotated[Target, DefaultTarget(_PICTURES)]
+# What `am_recipes.compose` adds to the config of a composed model, and from where.
+_COMPOSED = {
+    "text_config": "language_model",
+    "tie_word_embeddings": "language_model",
+    "image_token_id": "the processor",
+}
 _HELD_OUT = Prefixed("validation_dataset", "val_loss")
 
 
@@ -92,6 +102,18 @@ class RunConfig:
             raise ValueError(
                 f"lr_scheduler.warmup_steps={schedule.warmup_steps} is longer than the run of "
                 f"step_scheduler.max_steps={steps.max_steps}; lower it"
+            )
+        full_rate = max(schedule.warmup_steps, 1)
+        if steps.max_steps is not None and (schedule.decay_steps or 0) > steps.max_steps - full_rate:
+            raise ValueError(
+                f"lr_scheduler.decay_steps={schedule.decay_steps} is longer than the {steps.max_steps - full_rate} "
+                f"steps of step_scheduler.max_steps={steps.max_steps} that follow step {full_rate}, the first at the "
+                "full rate; lower it, or lr_scheduler.warmup_steps"
+            )
+        if self.optimizer.adamw is not None and self.optimizer.target.path != MUON:
+            raise ValueError(
+                f"optimizer.adamw is for {MUON}, which leaves a part to AdamW, and the optimizer is "
+                f"{self.optimizer.target.path}; remove it"
             )
 
     def error(self, path: str, message: str) -> ConfigError:
@@ -207,7 +229,7 @@ class VlmConfig(RunConfig):
     dataset: Pictures
     validation_datasets: Annotated[Mapping[str, Pictures], _HELD_OUT] = field(default_factory=dict)
     processor: sections.Processor = field(default_factory=sections.Processor)
-    freeze: tuple[Mapping[str, Any], ...] | None = None
+    freeze: tuple[sections.FreezeRule, ...] | None = None
     peft: sections.Peft | None = None
     generate: sections.GenerateFromRows = field(default_factory=sections.GenerateFromRows)
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
@@ -221,6 +243,10 @@ class VlmConfig(RunConfig):
             raise ValueError(
                 f"generate.num_rows={self.generate.num_rows} needs a validation_dataset, whose rows are asked; add one"
             )
+
+    def freeze_rules(self) -> list[dict[str, str]] | None:
+        """``freeze`` as `am_recipes.vision.freeze` takes it."""
+        return None if self.freeze is None else [rule.rule() for rule in self.freeze]
 
 
 RECIPES: Mapping[str, type[RunConfig]] = {
@@ -314,29 +340,66 @@ def check_targets(config: RunConfig) -> None:
     if isinstance(config, (SftConfig, VlmConfig)) and config.peft is not None:
         config.peft.lora.bind()
     if config.model.config is not None:
-        _check_model_config(config)
+        _check_model_config(config, "model.config", config.model.config)
+    if isinstance(config, KdConfig) and config.teacher_model.config is not None:
+        _check_model_config(config, "teacher_model.config", config.teacher_model.config)
+    if isinstance(config, VlmConfig) and config.model.compose is not None:
+        compose = config.model.compose
+        compose.processor.bind(("tokenizer",))
+        for key, origin in _COMPOSED.items():
+            if key in compose.config:
+                raise config.error(f"model.compose.config.{key}", f"it comes from {origin}; remove it")
+        _check_model_config(config, "model.compose.config", compose.config)
 
 
-def _check_model_config(config: RunConfig) -> None:
+def _check_model_config(config: RunConfig, path: str, given: Mapping[str, Any]) -> None:
+    """Hold the inline transformers config at ``path``, with the parts it is made of, against their classes."""
+    _check_config_fields(config, path, given, _config_class(config, path, given["model_type"]))
+
+
+def _check_config_fields(config: RunConfig, path: str, given: Mapping[str, Any], kind: type[PretrainedConfig]) -> None:
     """Transformers keeps unknown keywords as attributes that nothing reads; a misspelt size would go unnoticed."""
     import inspect
 
-    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    default = _build_config(config, path, kind, {})
+    known = {*inspect.signature(kind).parameters, *default.to_dict(), *kind.attribute_map, "model_type"}
+    for key, value in given.items():
+        inner = f"{path}.{key}"
+        if key not in known:
+            raise config.error(inner, f"{kind.__name__} has no such field{nearest(key, known)}")
+        # What is neither a mapping nor null, the class refuses below.
+        if key in kind.sub_configs and isinstance(value, Mapping):
+            part = kind.sub_configs[key]
+            if part is AutoConfig and "model_type" in value:
+                part = _config_class(config, inner, value["model_type"])
+            elif part is AutoConfig and vars(default)[key] is None:
+                raise config.error(inner, f"needs a model_type: {kind.__name__} has no default for it")
+            elif part is AutoConfig:
+                part = type(vars(default)[key])
+            _check_config_fields(config, inner, value, part)
+    _build_config(config, path, kind, {key: value for key, value in given.items() if key != "model_type"})
+
+
+def _config_class(config: RunConfig, path: str, model_type: Any) -> type[PretrainedConfig]:
     from transformers import CONFIG_MAPPING
 
-    inline = config.model.config or {}
-    model_type = inline["model_type"]
-    if model_type not in CONFIG_MAPPING:
-        raise config.error("model.config.model_type", f"unknown {model_type!r}{nearest(model_type, CONFIG_MAPPING)}")
-    kind = CONFIG_MAPPING[model_type]
-    known = {*inspect.signature(kind).parameters, *kind().to_dict(), *kind.attribute_map, "model_type"}
-    for key in inline:
-        if key not in known:
-            raise config.error(f"model.config.{key}", f"{kind.__name__} has no such field{nearest(key, known)}")
+    if model_type not in list(CONFIG_MAPPING):
+        hint = nearest(str(model_type), CONFIG_MAPPING)
+        raise config.error(f"{path}.model_type", f"unknown {model_type!r}{hint}")
+    return CONFIG_MAPPING[model_type]
+
+
+def _build_config(
+    config: RunConfig, path: str, kind: type[PretrainedConfig], fields: Mapping[str, Any]
+) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        kind(**{key: value for key, value in inline.items() if key != "model_type"})
+        return kind(**fields)
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise config.error("model.config", f"{kind.__name__}: {error.__cause__ or error}") from error
+        raise config.error(path, f"{kind.__name__}: {error.__cause__ or error}") from error
 
 
 def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
-    vision.freeze(model, config.freeze, has_adapter=config.peft is not None)
+    vision.freeze(model, config.freeze_rules(), has_adapter=config.peft is not None)
     kernels = am_models.optimize(model, kernels=config.kernels)
     checks.require_loss_function(kernels, config.loss_fn.path)
     mapping = am_models.weight_map(model, folder)
