@@ -49,11 +49,13 @@ def test_the_public_names() -> None:
         "Checkpointer",
         "Inventory",
         "MergeReport",
+        "VerifyReport",
         "hf_files",
         "inspect",
         "load_hf",
         "merge",
         "save_hf",
+        "verify",
     ]
     assert all(name in dir(am_ckpt) and callable(getattr(am_ckpt, name)) for name in am_ckpt.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Checkpoint'"):

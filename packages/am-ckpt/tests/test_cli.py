@@ -95,7 +95,8 @@ def test_help_and_merge_start_without_torch(tmp_path: Path) -> None:
         "import sys; from am_ckpt._cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)",
     ]
-    for arguments in (["inspect", str(source)], ["merge", str(source), str(tmp_path / "merged")]):
+    merged = str(tmp_path / "merged")
+    for arguments in (["inspect", str(source)], ["merge", str(source), merged], ["verify", "--full", merged]):
         subprocess.run([*command, *arguments], check=True, capture_output=True)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == tensors().keys()
     shown = subprocess.run(

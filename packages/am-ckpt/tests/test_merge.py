@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter, HuggingFaceStorageWriter
@@ -160,6 +161,42 @@ def test_stock_shards_become_the_full_state_dict(layout: str, size: int, writer:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "shards"]
     sizes = [path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors")]
     assert len(sizes) > 1
+
+
+def llama() -> Any:
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+
+
+def save_llama(writer: str, directory: str) -> None:
+    model = llama()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    if writer == "own":
+        am_ckpt.Checkpointer(directory).save(1, {"model": model})
+    elif writer == "distcp":
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=directory)
+    else:
+        state = get_model_state_dict(model)
+        # torch's writer refuses tied tensors.
+        del state["lm_head.weight"]
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(directory, save_distributed=True))
+
+
+@pytest.mark.parametrize("writer", ["own", "distcp", "safetensors"])
+def test_transformers_opens_the_result(writer: str, tmp_path: Path) -> None:
+    run_distributed(save_llama, 4, writer, str(tmp_path / "shards"))
+    reference = llama()
+    reference.config.save_pretrained(tmp_path / "like")
+    source = tmp_path / "shards" / "step_000001" if writer == "own" else tmp_path / "shards"
+    am_ckpt.merge(source, tmp_path / "merged", like=tmp_path / "like")
+    model, found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    assert am_ckpt.verify(tmp_path / "merged", full=True).problems == []
 
 
 def own_step(directory: str, kind: str) -> dict[str, Any]:

@@ -14,18 +14,32 @@ if TYPE_CHECKING:
     from am_ckpt._inventory import Inventory, inspect
     from am_ckpt._merge import MergeReport, merge
     from am_ckpt._names import hf_files
+    from am_ckpt._verify import VerifyReport, verify
 
-__all__ = ["Checkpointer", "Inventory", "MergeReport", "hf_files", "inspect", "load_hf", "merge", "save_hf"]
+__all__ = [
+    "Checkpointer",
+    "Inventory",
+    "MergeReport",
+    "VerifyReport",
+    "hf_files",
+    "inspect",
+    "load_hf",
+    "merge",
+    "save_hf",
+    "verify",
+]
 
 _MODULES = {
     "Checkpointer": "am_ckpt._checkpointer",
     "Inventory": "am_ckpt._inventory",
     "MergeReport": "am_ckpt._merge",
+    "VerifyReport": "am_ckpt._verify",
     "hf_files": "am_ckpt._names",
     "inspect": "am_ckpt._inventory",
     "load_hf": "am_ckpt._hf",
     "merge": "am_ckpt._merge",
     "save_hf": "am_ckpt._hf",
+    "verify": "am_ckpt._verify",
 }
 
 

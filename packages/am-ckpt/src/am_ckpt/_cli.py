@@ -79,9 +79,13 @@ def _parser() -> _Parser:
     merge.add_argument("--overwrite", action="store_true", help="replace a model that is at DESTINATION")
     merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     merge.set_defaults(run=_merge)
-    for command in (show, merge):
+    check = commands.add_parser("verify", help="is a checkpoint whole and unchanged", epilog=_EPILOG)
+    check.add_argument("path", metavar="PATH")
+    check.add_argument("--full", action="store_true", help="read all data: digests, NaN, tensors of zeros")
+    check.set_defaults(run=_verify)
+    for command in (show, merge, check):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
-    for command in (show, merge):
+    for command in (show, merge, check):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -155,6 +159,23 @@ def _merge(options: argparse.Namespace) -> int:
         for note in report.notes:
             print(f"note: {note}")
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from am_ckpt._verify import verify
+
+    report = verify(options.path, full=options.full, section=options.section)
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        for problem in report.problems:
+            print(f"problem: {problem}")
+        for warning in report.warnings:
+            print(f"warning: {warning}")
+        state = f"{len(report.problems)} problems" if report.problems else "ok"
+        depth = "all data read" if options.full else "headers and sizes read; --full reads all data"
+        print(f"{report.path}: {report.kind}, {state} ({depth})")
+    return report.exit_code
 
 
 def _size(num_bytes: int) -> str:

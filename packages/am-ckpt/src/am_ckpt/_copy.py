@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import sys
@@ -29,7 +30,8 @@ from am_ckpt._sources import Source
 
 # A tile and a piece of a range: small enough to stay in the cache between reading and writing.
 TILE_BYTES = 2 * 2**20
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**19
+_SCRATCH_BYTES = 2**20
 # Parts with shorter runs than this go through tiles: there, a read serves many runs.
 _MIN_RUN_BYTES = 2**18
 _MAX_RANGE_BYTES = 64 * 2**20
@@ -275,14 +277,16 @@ class Buffers:
     """The memory of one thread."""
 
     def __init__(self) -> None:
-        self._tile = numpy.empty(0, numpy.uint8)
-        self.piece = memoryview(bytearray(_PIECE_BYTES))
+        # Mappings, since they start on a page: copies to and from the kernel take half the time then.
+        self._tile = numpy.frombuffer(mmap.mmap(-1, TILE_BYTES), numpy.uint8)
+        self.scratch = memoryview(mmap.mmap(-1, _SCRATCH_BYTES))
+        self.piece = self.scratch[:_PIECE_BYTES]
 
     def block(self, size: Shape, item_bytes: int) -> numpy.ndarray:
         """A contiguous array of this size in the tile; what was in it before is lost."""
         count = element_count(size) * item_bytes
         if count > len(self._tile):
-            self._tile = numpy.empty(max(count, TILE_BYTES), numpy.uint8)
+            self._tile = numpy.empty(count, numpy.uint8)
         return self._tile[:count].view(f"u{item_bytes}").reshape(size)
 
 
@@ -320,16 +324,16 @@ def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffe
     if span == out.nbytes and out.flags.c_contiguous:
         read_exactly(descriptor, out.reshape(-1).view(numpy.uint8).data, begin, path)
         return
-    if span <= len(buffers.piece) and span <= _MAX_WASTE * out.nbytes + _CLONE_ALIGNMENT:
-        read_exactly(descriptor, buffers.piece[:span], begin, path)
-        there = numpy.frombuffer(buffers.piece, numpy.uint8, span).view(out.dtype)
+    if span <= len(buffers.scratch) and span <= _MAX_WASTE * out.nbytes + _CLONE_ALIGNMENT:
+        read_exactly(descriptor, buffers.scratch[:span], begin, path)
+        there = numpy.frombuffer(buffers.scratch, numpy.uint8, span).view(out.dtype)
         out[...] = numpy.lib.stride_tricks.as_strided(there, out.shape, strides)
         return
     # Too long or too thin for one read: cut the slowest dim into as many indices as fit.
     inner, wanted = span - (out.shape[0] - 1) * strides[0], out.nbytes // out.shape[0]
     step = 1
-    if strides[0] > 0 and max(strides[0], inner) <= _MAX_WASTE * wanted and inner <= len(buffers.piece):
-        step = (len(buffers.piece) - inner) // strides[0] + 1
+    if strides[0] > 0 and max(strides[0], inner) <= _MAX_WASTE * wanted and inner <= len(buffers.scratch):
+        step = (len(buffers.scratch) - inner) // strides[0] + 1
     for start in range(0, out.shape[0], step):
         rows = out[start : start + step]
         if len(rows) == 1:

@@ -25,6 +25,8 @@ from am_ckpt._errors import UnsafeError
 
 # Writes are cut here so that a signal or a short write repeats little.
 _MAX_WRITE = 64 * 2**20
+# Of data after a header: each block has a digest of its own, so that damage is found to a few tensors.
+BLOCK_BYTES = 16 * 2**20
 # What file systems without fallocate answer.
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -111,36 +113,51 @@ def _with_path(error: OSError, path: Path) -> OSError:
 def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
     """Write ``header`` and then ``blocks`` to a new file of ``size`` bytes in all, fsync it, and return its record.
 
-    The record: ``bytes``, ``xxh3_128`` of the file, and ``data_xxh3_128`` of what follows the header (the header names
-    the save, so only the latter is equal for equal content).
+    The record: ``bytes``, ``xxh3_128`` of the file, ``data_xxh3_128`` of what follows the header (the header names the
+    save, so only the latter is equal for equal content), and ``blocks_xxh3_64`` of every 16 MiB of that.
     """
     descriptor = create(path, size)
     try:
         whole, data = xxhash.xxh3_128(header), xxhash.xxh3_128()
         write_all(descriptor, header, 0)
         position = len(header)
+        part, digests = xxhash.xxh3_64(), []
         for block in blocks:
-            for start in range(0, len(block), 2**20):
-                # Hashed in pieces that stay in the cache while both digests read them.
-                piece = block[start : start + 2**20]
+            start = 0
+            while start < len(block):
+                # Hashed in pieces that stay in the cache while all digests read them, cut where a part ends.
+                left = BLOCK_BYTES - (position - len(header) + start) % BLOCK_BYTES
+                piece = block[start : start + min(2**20, left)]
                 whole.update(piece)
                 data.update(piece)
+                part.update(piece)
+                start += len(piece)
+                if len(piece) == left:
+                    digests.append(part.hexdigest())
+                    part.reset()
             write_all(descriptor, block, position)
             position += len(block)
         if position != size:
             raise AssertionError(f"{path}: wrote {position} bytes, planned {size}")
+        if (size - len(header)) % BLOCK_BYTES:
+            digests.append(part.hexdigest())
         os.fsync(descriptor)
     except OSError as error:
         raise _with_path(error, path) from error
     finally:
         os.close(descriptor)
-    return {"bytes": size, "xxh3_128": whole.hexdigest(), "data_xxh3_128": data.hexdigest()}
+    return {
+        "bytes": size,
+        "xxh3_128": whole.hexdigest(),
+        "data_xxh3_128": data.hexdigest(),
+        "blocks_xxh3_64": digests,
+    }
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     """Write a small new file durably; returns its record (``bytes``, ``xxh3_128``)."""
     record = write_file(path, content, len(content), ())
-    del record["data_xxh3_128"]
+    del record["data_xxh3_128"], record["blocks_xxh3_64"]
     return record
 
 
