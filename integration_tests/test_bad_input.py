@@ -565,6 +565,21 @@ def test_sigterm_is_neither_success_nor_failure(run: Runner, losses: str) -> Non
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.parametrize(
+    ("loss_fn", "given"),
+    [
+        ({"_target_": "am_loss.linear_cross_entropy", "z_loss": 0.5}, "am_loss.linear_cross_entropy, z_loss=0.5"),
+        ({"_target_": "am_loss.linear_distillation"}, "am_loss.linear_distillation"),
+    ],
+)
+def test_a_loss_function_that_a_family_cannot_use(run: Runner, loss_fn: dict[str, Any], given: str) -> None:
+    model = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 2048}
+    run.refuses(
+        {"loss_fn": loss_fn, "model.config": model},
+        rf"loss_fn \({given}\) would not be called: family gpt2 has its loss computed from logits: .*; leave it out",
+    )
+
+
 def test_tracebacks_are_for_bugs(run: Runner, losses: str) -> None:
     status, text = run({"dataset": {"path": "nowhere.jsonl"}}, "--debug")
     assert status == 1

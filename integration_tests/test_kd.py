@@ -481,6 +481,10 @@ def teacher(folder: Path) -> dict[str, Any]:
         ({"kd_ratio": -0.1}, r"config.yaml:\d+: kd_ratio: must be in \[0, 1\], got -0.1"),
         ({"teacher_model": None}, "the key 'teacher_model' is required"),
         ({"teacher_model.name_or_path": "somewhere"}, "teacher_model: give exactly one of name_or_path, config"),
+        (
+            {"loss_fn.z_loss": 0.1},
+            r"config.yaml:\d+: loss_fn: trains at kd_ratio 0 alone; give options to kd_loss_fn instead",
+        ),
         ({"kd_loss_fn.divergance": "forward_kl"}, "kd_loss_fn.divergance: .*did you mean 'divergence'"),
         ({"kd_loss_fn._target_": "am_loss.linear_destillation"}, "did you mean 'linear_distillation'"),
     ],

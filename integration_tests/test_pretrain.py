@@ -389,6 +389,36 @@ def test_budgets(run: Runner, budget: dict[str, int], steps: int) -> None:
     assert sum(row["tokens"] for row in rows) == steps * 4 * WINDOW
 
 
+@pytest.mark.parametrize(("max_tokens", "steps"), [(40 * WINDOW, 14), (40 * WINDOW + 1, 15), (43 * WINDOW + 1, 16)])
+def test_tokens_where_the_last_step_of_an_epoch_is_short(run: Runner, max_tokens: int, steps: int) -> None:
+    scheduler = {"global_batch_size": 3, "local_batch_size": 3, "num_epochs": 2, "max_tokens": max_tokens}
+    assert run(CONSTANT, {"step_scheduler": scheduler}) == (0, "")
+    tokens = [row["tokens"] for row in runs.metrics(run.run_dir) if "loss" in row]
+    assert len(tokens) == steps
+    assert sum(tokens[:-1]) < max_tokens <= sum(tokens)
+
+
+def test_validation_is_cross_entropy_whatever_trains(run: Runner) -> None:
+    """A z-loss changes what training minimises, and its numbers; the first validation loss is that of the weights."""
+    first = {}
+    for z_loss in (0.0, 0.1):
+        run.run_dir = run.folder / f"run-{z_loss}"
+        loss = {"_target_": "am_loss.linear_cross_entropy", "z_loss": z_loss}
+        assert run(CONSTANT, {"loss_fn": loss, "step_scheduler": {"max_steps": 1}}) == (0, "")
+        validation, trained, *_ = runs.metrics(run.run_dir)
+        first[z_loss] = validation["val_loss"], trained["loss"]
+    assert first[0.0][0] == first[0.1][0]
+    assert first[0.1][1] > first[0.0][1] + 1
+
+
+def test_experts_without_a_declared_router(run: Runner) -> None:
+    """A family that am-models does not declare trains as it is; only losses of its router cannot be had."""
+    family = {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    assert run(CONSTANT, {"model": {"config": family}, "step_scheduler": {"max_steps": 2}}) == (0, "")
+    rows = runs.metrics(run.run_dir)
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
 # Bad input.
 
 
@@ -432,8 +462,17 @@ def test_ids_beyond_the_vocabulary(run: Runner, copied: Path) -> None:
         {"dataset": {"path": str(copied)}},
     )
     run.refuses(
-        r"the data has token id \d+ \(.*\), but the model embeds ids 0..299 \(vocab_size=300\); use the model's own",
+        r"train_000000.bin has token id \d+ at token \d+, beyond vocab_size=300; tokenise the corpus with the tokenizer",
         {"model": {"config": {"vocab_size": 300}}},
+    )
+
+
+def test_windows_longer_than_a_table_of_positions(run: Runner) -> None:
+    family = {"model_type": "gpt2", "n_positions": 63, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 4096}
+    run.refuses(
+        "the data has rows of 64 tokens, but the gpt2 model has a table of n_positions=63 positions; lower the",
+        {"model": {"config": None}},
+        {"model": {"config": family}},
     )
 
 
@@ -456,7 +495,8 @@ def test_runs_longer_than_the_data(run: Runner, budget: dict[str, int]) -> None:
 
 def test_router_losses_without_a_router(run: Runner) -> None:
     run.refuses(
-        "moe.balance_loss=0.1 and moe.z_loss=0.0 are for models with experts, and llama has none; leave the section",
+        "moe.balance_loss=0.1 and moe.z_loss=0.0 are for models with experts, and am-models declares no router of "
+        "llama; leave the section out",
         {"moe": {"balance_loss": 0.1}},
     )
 

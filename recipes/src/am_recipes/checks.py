@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import am_models
-from am_recipes.config import DEFAULT_LOSS
+from am_recipes.config import DEFAULT_LOSS, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,12 +38,26 @@ def require_run_dir(run_dir: Path) -> None:
             )
 
 
-def require_loss_function(kernels: am_models.OptimizeReport, path: str) -> None:
-    """Refuse a loss function of the user's for a family whose loss am-models computes from materialised logits."""
-    if kernels.loss.startswith("logits") and path != DEFAULT_LOSS:
+def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key: str = "loss_fn") -> None:
+    """Refuse a loss function or options of it for a family whose loss am-models computes from materialised logits."""
+    if kernels.loss.startswith("logits") and (target.path != DEFAULT_LOSS or target.arguments):
+        given = ", ".join([target.path, *(f"{name}={value!r}" for name, value in target.arguments.items())])
         raise ValueError(
-            f"loss_fn={path} would not be called: family {kernels.family} has its loss computed from {kernels.loss}; "
-            "leave loss_fn out to train with cross-entropy"
+            f"{key} ({given}) would not be called: family {kernels.family} has its loss computed from {kernels.loss}; "
+            "leave it out to train with cross-entropy, or choose a model whose head am-models declares"
+        )
+
+
+def require_positions(model: Any, datasets: Iterable[Any]) -> None:
+    """Refuse rows longer than a model's table of positions: ValueError. Rotary positions have no such end."""
+    config = model.config.get_text_config()
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    settings = config.to_dict()
+    longest = max(int(data.lengths.max()) for data in datasets)
+    if "rope_parameters" not in settings and longest > settings.get(name, longest):
+        raise ValueError(
+            f"the data has rows of {longest} tokens, but the {model.config.model_type} model has a table of "
+            f"{name}={settings[name]} positions; lower the dataset's max_length or sequence_length"
         )
 
 
@@ -93,6 +107,11 @@ def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeniz
             f"the tokenizer of {key} is another one: {len(wrong)} of {len(vocabulary)} ids differ, the first is "
             f"{wrong[0]}, {token!r} here and {names.get(wrong[0])!r} there; its distributions would be over other "
             "tokens. Choose models of one tokenizer"
+        )
+    if not (ours.is_fast and theirs.is_fast):
+        raise ValueError(
+            f"how the tokenizers of this run and of {key} split text can be compared only where both are fast ones "
+            "(tokenizer.json); convert them, or choose other models"
         )
     for rule in ("normalizer", "pre_tokenizer", "model"):
         if _tokenizer_rule(ours, rule) != _tokenizer_rule(theirs, rule):

@@ -203,6 +203,7 @@ class PretrainConfig(RunConfig):
     """Everything `am_recipes.pretrain` needs."""
 
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "moe")
+    DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer", "vocab_size")
 
     recipe: Literal["pretrain"]
     dataset: Tokens
@@ -219,7 +220,10 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class VlmConfig(RunConfig):
-    """Everything `am_recipes.vlm` needs. ``freeze`` None freezes the vision tower and trains the rest."""
+    """Everything `am_recipes.vlm` needs.
+
+    ``freeze`` None freezes the vision tower and trains the rest; with ``peft`` it changes nothing.
+    """
 
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor", "freeze", "peft")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("processor",)

@@ -33,7 +33,7 @@ import am_mesh
 import am_models
 import am_peft
 from am_recipes import assets, checks, optim, runtime
-from am_recipes.config import KdConfig
+from am_recipes.config import DEFAULT_LOSS, KdConfig, Target
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 def main(config: KdConfig) -> int:
     """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
+    if config.kd_ratio > 0 and config.loss_fn != Target(DEFAULT_LOSS):
+        raise config.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
     checks.require_run_dir(config.run_dir)
     if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
@@ -69,10 +71,13 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
     with torch.device("meta"):
         model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
+    checks.require_positions(model, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     kernels = am_models.optimize(model, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn)
+    if config.kd_ratio > 0:
+        checks.require_loss_function(kernels, config.kd_loss_fn, "kd_loss_fn")
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
@@ -132,7 +137,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
             log.note(fact)
         log.samples(dataset.report.samples)
         if resumed is None and validation:
-            log.validation(0, runtime.evaluate(model, loss_fn, validation, data_ranks, device))
+            log.validation(0, runtime.evaluate(model, validation, data_ranks, device))
 
         for micro_batches in itertools.islice(loader, total_steps - progress.step):
             began = time.monotonic()
@@ -176,7 +181,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
             stopping = stop.requested(data_ranks)
             held_out_losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                held_out_losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
+                held_out_losses = runtime.evaluate(model, validation, data_ranks, device)
                 log.validation(progress.step, held_out_losses)
                 checks.require_finite(progress.step, **held_out_losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
@@ -222,13 +227,15 @@ def load_teacher(
         teacher: Any = am_models.AutoModelForCausalLM.from_config(config.teacher_model.hf_config(folder), kernels="off")
     checks.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
     kernels = am_models.optimize(teacher, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.kd_loss_fn.path)
+    checks.require_loss_function(kernels, config.kd_loss_fn, "kd_loss_fn")
     mapping = am_models.weight_map(teacher)
     teacher.requires_grad_(False).eval()
     teacher = am_mesh.parallelize(teacher, dims, forward_methods=("forward_with_loss",), **layout.options())
     checks.require_memory(teacher, device, "teacher_model")
     fresh = () if folder else ("*",)
     am_ckpt.load_hf(teacher, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
+    if config.packed_sequence.packed_sequence_size:
+        am_models.leak_test(teacher)
     return teacher
 
 

@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import am_ckpt
 import am_data
-import am_loss
 import am_mesh
 import am_models
 import am_peft
@@ -51,21 +50,23 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     # Data: windows of the token stream; every rank takes its share of each global batch.
     folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
     tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
-    dataset = config.dataset.build(tokenizer=tokenizer)
-    held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
+    hf_config = config.model.hf_config(folder)
+    given = {"tokenizer": tokenizer, "vocab_size": hf_config.vocab_size}
+    dataset = config.dataset.build(**given)
+    held_out = {name: target.build(**given) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, data_ranks, training=True)
     validation = {name: make_loader(config, rows, data_ranks, training=False) for name, rows in held_out.items()}
     total_steps = count_steps(config, loader, dataset)
 
     # Model: meta device -> faster parts -> parallel layout -> weights.
     with torch.device("meta"):
-        model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
-    checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
+        model: Any = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off")
+    checks.require_positions(model, (dataset, *held_out.values()))
     kernels = am_models.optimize(model, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn)
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
-    router = routing.routing(model, config.moe.balance_loss, config.moe.z_loss)
+    router = routing.routing(model, kernels, config.moe.balance_loss, config.moe.z_loss)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
     fresh = () if folder else ("*",)
     am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
@@ -99,7 +100,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
         for fact in (dataset.report, kernels, am_peft.trainable_report(model), optim.describe(optimizer)):
             log.note(fact)
         if resumed is None and validation:
-            log.validation(0, runtime.evaluate(model, am_loss.linear_cross_entropy, validation, data_ranks, device))
+            log.validation(0, runtime.evaluate(model, validation, data_ranks, device))
 
         for micro_batches in itertools.islice(loader, total_steps - progress.step):
             began = time.monotonic()
@@ -140,7 +141,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
             stopping = stop.requested(data_ranks)
             losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                losses = runtime.evaluate(model, am_loss.linear_cross_entropy, validation, data_ranks, device)
+                losses = runtime.evaluate(model, validation, data_ranks, device)
                 log.validation(progress.step, losses)
                 checks.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
@@ -181,11 +182,13 @@ def make_loader(config: PretrainConfig, dataset: Any, data_ranks: DeviceMesh, *,
 def count_steps(config: PretrainConfig, loader: am_data.DataLoader, dataset: Any) -> int:
     """Optimizer steps of the run. Raises ValueError where that is longer than the data, read ``num_epochs`` times."""
     scheduler = config.step_scheduler
-    tokens_per_step = scheduler.global_batch_size * int(dataset.lengths.max())
     available = len(loader) * scheduler.num_epochs
     asked = [] if scheduler.max_steps is None else [scheduler.max_steps]
     if scheduler.max_tokens is not None:
-        asked.append(-(-scheduler.max_tokens // tokens_per_step))
+        # The last step of an epoch is a short one where the windows do not divide.
+        epochs, rest = divmod(scheduler.max_tokens, int(dataset.lengths.sum()))
+        tokens_per_step = scheduler.global_batch_size * int(dataset.lengths.max())
+        asked.append(epochs * len(loader) + -(-rest // tokens_per_step))
     steps = min(asked, default=available)
     if steps > available:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import am_mesh
+import am_models
 import am_moe
 
 
@@ -39,14 +40,13 @@ class Routing:
         return am_moe.load_metrics(counts)
 
 
-def routing(model: Any, balance_loss: float, z_loss: float) -> Routing | None:
-    """The routing of ``model``, None where it has no experts; ValueError where losses are asked of such a one."""
-    experts_per_token = model.config.to_dict().get("num_experts_per_tok")
-    if experts_per_token is not None:
-        return Routing(experts_per_token, balance_loss, z_loss)
+def routing(model: Any, kernels: am_models.OptimizeReport, balance_loss: float, z_loss: float) -> Routing | None:
+    """The routing of ``model``, None where no router is declared; ValueError where losses are asked of such a one."""
+    if kernels.router:
+        return Routing(model.config.num_experts_per_tok, balance_loss, z_loss)
     if balance_loss or z_loss:
         raise ValueError(
-            f"moe.balance_loss={balance_loss} and moe.z_loss={z_loss} are for models with experts, and "
-            f"{model.config.model_type} has none; leave the section out"
+            f"moe.balance_loss={balance_loss} and moe.z_loss={z_loss} are for models with experts, and am-models "
+            f"declares no router of {kernels.family}; leave the section out"
         )
     return None

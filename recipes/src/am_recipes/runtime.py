@@ -9,7 +9,7 @@ import hashlib
 import json
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer
 
 import am_ckpt
+import am_loss
 import am_mesh
 import am_models
 from am_recipes import assets
@@ -152,7 +153,7 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
     if step is not None and step > total_steps:
         raise ValueError(
             f"{checkpoints.directory} is at step {step}, and the run would end at step {total_steps}; "
-            "raise step_scheduler.max_steps or num_epochs, or choose another run_dir"
+            "lengthen the run in step_scheduler, or choose another run_dir"
         )
     return step
 
@@ -214,19 +215,21 @@ def count(micro_batches: Iterable[Mapping[str, torch.Tensor]], key: str, *, but:
 @torch.no_grad()
 def evaluate(
     model: Any,
-    loss_fn: Callable[..., torch.Tensor],
     loaders: Mapping[str, Iterable[Sequence[Mapping[str, torch.Tensor]]]],
     data_ranks: DeviceMesh,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss per target token of each validation set. Every rank calls it; all get the same numbers."""
+    """Mean cross-entropy per target token of each validation set, whatever the loss that trains: it compares runs.
+
+    Every rank calls it; all get the same numbers.
+    """
     model.eval()
     losses = {}
     for name, loader in loaders.items():
         total, targets = torch.zeros((), device=device), 0
         for micro_batches in loader:
             for batch in micro_batches:
-                total += am_models.forward_with_loss(model, loss_fn, **to_device(batch, device))
+                total += am_models.forward_with_loss(model, am_loss.linear_cross_entropy, **to_device(batch, device))
             targets += count(micro_batches, "shift_labels", but=-100)
         losses[name] = am_mesh.sum_over(data_ranks, total).item() / am_mesh.sum_over(data_ranks, targets)
     return losses

@@ -60,10 +60,11 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     with torch.device("meta"):
         model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
+    checks.require_positions(model, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     kernels = am_models.optimize(model, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn)
     mapping = am_models.weight_map(model)
     model_files = runtime.model_files(model, tokenizer, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
@@ -110,7 +111,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             log.note(fact)
         log.samples(dataset.report.samples)
         if resumed is None and validation:
-            log.validation(0, runtime.evaluate(model, loss_fn, validation, data_ranks, device))
+            log.validation(0, runtime.evaluate(model, validation, data_ranks, device))
 
         for micro_batches in itertools.islice(loader, total_steps - progress.step):
             began = time.monotonic()
@@ -148,7 +149,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             stopping = stop.requested(data_ranks)
             losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
+                losses = runtime.evaluate(model, validation, data_ranks, device)
                 log.validation(progress.step, losses)
                 checks.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ import am_models
 import am_peft
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PretrainedConfig, ProcessorMixin
 
 
@@ -87,10 +89,11 @@ def position_ids(config: PretrainedConfig) -> Callable[[Mapping[str, torch.Tenso
 
 
 def freeze(model: Any, rules: Sequence[Mapping[str, Any]] | None, *, has_adapter: bool) -> None:
-    """Apply the rules, in order; None freezes the vision tower and trains the projector.
+    """Apply the rules, in order; None freezes the vision tower and trains the rest.
 
-    With an adapter, only what PEFT's files hold may train: its factors and ``modules_to_save``. Raises ValueError where
-    something else would, since no checkpoint or export would have it.
+    With an adapter, None changes nothing: what trains is what PEFT's files hold, its factors (in the tower too, where
+    its targets match there) and ``modules_to_save``. Raises ValueError where something else would train, since no
+    checkpoint or export would have it.
     """
     if rules is None:
         parts = am_models.vision_parts(model)
@@ -106,69 +109,105 @@ def freeze(model: Any, rules: Sequence[Mapping[str, Any]] | None, *, has_adapter
             )
 
 
+def require_trained_tower(model: Any) -> None:
+    """Refuse to leave a vision tower of random weights as it is: ValueError."""
+    tower = am_models.vision_parts(model).tower
+    if not any(parameter.requires_grad for parameter in model.get_submodule(tower).parameters()):
+        raise ValueError(
+            f"model.compose gives {tower} random weights, and nothing of it would train; without an adapter say which "
+            "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
+        )
+
+
 @dataclass(frozen=True)
 class Answers:
     """What a model said about pictures.
 
-    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where another
-    row's pictures of the same shape took their place: what the pictures do not explain.
+    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where pictures
+    of the same shape with another answer took their place: what the pictures do not explain.
     """
 
     rows: list[tuple[list[bytes], str, str, str]]
     shuffled: list[tuple[str, str]]
 
     def __str__(self) -> str:
-        expected = {wanted for *_, wanted in self.rows}
+        num_expected = len({wanted for *_, wanted in self.rows})
         right = _share([(answer, wanted) for *_, answer, wanted in self.rows])
         return (
-            f"exactly the expected answer: {right} of the held-out pictures, {_share(self.shuffled)} where the "
-            f"pictures were shuffled; there are {len(expected)} expected answers, so chance is {1 / len(expected):.1%}"
+            f"exactly the expected answer: {right} of the held-out pictures, {_share(self.shuffled)} with pictures of "
+            f"another answer; there are {num_expected} expected answers, so chance is {1 / max(num_expected, 1):.1%}"
         )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A row of a dataset up to its first answer, with that answer."""
+
+    index: int
+    example: Mapping[str, Any]
+    prompt: NDArray[np.int64]
+    expected: NDArray[np.int64]
+
+    def shapes(self, names: Sequence[str]) -> list[Any]:
+        return [self.example[name].shape for name in names]
 
 
 @torch.no_grad()
 def answer_rows(
     model: Any, processor: ProcessorMixin, dataset: am_data.VisionChatDataset, num_rows: int, max_new_tokens: int
 ) -> Answers:
-    """Answers to the first turn of the first ``num_rows`` rows, decoded greedily. Every rank calls it."""
+    """First answers in the first ``num_rows`` rows, decoded greedily; rows without pictures before it are left out.
+
+    Every rank calls it.
+    """
     model.eval()
     tokenizer: Any = processor.tokenizer
     adapter = dataset.processor_adapter
-    examples = [dataset[index] for index in range(min(num_rows, len(dataset)))]
 
-    def decode(ids: Any) -> str:
-        return str(
-            tokenizer.decode([token for token in ids if token != adapter.image_token_id], skip_special_tokens=True)
-        )
+    def decode(ids: Iterable[int]) -> str:
+        text = tokenizer.decode([token for token in ids if token != adapter.image_token_id], skip_special_tokens=True)
+        return str(text).strip()
 
+    def ask(question: _Question, pictures: Mapping[str, Any]) -> str:
+        input_ids = torch.from_numpy(question.prompt)[None].to(model.device)
+        tensors = {name: value.to(model.device) for name, value in adapter.join([pictures]).items()}
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **tensors}
+        if am_models.num_position_axes(model.config) > 1:
+            # Where generate finds the pictures, whose positions have rows and columns.
+            inputs["mm_token_type_ids"] = (input_ids == adapter.image_token_id).int()
+        if isinstance(model, FSDPModule):
+            # generate runs the vision tower on its own, outside the forward that gathers its first weights.
+            model.unshard()
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return decode(output[0, len(question.prompt) :].tolist())
+
+    found = [_question(dataset, index) for index in range(min(num_rows, len(dataset)))]
+    questions = [question for question in found if question is not None]
     rows: list[tuple[list[bytes], str, str, str]] = []
     shuffled: list[tuple[str, str]] = []
-    for index, example in enumerate(examples):
-        ids, supervised = example["input_ids"], example["labels"] != -100
-        begin = int(supervised.argmax())
-        end = begin + int((~supervised[begin:]).argmax() or len(ids) - begin)
-        expected = decode(ids[begin:end])
-
-        def ask(pictures: Mapping[str, Any], prompt: Any = ids[:begin]) -> str:
-            input_ids = torch.from_numpy(prompt)[None].to(model.device)
-            tensors = {name: value.to(model.device) for name, value in adapter.join([pictures]).items()}
-            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **tensors}
-            if am_models.num_position_axes(model.config) > 1:
-                # Where generate finds the pictures, whose positions have rows and columns.
-                inputs["mm_token_type_ids"] = (input_ids == adapter.image_token_id).int()
-            if isinstance(model, FSDPModule):
-                # generate runs the vision tower on its own, outside the forward that gathers its first weights.
-                model.unshard()
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            return decode(output[0, len(prompt) :].tolist())
-
-        images = [_png(picture) for picture in dataset.pictures(index)]
-        rows.append((images, decode(ids[:begin]).strip(), ask(example), expected))
-        # Far away: neighbours in a table are often alike.
-        other = examples[(index + len(examples) // 2) % len(examples)]
-        if _shapes(other, adapter) == _shapes(example, adapter):
-            shuffled.append((ask(other), expected))
+    for place, question in enumerate(questions):
+        expected = decode(question.expected)
+        images = [_png(picture) for picture in dataset.pictures(question.index)]
+        rows.append((images, decode(question.prompt), ask(question, question.example), expected))
+        # From far away: neighbours in a table are often alike.
+        half = (place + len(questions) // 2) % len(questions)
+        for other in (*questions[half:], *questions[:half]):
+            names = adapter.tensor_names
+            if decode(other.expected) != expected and other.shapes(names) == question.shapes(names):
+                shuffled.append((ask(question, other.example), expected))
+                break
     return Answers(rows, shuffled)
+
+
+def _question(dataset: am_data.VisionChatDataset, index: int) -> _Question | None:
+    example = dataset[index]
+    ids, supervised = example["input_ids"], example["labels"] != -100
+    begin = int(supervised.argmax())
+    end = begin + int((~supervised[begin:]).argmax() or len(ids) - begin)
+    is_picture = ids == dataset.processor_adapter.image_token_id
+    if not is_picture.any() or is_picture[begin:].any():
+        return None
+    return _Question(index, example, ids[:begin], ids[begin:end])
 
 
 def _share(pairs: Sequence[tuple[str, str]]) -> str:
@@ -176,11 +215,8 @@ def _share(pairs: Sequence[tuple[str, str]]) -> str:
     return f"{right} of {len(pairs)} ({right / max(len(pairs), 1):.1%})"
 
 
-def _shapes(example: Mapping[str, Any], adapter: am_data.VisionProcessor) -> list[Any]:
-    return [example[name].shape if name in example else None for name in adapter.tensor_names]
-
-
 def _png(picture: Any) -> bytes:
     stream = io.BytesIO()
+    picture.thumbnail((192, 192))
     picture.save(stream, format="PNG")
     return stream.getvalue()

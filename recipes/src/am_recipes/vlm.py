@@ -70,11 +70,14 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
 
     # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
+    checks.require_positions(model, (dataset, *held_out.values()))
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     vision.freeze(model, config.freeze_rules(), has_adapter=config.peft is not None)
+    if config.model.compose is not None:
+        vision.require_trained_tower(model)
     kernels = am_models.optimize(model, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.loss_fn.path)
+    checks.require_loss_function(kernels, config.loss_fn)
     mapping = am_models.weight_map(model, folder)
     model_files = runtime.model_files(model, processor, folder)
     model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
@@ -120,7 +123,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
             log.note(fact)
         log.samples(dataset.report.samples)
         if resumed is None and validation:
-            log.validation(0, runtime.evaluate(model, loss_fn, validation, data_ranks, device))
+            log.validation(0, runtime.evaluate(model, validation, data_ranks, device))
 
         for micro_batches in itertools.islice(loader, total_steps - progress.step):
             began = time.monotonic()
@@ -158,7 +161,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
             stopping = stop.requested(data_ranks)
             losses: dict[str, float] | None = None
             if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                losses = runtime.evaluate(model, loss_fn, validation, data_ranks, device)
+                losses = runtime.evaluate(model, validation, data_ranks, device)
                 log.validation(progress.step, losses)
                 checks.require_finite(progress.step, **losses)
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)

@@ -22,11 +22,13 @@ class OptimizeReport:
 
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
     loss: what :func:`forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
+    router: whether :func:`forward_with_loss` takes a `router_loss`.
     """
 
     family: str
     parts: Mapping[str, str]
     loss: str
+    router: bool
 
     def __str__(self) -> str:
         rows = [*self.parts.items(), ("loss", self.loss)]
@@ -69,6 +71,7 @@ def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> 
         family=model.config.model_type,
         parts={part: swap.text for part, swap in swaps.items()},
         loss=install_forward_with_loss(model, family),
+        router=family is not None and family.router is not None,
     )
 
 
