@@ -462,7 +462,7 @@ def test_ids_beyond_the_vocabulary(run: Runner, copied: Path) -> None:
         {"dataset": {"path": str(copied)}},
     )
     run.refuses(
-        r"train_000000.bin has token id \d+ at token \d+, beyond vocab_size=300; tokenise the corpus with the tokenizer",
+        r"train_000000.bin has token id \d+ at token \d+, beyond vocab_size=300; tokenise the corpus with the",
         {"model": {"config": {"vocab_size": 300}}},
     )
 

@@ -12,9 +12,9 @@ A variant runs in a process of its own; rounds interleave them. Measured: tokens
 all threads) between the step after the warm-up, in which torch.compile has compiled, and the last; peak resident
 memory. Every variant starts from the weights that the recipe starts from; all must end at the same loss.
 
-Then the validation curve of both over 60 steps in fp32, which must be equal to 1e-3 at every evaluation, at a rate where
-that can be asked: the ``control`` is the plain loop from weights that were rounded once more. (With the rate and the
-warm-up of the speed runs the plain loop is 0.05 apart from itself after 60 steps, by rounding alone.)
+Then the validation curve of both over 60 steps in fp32, which must be equal to 1e-3 at every evaluation, at a rate
+where that can be asked: the ``control`` is the plain loop from weights that were rounded once more. (With the rate and
+the warm-up of the speed runs the plain loop is 0.05 apart from itself after 60 steps, by rounding alone.)
 """
 
 from __future__ import annotations
