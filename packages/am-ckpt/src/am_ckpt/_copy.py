@@ -30,14 +30,15 @@ from am_ckpt._sources import Source
 
 # A tile and a piece of a range: small enough to stay in the cache between reading and writing.
 TILE_BYTES = 2 * 2**20
-_PIECE_BYTES = 2**19
-_SCRATCH_BYTES = 2**20
+SCRATCH_BYTES = 2**20
+_PAGE = 4096
+# Processors copy a string of bytes several times slower to a place in a page that is this little after its source's.
+_SLOW_DISTANCE = 64
 # Parts with shorter runs than this go through tiles: there, a read serves many runs.
 _MIN_RUN_BYTES = 2**18
 _MAX_RANGE_BYTES = 64 * 2**20
 # Reading this many times the wanted bytes in one call is cheaper than several calls.
 _MAX_WASTE = 2
-_CLONE_ALIGNMENT = 4096
 _FICLONERANGE = 0x4020940D
 
 
@@ -238,29 +239,30 @@ class Copier:
             self._copy_range(job, buffers)
             return
         output, box = job.output, job.box
-        item = ITEM_BYTES[output.source_dtype]
-        block = buffers.block(box.size, item)
+        strides = row_major(output.shape, ITEM_BYTES[output.dtype])
+        target = output.begin + sum(a * b for a, b in zip(box.offset, strides, strict=True))
+        cast = output.dtype != output.source_dtype
+        block = buffers.block(box.size, ITEM_BYTES[output.source_dtype], 0 if cast else target)
         fill(block, box, output.parts, self._open, buffers)
         data = block.reshape(-1).view(numpy.uint8).data
-        if output.dtype != output.source_dtype:
+        if cast:
             data = _cast(data, output.source_dtype, output.dtype)
-        strides = row_major(output.shape, ITEM_BYTES[output.dtype])
-        begin = output.begin + sum(a * b for a, b in zip(box.offset, strides, strict=True))
-        write_all(self._targets[output.file], data, begin)
+        write_all(self._targets[output.file], data, target)
 
     def _copy_range(self, job: Range, buffers: Buffers) -> None:
         source, target = self._open(job.path), self._targets[job.file]
         done = self._clone(source, target, job)
         while done < job.count:
-            view = buffers.piece[: min(len(buffers.piece), job.count - done)]
+            count = min(SCRATCH_BYTES, job.count - done)
+            view = buffers.between(job.begin + done, job.target + done, count)
             read_exactly(source, view, job.begin + done, job.path)
             write_all(target, view, job.target + done)
             done += len(view)
 
     def _clone(self, source: int, target: int, job: Range) -> int:
         """Share the aligned blocks of a range where the file system can (XFS, btrfs); returns how many bytes it did."""
-        count = job.count - job.count % _CLONE_ALIGNMENT
-        if not self._clones or not count or job.begin % _CLONE_ALIGNMENT or job.target % _CLONE_ALIGNMENT:
+        count = job.count - job.count % _PAGE
+        if not self._clones or not count or job.begin % _PAGE or job.target % _PAGE:
             return 0
         try:
             fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, job.begin, count, job.target))
@@ -274,20 +276,37 @@ class Copier:
 
 
 class Buffers:
-    """The memory of one thread."""
+    """The memory of one thread.
+
+    Where in a page bytes lie decides how fast the kernel copies them from one file and to another; mappings start on a
+    page, so it can be chosen.
+    """
 
     def __init__(self) -> None:
-        # Mappings, since they start on a page: copies to and from the kernel take half the time then.
-        self._tile = numpy.frombuffer(mmap.mmap(-1, TILE_BYTES), numpy.uint8)
-        self.scratch = memoryview(mmap.mmap(-1, _SCRATCH_BYTES))
-        self.piece = self.scratch[:_PIECE_BYTES]
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._tile = numpy.frombuffer(mmap.mmap(-1, TILE_BYTES + _PAGE, flags), numpy.uint8)
+        self._scratch = memoryview(mmap.mmap(-1, SCRATCH_BYTES + 2 * _PAGE, flags))
 
-    def block(self, size: Shape, item_bytes: int) -> numpy.ndarray:
-        """A contiguous array of this size in the tile; what was in it before is lost."""
-        count = element_count(size) * item_bytes
-        if count > len(self._tile):
-            self._tile = numpy.empty(count, numpy.uint8)
-        return self._tile[:count].view(f"u{item_bytes}").reshape(size)
+    def block(self, size: Shape, item_bytes: int, target: int = 0) -> numpy.ndarray:
+        """A contiguous array of this size (at most ``TILE_BYTES``), to be written at byte ``target`` of a file.
+
+        ``target`` is a multiple of ``item_bytes``. What was in the array before is lost.
+        """
+        start = target % _PAGE
+        return self._tile[start : start + element_count(size) * item_bytes].view(f"u{item_bytes}").reshape(size)
+
+    def between(self, begin: int, target: int, count: int) -> memoryview:
+        """``count`` bytes (at most ``SCRATCH_BYTES``) on their way from byte ``begin`` of a file to ``target``."""
+        start = target % _PAGE
+        if 0 < (start - begin) % _PAGE < _SLOW_DISTANCE:
+            start += _PAGE // 2
+        return self._scratch[start : start + count]
+
+    def read(self, begin: int, count: int) -> memoryview:
+        """``count`` bytes (at most ``SCRATCH_BYTES``) to hold what is at byte ``begin`` of a file."""
+        # Not after its source's place, and aligned for every item.
+        start = begin % _PAGE // _SLOW_DISTANCE * _SLOW_DISTANCE
+        return self._scratch[start : start + count]
 
 
 def fill(
@@ -324,16 +343,17 @@ def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffe
     if span == out.nbytes and out.flags.c_contiguous:
         read_exactly(descriptor, out.reshape(-1).view(numpy.uint8).data, begin, path)
         return
-    if span <= len(buffers.scratch) and span <= _MAX_WASTE * out.nbytes + _CLONE_ALIGNMENT:
-        read_exactly(descriptor, buffers.scratch[:span], begin, path)
-        there = numpy.frombuffer(buffers.scratch, numpy.uint8, span).view(out.dtype)
+    if span <= SCRATCH_BYTES and span <= _MAX_WASTE * out.nbytes + _PAGE:
+        view = buffers.read(begin, span)
+        read_exactly(descriptor, view, begin, path)
+        there = numpy.frombuffer(view, numpy.uint8).view(out.dtype)
         out[...] = numpy.lib.stride_tricks.as_strided(there, out.shape, strides)
         return
     # Too long or too thin for one read: cut the slowest dim into as many indices as fit.
     inner, wanted = span - (out.shape[0] - 1) * strides[0], out.nbytes // out.shape[0]
     step = 1
-    if strides[0] > 0 and max(strides[0], inner) <= _MAX_WASTE * wanted and inner <= len(buffers.scratch):
-        step = (len(buffers.scratch) - inner) // strides[0] + 1
+    if strides[0] > 0 and max(strides[0], inner) <= _MAX_WASTE * wanted and inner <= SCRATCH_BYTES:
+        step = (SCRATCH_BYTES - inner) // strides[0] + 1
     for start in range(0, out.shape[0], step):
         rows = out[start : start + step]
         if len(rows) == 1:

@@ -13,6 +13,7 @@ import xxhash
 
 from am_ckpt._boxes import describe
 from am_ckpt._config import config_problems, read_config
+from am_ckpt._copy import SCRATCH_BYTES, Buffers
 from am_ckpt._errors import IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, read_header
 from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size
@@ -138,11 +139,11 @@ def _changed(path: Path, record: Mapping[str, Any]) -> bool:
 
 def _hash(path: Path, begin: int, end: int, kind: Callable[[], Any] = xxhash.xxh3_128) -> Any:
     hasher = kind()
-    buffer = memoryview(bytearray(2**20))
+    buffers = Buffers()
     descriptor = open_for_reading(path)
     try:
-        for start in range(begin, end, len(buffer)):
-            piece = buffer[: min(len(buffer), end - start)]
+        for start in range(begin, end, SCRATCH_BYTES):
+            piece = buffers.read(start, min(SCRATCH_BYTES, end - start))
             read_exactly(descriptor, piece, start, path)
             hasher.update(piece)
     finally:
