@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ _PACKAGES = (
 )
 _WITH_VALUE = {"-c": "config", "--config": "config", "--nproc-per-node": "nproc", "--nproc_per_node": "nproc"}
 _FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--debug": "debug"}
+# What a first rank may need to import and look at before it can report: seconds.
+_SECONDS_TO_REPORT = 15
 
 
 class UsageError(ValueError):
@@ -223,8 +226,8 @@ def _train(config: RunConfig) -> int:
 def _reported(function: Callable[[], int], debug: bool) -> int:
     """Run ``function``; turn what went wrong into a message and an exit status.
 
-    Ranks of one machine see the same config and environment, so only the first of them reports a config error; anything
-    else may differ and is reported by every rank under its number.
+    Ranks of one machine see the same config and environment, so the first of them reports a config error and torchrun
+    stops the others meanwhile; anything else may differ and is reported by every rank under its number.
     """
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
@@ -233,8 +236,11 @@ def _reported(function: Callable[[], int], debug: bool) -> int:
     except ConfigError as error:
         if debug:
             traceback.print_exc()
-        elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
+            return 2
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Were this rank to end first, torchrun would stop the first one before it has said anything.
+            time.sleep(_SECONDS_TO_REPORT)
+        print(error, file=sys.stderr)
         return 2
     except OSError as error:
         if debug:
