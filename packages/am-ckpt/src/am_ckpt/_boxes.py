@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 BLOCK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Box:
     """A rectangle of a global tensor, in elements."""
 
@@ -28,13 +28,15 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, or None where there is none."""
-        begin = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
-        end = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
-        )
-        if any(stop <= start for start, stop in zip(begin, end, strict=True)):
-            return None
-        return Box(begin, tuple(stop - start for start, stop in zip(begin, end, strict=True)))
+        begin, size = [], []
+        for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True):
+            start = a if a > b else b
+            count = (a + n if a + n < b + m else b + m) - start
+            if count <= 0:
+                return None
+            begin.append(start)
+            size.append(count)
+        return Box(tuple(begin), tuple(size))
 
 
 def split(size: Shape, item_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Box]:

@@ -6,9 +6,12 @@ Hugging Face folders and adapters. Headers and metadata are read, tensor data ne
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 from am_ckpt._boxes import Box, describe, require_exact_cover
 from am_ckpt._distcp import METADATA, read_metadata
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
-from am_ckpt._format import ITEM_BYTES, element_count, parse_json, read_header
+from am_ckpt._format import ITEM_BYTES, element_count, is_sizes, parse_json, read_header
 from am_ckpt._layout import MANIFEST, checked_header, read_manifest, require_file_name
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
 from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
@@ -110,6 +113,18 @@ def _source_json(source: Source, chunks: bool) -> dict[str, Any]:
     return plain
 
 
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Plans are millions of small objects without cycles; going through them again and again takes as long as they."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inventory:
     """What the checkpoint folder ``path`` holds, read from headers and metadata alone.
 
@@ -123,11 +138,12 @@ def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inve
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
-    inventory = _open(folder, section)
-    for name, source in inventory.tensors.items():
-        problem = cover_problem(name, source)
-        if problem is not None:
-            inventory.problems.append(problem)
+    with paused_collector():
+        inventory = _open(folder, section)
+        for name, source in inventory.tensors.items():
+            problem = cover_problem(name, source)
+            if problem is not None:
+                inventory.problems.append(problem)
     return inventory
 
 
@@ -243,8 +259,7 @@ def _add_shard(
         offset = entry.get("saved_offsets", [0] * len(part.shape)) if isinstance(entry, dict) else None
         shape = entry.get("global_shape") if isinstance(entry, dict) else None
         for row in (offset, shape):
-            fits = isinstance(row, list) and len(row) == len(part.shape)
-            if row is not None and not (fits and all(type(n) is int and 0 <= n < 2**63 for n in row)):
+            if row is not None and not (is_sizes(row) and len(row) == len(part.shape)):
                 raise ValueError(
                     f"{path}: DCP_SHARDING_INFO of {name!r} is {entry!r}, it needs {len(part.shape)} sizes"
                 )
@@ -255,12 +270,15 @@ def _add_shard(
             if name not in tensors:
                 raise ValueError(f"{path} holds {name!r}, which {MANIFEST} does not list")
         else:
-            end = tuple(shape) if shape is not None else tuple(a + n for a, n in zip(box.offset, box.size, strict=True))
-            source = tensors.setdefault(name, Source(part.dtype, end))
+            end = tuple(shape) if shape is not None else tuple(map(operator.add, box.offset, box.size))
+            source = tensors.get(name)
+            if source is None:
+                source = tensors[name] = Source(part.dtype, end)
             if len(source.shape) != len(end):
                 raise ValueError(f"{path}: {name!r} has {len(end)} dims, other files say {len(source.shape)}")
             exact &= shape is not None
-            source.shape = tuple(max(a, b) for a, b in zip(source.shape, end, strict=True))
+            if end != source.shape:
+                source.shape = tuple(map(max, source.shape, end))
         if part.dtype != tensors[name].dtype:
             raise ValueError(f"{path}: {name!r} is {part.dtype}, the others say {tensors[name].dtype}")
         if box.count:

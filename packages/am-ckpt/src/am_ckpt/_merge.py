@@ -24,7 +24,7 @@ from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
 from am_ckpt._copy import Copier, Job, Output, parts_of, plan_jobs
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, parse_json, read_header
-from am_ckpt._inventory import Inventory, inspect
+from am_ckpt._inventory import Inventory, inspect, paused_collector
 from am_ckpt._io import (
     create,
     digest,
@@ -118,7 +118,8 @@ def merge(
     inventory = inspect(source, section=section)
     _require_free(target, inventory.path, overwrite)
     inventory.require_whole()
-    plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype)
+    with paused_collector():
+        plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype)
     staging = target.with_name(f".{target.name}.merging")
     resumed = _run(plan, staging, target, threads or min(os.cpu_count() or 1, 8), resume, fsync, progress)
     return MergeReport(

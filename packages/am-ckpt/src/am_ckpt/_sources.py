@@ -14,7 +14,7 @@ from am_ckpt._names import INDEX, SINGLE
 _MAX_INDEX_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """``box`` of a tensor from byte ``begin`` of ``path``.
 
