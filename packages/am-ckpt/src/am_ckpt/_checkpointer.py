@@ -2,7 +2,8 @@
 
 A save is planned in full before a byte is written (names, types, coverage, space), written into a staging folder that
 nothing reads, checked, and renamed. A load is checked in full (names, shapes, dtypes, groups) before a byte of the
-model changes. Between the steps all ranks exchange outcomes, so they succeed or raise together.
+model changes. While planning, ranks exchange outcomes by collectives, while writing by files (see ``_save.py``), so
+they succeed or raise together.
 """
 
 from __future__ import annotations
@@ -11,56 +12,55 @@ import json
 import math
 import os
 import secrets
-import shutil
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
+from am_ckpt._background import Background
 from am_ckpt._contents import SECTIONS, Contents, Description, Plan, collect, make_plan, owned_pieces
-from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count
-from am_ckpt._io import (
-    clean_stale,
-    digest,
-    fsync_directory,
-    own_lease,
-    point,
-    remove,
-    require_space,
-    write_bytes,
-    write_file,
-)
+from am_ckpt._format import ITEM_BYTES, element_count
+from am_ckpt._io import digest, fsync_directory
 from am_ckpt._layout import (
     FORMAT,
-    MANIFEST,
-    STAGING,
     VERSION,
     Best,
     check_step,
     rank_best,
     read_manifest,
     require_file_name,
-    seal,
     step_name,
     steps,
 )
 from am_ckpt._names import ADAPTER
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import restore
-from am_ckpt._shards import byte_blocks, dtype_name
+from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
+from am_ckpt._save import Job, TensorFile, discard, run, stage
+from am_ckpt._staging import Buffers, Versions, require_unchanged, versions
 
 
 class Checkpointer:
     """Checkpoints of one run under ``directory``. Every rank builds one with equal arguments and calls every method.
 
-    ``keep_last``: how many of the newest steps to keep. ``keep_best``: ``(metric, "min" | "max", count)``, the best by
-    a metric given to :meth:`save`. With neither, nothing is ever deleted; with ``keep_best`` alone, the newest step is
-    kept besides the best.
+    ``keep_last``: how many of the newest steps to keep. ``keep_every``: keep every multiple of this step number.
+    ``keep_best``: ``(metric, "min" | "max", count)``, the best by a metric given to :meth:`save`. A step stays if any
+    of the three keeps it, or a pin (:meth:`pin`), or if it is the newest; with none of the three, nothing is deleted.
+
+    ``asynchronous``: :meth:`save` copies the state to host memory and returns; a thread of each rank writes and commits
+    it. The memory (as much as this rank writes) is allocated at the first save and used again by all later ones. One
+    save is under way at a time: the next waits for it. An error is raised by whatever is called next, :meth:`save`,
+    :meth:`load`, :meth:`wait` or :meth:`flush`, and printed at the end of a process that calls nothing more; such a
+    process ends when the save has.
+
+    ``timeout``: seconds that ranks wait, while files are written, for one that does not report.
 
     ``files``: more files for ``model/`` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
     a file to copy; :func:`am_ckpt.hf_files` lists those of a Hugging Face folder. ``mapping``: records of how the
@@ -73,18 +73,24 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         keep_last: int | None = None,
+        keep_every: int | None = None,
         keep_best: tuple[str, str, int] | None = None,
+        asynchronous: bool = False,
+        timeout: float = 1800.0,
         files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
         mapping: Sequence[Mapping[str, Any]] | None = None,
         fingerprints: Mapping[str, Any] | None = None,
     ) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last={keep_last} must be at least 1, or None to keep every step")
         if keep_best is not None and (keep_best[1] not in ("min", "max") or keep_best[2] < 1):
             raise ValueError(f"keep_best={keep_best!r} must be (metric name, 'min' or 'max', count of at least 1)")
+        if timeout <= 0:
+            raise ValueError(f"timeout={timeout} must be a positive number of seconds")
         self.directory = Path(directory).absolute()
-        self._keep_last = keep_last
-        self._best = Best(*keep_best) if keep_best is not None else None
+        self._keep = Keep(keep_last, keep_every, Best(*keep_best) if keep_best is not None else None)
+        self._timeout = timeout
+        self._background = Background() if asynchronous else None
+        self._buffers = Buffers()
+        self._stop = threading.Event()
         self._files = dict(files or {})
         for name in self._files:
             require_file_name(name, "files:")
@@ -96,7 +102,10 @@ class Checkpointer:
         json.dumps([self._mapping, self._fingerprints], allow_nan=False)
 
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
-        """Commit ``state`` as ``step_{step:06d}``; on return it is durable. Collective: every rank calls it.
+        """Commit ``state`` as ``step_{step:06d}``. Collective: every rank calls it.
+
+        On return the step is durable; or, where ``asynchronous``, copied: training may go on, and :meth:`wait` returns
+        when it is durable.
 
         ``state["model"]`` is an ``nn.Module`` (parameters and persistent buffers, plain or DTensor, tied ones once), or
         an adapter: an object with ``state_dict()`` and ``load_state_dict()`` of full plain tensors and
@@ -107,34 +116,43 @@ class Checkpointer:
         Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
         content it raises ``FileExistsError``. A damaged folder of that name is set aside as ``.damaged-*``.
 
-        Any failure on any rank (no space, I/O error, unsupported type) raises the same error on every rank, leaves
-        earlier checkpoints as they are and publishes nothing. ``metrics`` are floats such as ``{"val_loss": 1.25}``.
+        Any failure on any rank (no space, I/O error, unsupported type, a rank that does not report in time, tensors
+        that another thread changes meanwhile) raises the same error on every rank, leaves earlier checkpoints as they
+        are and publishes nothing. ``metrics`` are floats such as ``{"val_loss": 1.25}``.
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step={step!r} must be an integer of at least 0")
         scores = {name: float(value) for name, value in (metrics or {}).items()}
-        if self._best is not None and metrics is not None and self._best.metric not in scores:
-            raise ValueError(f"metrics {sorted(scores)} lack {self._best.metric!r}, by which keep_best chooses")
+        best = self._keep.best
+        if best is not None and metrics is not None and best.metric not in scores:
+            raise ValueError(f"metrics {sorted(scores)} lack {best.metric!r}, by which keep_best chooses")
         context = f"step {step} was not saved in {self.directory}, nothing was published"
         contents = Contents()
-        described = agree(context, lambda: collect(state, contents))
+        described = agree(context, lambda: self._collect(state, contents))
+        before = versions(contents.tensors)
         plan = compute(context, lambda: make_plan(described))
-        if rank_zero(context, lambda: self._exists(step)):
-            found = agree(context, lambda: _data_digests(contents, plan))
+        exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
+        rank, size = rank_and_size()
+        files = list(_tensor_files(contents, plan, rank))
+        if exists:
+            found = agree(context, lambda: _data_digests(files, contents, rank))
             rank_zero(context, lambda: self._require_same(step, found))
             return
-        save_id = rank_zero(context, lambda: secrets.token_hex(8))
-        staging = self.directory / f"{STAGING}{step_name(step)}-{save_id}"
+        texts = self._texts(contents) if rank == 0 else {}
+        manifest = self._manifest(step, save_id, scores, contents, described, plan) if rank == 0 else {}
+        self._stop = threading.Event()
+        job = Job(self.directory, step, save_id, rank, size, files, texts, manifest, self._timeout, self._stop)
         try:
-            rank_zero(context, lambda: self._stage(staging, described, plan))
-            records = agree(context, lambda: self._write(staging, save_id, contents, plan))
-            manifest = self._manifest(step, save_id, scores, contents, described, plan, records)
-            rank_zero(context, lambda: self._commit(staging, manifest))
+            job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
         except BaseException:
-            if rank_and_size()[0] == 0:
-                shutil.rmtree(staging, ignore_errors=True)
+            if rank == 0:
+                discard(job)
             raise
-        rank_zero(f"step {step} is saved, but older steps could not be tidied", lambda: self._tidy(step))
+        if self._background is not None:
+            self._background.start(lambda: run(job, lambda: None, lambda: tidy(self.directory, self._keep, step)))
+        else:
+            unchanged = partial(require_unchanged, before, contents.tensors)
+            run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
 
     def load(self, state: Mapping[str, Any], which: str | os.PathLike[str] = "latest") -> int | None:
         """Restore ``state`` in place and return its step, or None where the directory has no checkpoint. Collective.
@@ -148,6 +166,7 @@ class Checkpointer:
         changed. Entries of the checkpoint that ``state`` does not name are left out. Optimizers that have not stepped
         yet get their state as torch would have laid it out.
         """
+        self.wait()
         found = rank_zero(f"no checkpoint was loaded from {self.directory}", lambda: self._choose(which))
         if found is None:
             return None
@@ -155,9 +174,48 @@ class Checkpointer:
         return int(read_manifest(found)["step"])
 
     def wait(self) -> None:
-        """Return when every save is durable: :meth:`save` returns only then, so at once."""
+        """Return when every save is durable; raise the error of one that is not. Every rank calls it.
+
+        At once unless ``asynchronous``: :meth:`save` itself returns only then.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def flush(self, deadline: float) -> bool:
+        """Give the save that is under way ``deadline`` more seconds: True once it is durable, or if there is none.
+
+        Otherwise the save is given up on all ranks and False is returned: the step is not there, or, if rank 0 was
+        just about to publish it, complete. For processes that are about to be stopped. Every rank calls it; other
+        errors are raised as by :meth:`wait`.
+        """
+        if self._background is None:
+            return True
+        try:
+            if self._background.wait(deadline):
+                return True
+            self._stop.set()
+            # What cannot be interrupted, an fsync above all, may take longer than the caller has.
+            return self._background.wait(1.0)
+        except TimeoutError:
+            return False
+
+    def pin(self, step: int) -> None:
+        """Keep ``step`` from being deleted until :meth:`unpin`: creates the empty file ``step_000100.pin``."""
+        if not (self.directory / step_name(step)).is_dir():
+            there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
+            raise FileNotFoundError(f"step {step} cannot be pinned; steps in {self.directory}: {there}")
+        rank_zero(f"step {step} was not pinned", lambda: pin_path(self.directory, step).touch())
+
+    def unpin(self, step: int) -> None:
+        """Let retention delete ``step`` again."""
+        rank_zero(f"step {step} was not unpinned", lambda: pin_path(self.directory, step).unlink(missing_ok=True))
 
     # What follows runs inside the agreed steps of save and load; methods that touch the directory run on rank 0 alone.
+
+    def _collect(self, state: Mapping[str, Any], contents: Contents) -> Description:
+        # The save before ends first, and its error is the answer to this call, on all ranks.
+        self.wait()
+        return collect(state, contents)
 
     def _exists(self, step: int) -> bool:
         """Whether the step is there and whole; a damaged one is moved aside."""
@@ -186,49 +244,30 @@ class Checkpointer:
                 "overwritten; "
                 "delete it, save another step, or use another directory"
             )
-
-    def _stage(self, staging: Path, described: list[Description], plan: Plan) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        alive = clean_stale(self.directory, (STAGING,))
-        if alive:
-            raise RuntimeError(
-                f"another process is saving to this directory (its folder is {alive[0]}); use one directory a run"
-            )
-        planned = described[0].state_bytes
-        for held in plan.merged.values():
-            planned += sum(element_count(item.shape) * ITEM_BYTES[item.dtype] for item in held.values())
-        planned += sum(len(_file_bytes(source)) for source in self._files.values())
-        # Headers, manifest and folder entries.
-        planned += 2**16 * (1 + len(described)) + 512 * sum(len(held) for held in plan.merged.values())
-        require_space(self.directory, planned)
-        os.mkdir(staging)
-        write_bytes(staging / "lease.json", json.dumps(own_lease()).encode())
-        for name in (*SECTIONS, "state"):
-            os.mkdir(staging / name)
-        fsync_directory(staging)
+        # Saved by a process that may have been stopped before it could do so.
         fsync_directory(self.directory)
 
-    def _write(self, staging: Path, save_id: str, contents: Contents, plan: Plan) -> list[dict[str, Any]]:
-        """Write this rank's files and return their records."""
-        rank, size = rank_and_size()
-        records = []
-        for file in _tensor_files(contents, plan, rank):
-            metadata = {"format": "pt", "am_ckpt_save_id": save_id, "rank": str(rank), "world_size": str(size)}
-            header = file.header(metadata)
-            record = write_file(staging / file.path, header.text, header.file_bytes, file.blocks(header))
-            records.append({"path": file.path, "rank": rank, "header_xxh3_128": digest(header.text), **record})
-        if rank == 0:
-            for entry, (text, _) in contents.state.items():
-                records.append(
-                    {"path": f"state/{entry}.json", "rank": 0, **write_bytes(staging / f"state/{entry}.json", text)}
-                )
-            for name, source in self._files.items():
-                records.append(
-                    {"path": f"model/{name}", "rank": 0, **write_bytes(staging / "model" / name, _file_bytes(source))}
-                )
-        for name in (*SECTIONS, "state"):
-            fsync_directory(staging / name)
-        return records
+    def _prepare(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> Job:
+        """Make room for the step; where it is saved in the background, return the job with copies of its tensors."""
+        if job.rank == 0:
+            planned = described[0].state_bytes
+            for held in plan.merged.values():
+                planned += sum(element_count(item.shape) * ITEM_BYTES[item.dtype] for item in held.values())
+            planned += sum(map(len, job.texts.values()))
+            # Headers, manifest and folder entries.
+            planned += 2**16 * (1 + job.size) + 512 * sum(len(held) for held in plan.merged.values())
+            stage(job, planned)
+        if self._background is None:
+            return job
+        copies = iter(self._buffers.copy([tensor for file in job.files for tensor in file.tensors.values()]))
+        files = [replace(file, tensors={name: next(copies) for name in file.tensors}) for file in job.files]
+        require_unchanged(before, contents.tensors)
+        return replace(job, files=files)
+
+    def _texts(self, contents: Contents) -> dict[str, bytes]:
+        """The files of the step that hold no tensors."""
+        texts = {f"state/{entry}.json": text for entry, (text, _) in contents.state.items()}
+        return texts | {f"model/{name}": _file_bytes(source) for name, source in self._files.items()}
 
     def _manifest(
         self,
@@ -238,7 +277,6 @@ class Checkpointer:
         contents: Contents,
         described: list[Description],
         plan: Plan,
-        records: list[list[dict[str, Any]]],
     ) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -246,7 +284,7 @@ class Checkpointer:
             "step": step,
             "save_id": save_id,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "world_size": len(records),
+            "world_size": len(described),
             "axes": {name: size for description in described for name, size in description.axes.items()},
             "versions": {"am_ckpt": version("am-ckpt"), "torch": str(torch.__version__)},
             # JSON has no NaN; float() reads both forms.
@@ -261,70 +299,18 @@ class Checkpointer:
             },
             "optimizers": contents.optimizers,
             "state": sorted(contents.state),
-            "files": sorted((record for part in records for record in part), key=lambda record: record["path"]),
         }
-
-    def _commit(self, staging: Path, manifest: dict[str, Any]) -> None:
-        for record in manifest["files"]:
-            path = staging / record["path"]
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{path}, written by rank {record['rank']}, is not visible to rank 0; the directory must be "
-                    "on a file system that all ranks share"
-                )
-            if path.stat().st_size != record["bytes"]:
-                raise OSError(f"{path} has {path.stat().st_size} bytes, rank {record['rank']} wrote {record['bytes']}")
-        os.unlink(staging / "lease.json")
-        write_bytes(staging / MANIFEST, seal(manifest))
-        fsync_directory(staging)
-        # A folder that is not empty is never replaced by rename: a step that appeared meanwhile raises.
-        os.rename(staging, self.directory / step_name(manifest["step"]))
-        fsync_directory(self.directory)
-
-    def _whole_steps(self) -> dict[int, dict[str, Any]]:
-        """Manifests of the steps that have a valid one, newest first."""
-        manifests = {}
-        for step, path in steps(self.directory):
-            try:
-                manifests[step] = read_manifest(path)
-            except ValueError:
-                # Not counted and not deleted: a person may want to look at it.
-                continue
-        return manifests
-
-    def _tidy(self, saved: int) -> None:
-        """Point ``latest`` and ``best``, then delete the steps that no rule keeps."""
-        manifests = self._whole_steps()
-        best = rank_best(list(manifests.values()), self._best) if self._best is not None else []
-        try:
-            point(self.directory / "latest", step_name(max(manifests)))
-            if best:
-                point(self.directory / "best", step_name(best[0]))
-        except OSError as error:
-            warnings.warn(
-                f"step {saved} is saved; the links in {self.directory} could not be set: {error}", stacklevel=2
-            )
-        if self._keep_last is None and self._best is None:
-            return
-        keep = {saved, *sorted(manifests, reverse=True)[: self._keep_last or 1]}
-        if self._best is not None:
-            keep.update(best[: self._best.count])
-        for step in sorted(set(manifests) - keep):
-            try:
-                remove(self.directory / step_name(step))
-            except OSError as error:
-                warnings.warn(f"step {saved} is saved; {step_name(step)} could not be deleted: {error}", stacklevel=2)
 
     def _choose(self, which: str | os.PathLike[str]) -> Path | None:
         if which not in ("latest", "best"):
             return self._named(which)
-        if which == "best" and self._best is None:
+        if which == "best" and self._keep.best is None:
             raise ValueError("which='best' needs keep_best=(metric, 'min' or 'max', count) to say what is best")
         found = steps(self.directory)
-        if which == "best" and self._best is not None:
-            ranked = rank_best(list(self._whole_steps().values()), self._best)
+        if which == "best" and self._keep.best is not None:
+            ranked = rank_best(list(manifests_of(self.directory, read_manifest).values()), self._keep.best)
             if found and not ranked:
-                raise ValueError(f"no step in {self.directory} has the metric {self._best.metric!r}")
+                raise ValueError(f"no step in {self.directory} has the metric {self._keep.best.metric!r}")
             found = [(step, self.directory / step_name(step)) for step in ranked]
         problems = []
         for _, path in found:
@@ -355,34 +341,12 @@ class Checkpointer:
         return path
 
 
-class _TensorFile:
-    """One safetensors file of a save: its place, its tensors and, for shards, where in the global tensors they are."""
-
-    def __init__(
-        self, path: str, tensors: dict[str, torch.Tensor], boxes: dict[str, dict[str, list[int]]] | None
-    ) -> None:
-        self.path = path
-        self._tensors = tensors
-        self._boxes = boxes
-
-    def header(self, metadata: dict[str, str]) -> Header:
-        if self._boxes is not None:
-            # Read by torch's HuggingFaceStorageReader; torch ignores global_shape.
-            metadata = {**metadata, "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(self._boxes)}
-        described = {name: (dtype_name(t.dtype, name), tuple(t.shape)) for name, t in self._tensors.items()}
-        return build_header(described, metadata)
-
-    def blocks(self, header: Header) -> Iterator[memoryview]:
-        for name in header.entries:
-            yield from byte_blocks(self._tensors[name])
-
-
-def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[_TensorFile]:
+def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[TensorFile]:
     """The safetensors files that ``rank`` writes."""
     for section in SECTIONS:
         parts = owned_pieces(contents, plan, section, rank)
         for index, part in enumerate(parts, start=1):
-            yield _TensorFile(
+            yield TensorFile(
                 f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(parts):05d}.safetensors",
                 {name: piece.values for name, piece in part.items()},
                 {
@@ -395,23 +359,17 @@ def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[_Tensor
             )
     if rank == 0:
         if contents.adapter is not None:
-            yield _TensorFile(f"model/{ADAPTER}", contents.adapter, None)
+            yield TensorFile(f"model/{ADAPTER}", contents.adapter, None)
         for entry, (_, tensors) in contents.state.items():
             if tensors:
-                yield _TensorFile(f"state/{entry}.safetensors", tensors, None)
+                yield TensorFile(f"state/{entry}.safetensors", tensors, None)
 
 
-def _data_digests(contents: Contents, plan: Plan) -> dict[str, str]:
+def _data_digests(files: list[TensorFile], contents: Contents, rank: int) -> dict[str, str]:
     """What this rank would write, by file, as digests of the data after the headers."""
-    rank, _ = rank_and_size()
-    digests = {}
-    for file in _tensor_files(contents, plan, rank):
-        hasher = xxhash.xxh3_128()
-        for block in file.blocks(file.header({})):
-            hasher.update(block)
-        digests[file.path] = hasher.hexdigest()
+    digests = {file.path: file.data_digest() for file in files}
     if rank == 0:
-        digests.update({f"state/{entry}.json": digest(text) for entry, (text, _) in contents.state.items()})
+        digests |= {f"state/{entry}.json": digest(text) for entry, (text, _) in contents.state.items()}
     return digests
 
 

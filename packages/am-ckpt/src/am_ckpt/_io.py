@@ -107,7 +107,9 @@ def create(path: Path, size: int) -> int:
 
 def _with_path(error: OSError, path: Path) -> OSError:
     """System calls on descriptors do not know the file's name: add it."""
-    return error if error.filename is not None else OSError(error.errno, error.strerror, str(path))
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
@@ -187,7 +189,9 @@ def require_space(directory: Path, planned_bytes: int) -> None:
 
 def point(link: Path, target: str) -> None:
     """Make ``link`` a relative symbolic link to ``target``, replacing an older link atomically."""
-    temporary = link.with_name(f".{link.name}-{secrets.token_hex(4)}")
+    # One name, so that what a crash leaves here is taken away by the next call.
+    temporary = link.with_name(f".{link.name}-new")
+    temporary.unlink(missing_ok=True)
     os.symlink(target, temporary)
     try:
         os.replace(temporary, link)
@@ -269,18 +273,3 @@ def lease_state(path: Path) -> str:
     except PermissionError:
         return "alive"
     return "alive"
-
-
-def clean_stale(directory: Path, prefixes: tuple[str, ...]) -> list[str]:
-    """Remove staging folders of dead writers and unfinished deletes; returns the staging folders of live ones."""
-    remaining = []
-    for entry in sorted(directory.iterdir()):
-        if entry.name.startswith(".trash-"):
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name.startswith(prefixes) and entry.is_dir() and not entry.is_symlink():
-            state = lease_state(entry / "lease.json")
-            if state == "dead":
-                remove(entry)
-            elif state == "alive":
-                remaining.append(entry.name)
-    return remaining

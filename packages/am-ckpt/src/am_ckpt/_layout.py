@@ -83,12 +83,8 @@ def read_manifest(step: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_step(step: Path) -> dict[str, Any]:
-    """The manifest of ``step``, after checking that the checkpoint is whole.
-
-    Every file must be there with its size, every safetensors header must have its digest and parse, and every file
-    that is not tensors of the model or an optimizer must have its digest. Raises ``ValueError`` naming the file.
-    """
+def read_complete(step: Path) -> dict[str, Any]:
+    """The manifest of ``step``, after checking that every file is there with its size; ``ValueError`` names one."""
     manifest = read_manifest(step)
     for record in manifest["files"]:
         path = step / record["path"]
@@ -98,6 +94,18 @@ def check_step(step: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is missing; the checkpoint is incomplete") from error
         if size != record["bytes"]:
             raise ValueError(f"{path} has {size} bytes instead of {record['bytes']}; it is damaged")
+    return manifest
+
+
+def check_step(step: Path) -> dict[str, Any]:
+    """The manifest of ``step``, after checking that the checkpoint is whole.
+
+    Every file must be there with its size, every safetensors header must have its digest and parse, and every file
+    that is not tensors of the model or an optimizer must have its digest. Raises ``ValueError`` naming the file.
+    """
+    manifest = read_complete(step)
+    for record in manifest["files"]:
+        path = step / record["path"]
         if "header_xxh3_128" in record:
             checked_header(path, record)
         if record["path"].startswith("state/") and file_digest(path) != record["xxh3_128"]:

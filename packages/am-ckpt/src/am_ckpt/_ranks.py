@@ -24,6 +24,7 @@ _ERRORS: dict[str, type[Exception]] = {
         TypeError,
         KeyError,
         RuntimeError,
+        TimeoutError,
         FileNotFoundError,
         FileExistsError,
         ArgumentError,
@@ -31,6 +32,20 @@ _ERRORS: dict[str, type[Exception]] = {
         UnsafeError,
     )
 }
+
+# What ranks tell each other of an error: the name of its type, its errno, its text.
+Failure = tuple[str, int | None, str]
+
+
+def describe(error: BaseException) -> Failure:
+    """``error`` as plain data for other ranks."""
+    return type(error).__name__, error.errno if isinstance(error, OSError) else None, str(error)
+
+
+def rebuild(failure: Failure, context: str = "") -> Exception:
+    """The error that a rank described, of its type, its text after ``context``."""
+    name, number, text = failure
+    return OSError(number, context + text) if number is not None else _ERRORS.get(name, RuntimeError)(context + text)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -48,13 +63,12 @@ def agree(context: str, action: Callable[[], T]) -> list[T]:
     """
     _, size = rank_and_size()
     failure: Exception | None = None
-    outcome: tuple[bool, T | tuple[str, int | None, str]]
+    outcome: tuple[bool, T | Failure]
     try:
         outcome = (True, action())
     except Exception as error:  # noqa: BLE001 - whatever happened here, the other ranks wait to hear of it
         failure = error
-        number = error.errno if isinstance(error, OSError) else None
-        outcome = (False, (type(error).__name__, number, str(error)))
+        outcome = (False, describe(error))
     outcomes: list = [outcome]
     if size > 1:
         outcomes = [None] * size
@@ -62,12 +76,8 @@ def agree(context: str, action: Callable[[], T]) -> list[T]:
     failed = [index for index, (succeeded, _) in enumerate(outcomes) if not succeeded]
     if not failed:
         return [value for _, value in outcomes]
-    name, number, text = outcomes[failed[0]][1]
     where = f"rank {failed[0]} of {size}: " if size > 1 else ""
-    message = f"{context}: {where}{text}"
-    if number is not None:
-        raise OSError(number, message) from failure
-    raise _ERRORS.get(name, RuntimeError)(message) from failure
+    raise rebuild(outcomes[failed[0]][1], f"{context}: {where}") from failure
 
 
 def compute(context: str, action: Callable[[], T]) -> T:

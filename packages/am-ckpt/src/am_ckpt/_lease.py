@@ -1,0 +1,82 @@
+"""One writer at a time: whoever writes into a staging folder signs it and keeps the signature fresh.
+
+A writer signs its own folder first and looks at the others' afterwards: of two that start together, at least one sees
+the other. Writers of this machine are known by their process; those of other machines by whether they renew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from am_ckpt._io import lease_state, own_lease, remove, write_bytes
+
+LEASE = "lease.json"
+_RENEW_SECONDS = 15.0
+# A writer on another machine that has not renewed for so long is dead.
+_STALE_SECONDS = 60.0
+
+# Folders that this very process is writing into: its process number alone would not tell them from left ones.
+_held: dict[Path, threading.Event] = {}
+
+
+def sign(folder: Path) -> None:
+    """Sign the new staging folder ``folder``; a thread renews the signature until :func:`release`."""
+    released = _held[folder] = threading.Event()
+    write_bytes(folder / LEASE, json.dumps(own_lease()).encode())
+
+    def renew() -> None:
+        while not released.wait(_RENEW_SECONDS):
+            try:
+                os.utime(folder / LEASE)
+            except OSError:
+                # The folder is gone: what is written into it fails by itself.
+                return
+
+    threading.Thread(target=renew, name="am-ckpt lease", daemon=True).start()
+
+
+def release(folder: Path) -> None:
+    """Stop renewing; from now on anyone may remove the folder. Nothing happens where it was not signed."""
+    if folder in _held:
+        _held.pop(folder).set()
+
+
+def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
+    """Remove unfinished deletes and the staging folders of dead writers; return the names of live writers' folders.
+
+    ``own`` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
+    minute, by the file system's clock, unless its signature is older than that.
+    """
+    alive = []
+    for entry in sorted(directory.iterdir()):
+        if entry.name.startswith(".trash-"):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name.startswith(prefix) and entry != own and entry.is_dir() and not entry.is_symlink():
+            state = "alive" if entry in _held else lease_state(entry / LEASE)
+            if state == "unknown":
+                state = _watch(entry / LEASE, own / LEASE)
+            if state == "alive":
+                alive.append(entry.name)
+            elif state == "dead":
+                remove(entry)
+    return alive
+
+
+def _watch(theirs: Path, ours: Path) -> str:
+    """``alive`` once ``theirs`` is renewed, ``dead`` when it was not for long; ``unknown`` if it is not signed yet."""
+    try:
+        signed = theirs.stat().st_mtime
+        while True:
+            os.utime(ours)
+            if theirs.stat().st_mtime != signed:
+                return "alive"
+            if ours.stat().st_mtime - signed > _STALE_SECONDS:
+                return "dead"
+            time.sleep(0.5)
+    except FileNotFoundError:
+        return "unknown"

@@ -1,0 +1,319 @@
+"""One planned save, from the first byte to the commit, on every rank.
+
+There are no collectives here, so this runs in a background thread, no communicator times out while a disk is slow, and
+a rank that dies is noticed after a time limit. Ranks tell each other through small files::
+
+    STAGING/lease.json           the writer, see am_ckpt._lease
+    STAGING/step/                what is written; one rename makes it a step
+    STAGING/ranks/00001.json     what rank 1 wrote, or why it could not
+    STAGING/ranks/outcome.json   how the save ended, from rank 0
+    STAGING/ranks/00001.read     rank 1 knows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from am_ckpt._contents import SECTIONS
+from am_ckpt._format import Header, build_header, parse_json
+from am_ckpt._io import digest, fsync_directory, require_space, write_bytes, write_file
+from am_ckpt._layout import MANIFEST, STAGING, read_file, seal, step_name
+from am_ckpt._lease import clean_stale, release, sign
+from am_ckpt._ranks import Failure, describe, rebuild
+from am_ckpt._shards import byte_blocks, dtype_name
+
+# Of what a rank reports: a record of some hundred bytes a file, and digests of every 16 MiB.
+_MAX_REPORT_BYTES = 2**30
+# How long rank 0 waits until all ranks have read the outcome, before it leaves the folder to the next save.
+_READ_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One safetensors file: its place, its tensors and, for shards, where in the global tensors they are."""
+
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    boxes: Mapping[str, Mapping[str, list[int]]] | None = None
+
+    def header(self, metadata: Mapping[str, str]) -> Header:
+        if self.boxes is not None:
+            # Read by torch's HuggingFaceStorageReader; torch ignores global_shape.
+            metadata = {**metadata, "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(self.boxes)}
+        described = {name: (dtype_name(t.dtype, name), tuple(t.shape)) for name, t in self.tensors.items()}
+        return build_header(described, metadata)
+
+    def blocks(self, header: Header) -> Iterator[memoryview]:
+        for name in header.entries:
+            yield from byte_blocks(self.tensors[name])
+
+    def data_digest(self) -> str:
+        """Of what follows the header, which alone is equal for equal content."""
+        hasher = xxhash.xxh3_128()
+        for block in self.blocks(self.header({})):
+            hasher.update(block)
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one rank writes of a step, and what rank 0 publishes: nothing in it changes while training goes on.
+
+    ``texts``: other files of this rank by path; ``manifest``: all of it but the files, on rank 0.
+    ``timeout``: seconds that ranks wait for each other. ``stop`` is set to give up.
+    """
+
+    directory: Path
+    step: int
+    save_id: str
+    rank: int
+    size: int
+    files: list[TensorFile]
+    texts: Mapping[str, bytes]
+    manifest: Mapping[str, Any]
+    timeout: float
+    stop: threading.Event
+
+    @property
+    def staging(self) -> Path:
+        return self.directory / f"{STAGING}{step_name(self.step)}-{self.save_id}"
+
+    @property
+    def not_saved(self) -> str:
+        return f"step {self.step} was not saved in {self.directory}, nothing was published"
+
+    @property
+    def where(self) -> str:
+        return f"rank {self.rank} of {self.size}: " if self.size > 1 else ""
+
+
+def stage(job: Job, planned_bytes: int) -> None:
+    """Create the staging folder; ``OSError`` without room for it, ``RuntimeError`` beside another live writer.
+
+    Rank 0 only. Ends in :func:`run`, or in :func:`discard` where it comes to nothing.
+    """
+    job.directory.mkdir(parents=True, exist_ok=True)
+    require_space(job.directory, planned_bytes)
+    os.mkdir(job.staging)
+    sign(job.staging)
+    alive = clean_stale(job.directory, STAGING, job.staging)
+    if alive:
+        raise RuntimeError(
+            f"another process is saving to this directory (its folder is {alive[0]}); use one directory a run"
+        )
+    for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
+        os.mkdir(job.staging / name)
+
+
+def discard(job: Job) -> None:
+    """Remove the staging folder, as far as that works."""
+    release(job.staging)
+    shutil.rmtree(job.staging, ignore_errors=True)
+
+
+def run(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], None]) -> None:
+    """Write this rank's files, and publish the step once all ranks have. Every rank calls it; all succeed or raise.
+
+    ``require_unchanged`` raises where the tensors were changed while they were written; ``tidy`` runs on rank 0 after
+    the commit. Raises the same error on every rank that is alive: the first that rank 0 learns of, or a
+    ``TimeoutError`` naming the ranks that it heard nothing of.
+    """
+    if job.rank == 0:
+        _lead(job, require_unchanged, tidy)
+    else:
+        _follow(job, require_unchanged)
+
+
+def _lead(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], None]) -> None:
+    context, where = job.not_saved, job.where
+    failure: Failure | None = None
+    try:
+        records = _write(job, require_unchanged)
+        for rank, report in _gather(job).items():
+            if "failure" in report:
+                failure, where = report["failure"], f"rank {rank} of {job.size}: "
+                raise rebuild(failure)
+            records += report["records"]
+        _seal(job, records)
+        if job.stop.is_set():
+            raise _given_up()
+        # A folder that is not empty is never replaced by rename: a step that appeared meanwhile raises.
+        os.rename(job.staging / "step", job.directory / step_name(job.step))
+        context = f"step {job.step} is in place, but it is not known whether it survives a power cut"
+        fsync_directory(job.directory)
+    except BaseException as error:
+        shutil.rmtree(job.staging / "step", ignore_errors=True)
+        name, number, text = failure or describe(error)
+        failure = (name, number, f"{context}: {where}{text}")
+        _announce(job, {"failure": failure}, _READ_SECONDS if not isinstance(error, TimeoutError) else 1.0)
+        if not isinstance(error, Exception):
+            raise
+        raise rebuild(failure) from error
+    finally:
+        release(job.staging)
+    try:
+        tidy()
+    finally:
+        _announce(job, {}, _READ_SECONDS)
+
+
+def _follow(job: Job, require_unchanged: Callable[[], None]) -> None:
+    own: BaseException | None = None
+    try:
+        report: dict[str, Any] = {"records": _write(job, require_unchanged)}
+    except BaseException as error:  # noqa: BLE001 - told to rank 0, and raised below
+        own = error
+        report = {"failure": describe(error)}
+        # Where the disk is full, this makes room for the report.
+        for file in job.files:
+            (job.staging / "step" / file.path).unlink(missing_ok=True)
+    try:
+        _put(job.staging / "ranks" / f"{job.rank:05d}.json", report)
+        outcome = _await_outcome(job)
+    except OSError as error:
+        raise rebuild(describe(own or error), f"{job.not_saved}: {job.where}") from own or error
+    if own is not None and not isinstance(own, Exception):
+        raise own
+    if "failure" in outcome:
+        raise rebuild(outcome["failure"]) from own
+
+
+def _given_up() -> TimeoutError:
+    return TimeoutError("given up, since flush() had to return before it was written")
+
+
+def _write(job: Job, require_unchanged: Callable[[], None]) -> list[dict[str, Any]]:
+    """Write this rank's files, durably, and return their records."""
+    records: list[dict[str, Any]] = []
+    folder = job.staging / "step"
+    metadata = {"format": "pt", "am_ckpt_save_id": job.save_id, "rank": str(job.rank), "world_size": str(job.size)}
+    for file in job.files:
+        header = file.header(metadata)
+        record = write_file(folder / file.path, header.text, header.file_bytes, _until(job.stop, file.blocks(header)))
+        records.append({"path": file.path, "rank": job.rank, "header_xxh3_128": digest(header.text), **record})
+    for path, content in job.texts.items():
+        records.append({"path": path, "rank": job.rank, **write_bytes(folder / path, content)})
+    if job.rank:
+        # Rank 0 does so when it has seen all files.
+        for name in sorted({record["path"].partition("/")[0] for record in records}):
+            fsync_directory(folder / name)
+    require_unchanged()
+    return records
+
+
+def _until(stop: threading.Event, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
+    for block in blocks:
+        if stop.is_set():
+            raise _given_up()
+        yield block
+
+
+def _seal(job: Job, records: list[dict[str, Any]]) -> None:
+    """Check that rank 0 sees what the ranks wrote, and write the manifest."""
+    folder = job.staging / "step"
+    for record in records:
+        path = folder / record["path"]
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}, written by rank {record['rank']}, is not visible to rank 0; the directory must be on a file "
+                "system that all ranks share"
+            )
+        if path.stat().st_size != record["bytes"]:
+            raise OSError(f"{path} has {path.stat().st_size} bytes, rank {record['rank']} wrote {record['bytes']}")
+    manifest = {**job.manifest, "files": sorted(records, key=lambda record: record["path"])}
+    write_bytes(folder / MANIFEST, seal(manifest))
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            fsync_directory(path)
+    fsync_directory(folder)
+
+
+def _put(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file that appears complete. It need not outlive a power cut, since nothing is published then."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(json.dumps(content).encode())
+    os.rename(temporary, path)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait between looks: short at first, at most a quarter of a second."""
+    pause = 0.001
+    while True:
+        yield pause
+        pause = min(pause * 1.5, 0.25)
+
+
+def _gather(job: Job) -> dict[int, dict[str, Any]]:
+    """What each other rank reports: of all, or up to the first that failed."""
+    reports: dict[int, dict[str, Any]] = {}
+    deadline = time.monotonic() + job.timeout
+    for pause in _pauses():
+        for rank in sorted(set(range(1, job.size)) - set(reports)):
+            path = job.staging / "ranks" / f"{rank:05d}.json"
+            if path.exists():
+                reports[rank] = parse_json(read_file(path, _MAX_REPORT_BYTES), str(path))
+        if len(reports) == job.size - 1 or any("failure" in report for report in reports.values()):
+            return reports
+        if job.stop.is_set():
+            raise _given_up()
+        if time.monotonic() > deadline:
+            missing = sorted(set(range(1, job.size)) - set(reports))
+            raise TimeoutError(
+                f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {job.size} did not report "
+                f"within {job.timeout} seconds: dead, hanging, or writing to another file system; raise timeout= if "
+                "its disk is slow"
+            )
+        time.sleep(pause)
+    raise AssertionError
+
+
+def _announce(job: Job, outcome: dict[str, Any], seconds: float) -> None:
+    """Tell the other ranks how the save ended, wait up to ``seconds`` until they know, remove the staging folder."""
+    ranks = job.staging / "ranks"
+    try:
+        if job.size > 1:
+            _put(ranks / "outcome.json", outcome)
+            deadline = time.monotonic() + seconds
+            for pause in _pauses():
+                if all((ranks / f"{rank:05d}.read").exists() for rank in range(1, job.size)):
+                    break
+                if time.monotonic() > deadline:
+                    # A rank may be writing still, or be dead. The next save, which all begin, removes the folder.
+                    return
+                time.sleep(pause)
+    except OSError:
+        # The ranks that do not hear of it give up by themselves.
+        pass
+    shutil.rmtree(job.staging, ignore_errors=True)
+
+
+def _await_outcome(job: Job) -> dict[str, Any]:
+    path = job.staging / "ranks" / "outcome.json"
+    # Rank 0 may have as much to write as this rank had, and then waits for others.
+    seconds = 2 * job.timeout + _READ_SECONDS
+    deadline = time.monotonic() + seconds
+    for pause in _pauses():
+        if path.exists():
+            outcome: dict[str, Any] = parse_json(read_file(path, _MAX_REPORT_BYTES), str(path))
+            os.rename(path.with_name(f"{job.rank:05d}.json"), path.with_name(f"{job.rank:05d}.read"))
+            return outcome
+        if job.stop.is_set():
+            raise TimeoutError("flush() had to return before rank 0 said whether the step is complete")
+        if time.monotonic() > deadline:
+            break
+        time.sleep(pause)
+    raise TimeoutError(
+        f"rank 0 did not say within {seconds} seconds how the save ended: dead or hanging; raise timeout= if its "
+        "disk is slow"
+    )
