@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -389,6 +390,26 @@ def test_code_in_metadata_is_named_and_not_run(
     (source / ".metadata").write_bytes(b"\x80\x02\x82\x01.")
     assert merge(capsys, source)[0] == 4
     assert not (tmp_path / "executed").exists()
+
+
+PICKLES = {
+    # A tuple of a tuple of ... , 60 times twice: 2 ** 60 elements to hash, in 250 bytes.
+    "tuples": b"\x80\x04)" + b"".join(b"\x94h%c\x86" % n for n in range(60)) + b"\x94}h\x3cNs.",
+    "length": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "defaults": b"\x80\x04\x8c\x05torch\x8c\x04Size\x93N}\x8c\x0c__defaults__)s\x86b.",
+    "frames": b"\x80\x04" + b"]" * 100_000 + b".",
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_that_would_take_time_or_memory_or_change_the_reader(name: str, tmp_path: Path, capsys: Any) -> None:
+    source = distcp(tmp_path / "shards")
+    (source / ".metadata").write_bytes(PICKLES[name])
+    started = time.process_time()
+    code, error = merge(capsys, source)
+    assert time.process_time() - started < 1
+    assert (code, str(source / ".metadata") in error) == (4 if name == "defaults" else 2, True)
+    assert main(["inspect", str(distcp(tmp_path / "sound"))]) == 0
 
 
 def test_code_in_a_tensor_is_named_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

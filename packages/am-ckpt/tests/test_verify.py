@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,17 @@ def test_every_flipped_bit_of_a_step_is_found(step: Path) -> None:
                 assert all(str(path) in problem for problem in report.problems)
             flip(path, *place)
     assert am_ckpt.verify(step, full=True).problems == []
+
+
+def test_a_sample_of_the_corruption_sweep() -> None:
+    script = Path(__file__).with_name("corruption_sweep.py")
+    command = [sys.executable, "-W", "ignore", str(script), "--flips", "40", "--mutations", "800"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert (result["step"]["found"], result["mutations"], result["failures"]) == (40, 800, {})
+    # Data of a folder without digests: nobody can tell.
+    assert result["merged folder"]["found"] < 40
 
 
 def test_damage_is_named_by_file_tensor_and_range(step: Path, capsys: Any) -> None:

@@ -15,10 +15,12 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from types import FunctionType
+from typing import Any, ClassVar
 
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._errors import IncompleteError, UnsafeError
@@ -69,8 +71,14 @@ _STORAGES = {
 _CHECKPOINT = "torch.distributed.checkpoint."
 
 
+# Elements of a tuple and of those in it. A few bytes can name a tuple of tuples that takes years to hash.
+_MAX_TUPLE = 1000
+
+
 class _Unpickler(pickle._Unpickler):
     """Knows ``allowed`` globals and no other. The Python class: the C one allocates what a memo index claims."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, content: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
         super().__init__(io.BytesIO(content))
@@ -90,6 +98,37 @@ class _Unpickler(pickle._Unpickler):
 
     def get_extension(self, code: int) -> None:
         raise UnsafeError(f"{self._where}: the pickle uses extension code {code}; nothing was executed")
+
+
+def _build(self: Any) -> None:
+    """The step of an unpickler that sets attributes, which must not be those of our own functions and classes."""
+    if isinstance(self.stack[-2], type | FunctionType):
+        raise UnsafeError(f"{self._where}: the pickle changes {self.stack[-2].__name__}; nothing was executed")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
+
+def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The step of an unpickler that makes a tuple, held to ``_MAX_TUPLE``."""
+
+    def load_tuple(self: Any) -> None:
+        load(self)
+        count = 0
+        left = [self.stack[-1]]
+        while left:
+            item = left.pop()
+            count += len(item)
+            if count > _MAX_TUPLE:
+                raise ValueError(f"tuples of more than {_MAX_TUPLE} elements")
+            left += [inner for inner in item if type(inner) is tuple]
+
+    return load_tuple
+
+
+_Unpickler.dispatch[pickle.BUILD[0]] = _build
+# Byte arrays are allocated before they are read.
+del _Unpickler.dispatch[pickle.BYTEARRAY8[0]]
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = _bounded(_Unpickler.dispatch[_code[0]])
 
 
 def _unpickle(content: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> Any:
@@ -119,8 +158,10 @@ class _Properties:
         self.__dict__["state"] = state
 
 
-def _text(*values: Any) -> str:
-    return "/".join(str(value) for value in values)
+def _text(*values: str | int) -> str:
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError("a path or device of something else than text and numbers")
+    return "/".join(map(str, values))
 
 
 def _size(values: Any = ()) -> Shape:
@@ -185,8 +226,10 @@ def read_metadata(folder: Path) -> Distcp:
         if type(index) is not kinds["MetadataIndex"] or type(place) is not info:
             raise ValueError(f"{where} is damaged: storage_data holds {type(index).__name__}, {type(place).__name__}")
         name, offset = vars(index).get("fqn"), vars(index).get("offset")
-        key = (str(name), None if offset is None else _shape(offset, where, str(name)))
-        places[key] = _place(folder, vars(place), str(name), files, missing)
+        if not isinstance(name, str):
+            raise ValueError(f"{where} is damaged: storage_data has an entry without a name")
+        key = (name, None if offset is None else _shape(offset, where, name))
+        places[key] = _place(folder, vars(place), name, files, missing)
     if missing:
         listed = "; ".join(f"{file} with {len(n)} entries such as {n[0]!r}" for file, n in list(missing.items())[:5])
         raise IncompleteError(
@@ -195,23 +238,25 @@ def read_metadata(folder: Path) -> Distcp:
         )
     result = Distcp({}, {}, [])
     for name, item in described.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{where} is damaged: state_dict_metadata has a key that is not text")
         if type(item) is kinds["BytesStorageMetadata"]:
-            result.others.append(str(name))
+            result.others.append(name)
         elif type(item) is kinds["TensorStorageMetadata"]:
-            result.tensors[str(name)] = _tensor(str(name), vars(item), properties, kinds, places, where)
+            result.tensors[name] = _tensor(name, vars(item), properties, kinds, places, where)
         else:
             raise ValueError(f"{where} is damaged: {name!r} is described by {type(item).__name__}")
     planner = fields.get("planner_data")
     if isinstance(planner, dict):
         for name, path in planner.items():
-            if isinstance(path, tuple):
-                result.paths[str(name)] = tuple(str(part) for part in path)
+            if isinstance(name, str) and isinstance(path, tuple) and all(isinstance(part, str | int) for part in path):
+                result.paths[name] = tuple(map(str, path))
     return result
 
 
 def _shape(value: Any, where: Path, name: str) -> Shape:
     if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-        raise ValueError(f"{where} is damaged: {name!r}: {value!r} is not a list of sizes")
+        raise ValueError(f"{where} is damaged: {name!r}: {brief(value)} is not a list of sizes")
     return value
 
 
@@ -221,12 +266,12 @@ def _place(
     """The file, first byte and number of bytes of one stored item."""
     file, begin, count = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     if not isinstance(file, str) or type(begin) is not int or type(count) is not int or begin < 0 or count < 0:
-        raise ValueError(f"{folder / METADATA} is damaged: the place of {name!r} is {fields!r}")
+        raise ValueError(f"{folder / METADATA} is damaged: the place of {name!r} is {brief(fields)}")
     if file != os.path.basename(file) or file in ("", ".", ".."):
         raise UnsafeError(f"{folder / METADATA} places {name!r} in {file!r}; only files of the folder itself are read")
     if fields.get("transform_descriptors"):
         raise ValueError(
-            f"{name!r} was written through {fields['transform_descriptors']!r}; such streams cannot be copied "
+            f"{name!r} was written through {brief(fields['transform_descriptors'])}; such streams cannot be copied "
             "as bytes: "
             "save without extensions"
         )
@@ -327,7 +372,7 @@ def _rebuild_v2(
     storage: Any, offset: Any, size: Any, strides: Any, grad: Any = None, hooks: Any = None, extra: Any = None
 ) -> _Saved:
     if extra:
-        raise ValueError(f"a tensor with {extra!r} is not supported")
+        raise ValueError(f"a tensor with {brief(extra)} is not supported")
     return _Saved(storage, offset, size, strides, None)
 
 
@@ -342,7 +387,7 @@ def _rebuild_v3(
     extra: Any = None,
 ) -> _Saved:
     if extra:
-        raise ValueError(f"a tensor with {extra!r} is not supported")
+        raise ValueError(f"a tensor with {brief(extra)} is not supported")
     return _Saved(storage, offset, size, strides, dtype)
 
 
@@ -377,12 +422,12 @@ def locate(name: str, dtype: str, chunk: Chunk, descriptor: int) -> Chunk:
     size, strides = (tuple(x) if isinstance(x, tuple) else None for x in (saved.size, saved.strides))
     if kind != "storage" or stored_dtype != dtype or size != chunk.box.size or strides is None:
         raise ValueError(
-            f"{where} holds {stored_dtype} {size}, {METADATA} describes {dtype} {list(chunk.box.size)}; one of them is "
-            "damaged or of another save"
+            f"{where} holds {brief(stored_dtype)} {brief(size)}, {METADATA} describes {dtype} {list(chunk.box.size)}; "
+            "one of them is damaged or of another save"
         )
     if len(strides) != len(size) or not all(type(x) is int and x >= 0 for x in (saved.offset, *strides)):
-        raise ValueError(f"{where} is damaged: strides {saved.strides}, offset {saved.offset}")
-    begin, count = _data(window, members, f"data/{key}", where)
+        raise ValueError(f"{where} is damaged: strides {brief(saved.strides)}, offset {brief(saved.offset)}")
+    begin, count = _data(window, members, f"data/{key}" if isinstance(key, str) else "data", where)
     last = saved.offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
     if (last + 1) * ITEM_BYTES[dtype] > count:
         raise ValueError(f"{where} is truncated: its storage has {count} bytes, element {last} is outside")

@@ -108,7 +108,8 @@ def _refuse_constant(text: str) -> NoReturn:
 def parse_json(text: bytes, where: str) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN. ``where`` begins every error message."""
     try:
-        return json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=_refuse_constant)
+        # Decoded here, since json would take UTF-16 and UTF-32 too.
+        return json.loads(text.decode(), object_pairs_hook=refuse_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {error or 'nested too deeply'}") from error
 
@@ -140,7 +141,7 @@ def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{where}: tensor {name!r} has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
     for field in (shape, offsets):
         if not is_sizes(field):

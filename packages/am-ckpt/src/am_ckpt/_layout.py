@@ -16,6 +16,7 @@ from typing import Any
 
 from am_ckpt._format import Header, parse_json, read_header
 from am_ckpt._io import digest, file_digest, open_for_reading, read_exactly
+from am_ckpt._manifest import require_manifest
 
 FORMAT = "am-ckpt"
 VERSION = 1
@@ -80,6 +81,7 @@ def read_manifest(step: Path) -> dict[str, Any]:
     found = manifest.pop("xxh3_128", None)
     if digest(_text(manifest)) != found:
         raise ValueError(f"{path} is damaged: its content does not have the digest it carries")
+    require_manifest(manifest, str(path))
     return manifest
 
 

@@ -55,7 +55,7 @@ def records_by_parameter(
         if set(item) != {"file", "parameter", "slice", "transpose"}:
             raise ValueError(f"mapping record {dict(item)!r} must have exactly file, parameter, slice and transpose")
         name = item["parameter"]
-        if name in shapes:
+        if isinstance(name, str) and name in shapes:
             records.setdefault(name, []).append(_record(item, shapes[name]))
     for name, parts in records.items():
         require_exact_cover(f"mapping of {name!r}", shapes[name], [record.box for record in parts])
@@ -64,10 +64,17 @@ def records_by_parameter(
 
 def _record(item: Mapping[str, Any], shape: Shape) -> Record:
     ranges = item["slice"] if item["slice"] is not None else [None] * len(shape)
-    if len(ranges) != len(shape) or (item["transpose"] and len(shape) < 2):
+    fits = isinstance(ranges, list | tuple) and len(ranges) == len(shape) and not (item["transpose"] and len(shape) < 2)
+    if not fits or not isinstance(item["file"], str) or not all(map(_is_range, ranges, shape)):
         raise ValueError(f"mapping record {dict(item)!r} does not fit the parameter's shape {list(shape)}")
-    pairs = [
-        (0, size) if pair is None else (int(pair[0]), int(pair[1])) for pair, size in zip(ranges, shape, strict=True)
-    ]
+    pairs = [(0, size) if pair is None else (pair[0], pair[1]) for pair, size in zip(ranges, shape, strict=True)]
     box = Box(tuple(start for start, _ in pairs), tuple(stop - start for start, stop in pairs))
     return Record(item["file"], item["parameter"], box, bool(item["transpose"]))
+
+
+def _is_range(value: Any, size: int) -> bool:
+    """Whether ``value`` is None (all of a dim) or first and last + 1 of some of its ``size`` indices."""
+    if value is None:
+        return True
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)
+    return pair and 0 <= value[0] <= value[1] <= size
