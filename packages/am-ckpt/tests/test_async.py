@@ -149,25 +149,23 @@ def test_a_process_that_ends_without_waiting(how: str, status: int, tmp_path: Pa
         assert am_ckpt.Checkpointer(tmp_path).load({"model": nn.Linear(512, 512)}) == 1
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_tensors_that_another_thread_changes_are_refused(asynchronous: bool, tmp_path: Path) -> None:
-    state = state_of(1.0, 2**16)
-    ended = threading.Event()
+@pytest.mark.parametrize(("asynchronous", "moment"), [(False, "pwrite"), (True, "copy_")])
+def test_tensors_that_change_while_they_are_saved_are_refused(asynchronous: bool, moment: str, tmp_path: Path) -> None:
+    state = state_of(1.0)
+    checkpoints = am_ckpt.Checkpointer(tmp_path, asynchronous=asynchronous)
 
-    def train() -> None:
-        while not ended.is_set():
+    def interrupt(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ == moment:
+            sys.setprofile(None)
             with torch.no_grad():
                 state["model"].bias.add_(1.0)
 
-    checkpoints = am_ckpt.Checkpointer(tmp_path, asynchronous=asynchronous)
-    thread = threading.Thread(target=train)
-    thread.start()
+    sys.setprofile(interrupt)
     try:
         with pytest.raises(RuntimeError, match=r"model tensor 'bias' was changed while it was being saved"):
             checkpoints.save(1, state)
     finally:
-        ended.set()
-        thread.join()
+        sys.setprofile(None)
     assert list(tmp_path.iterdir()) == []
     checkpoints.save(1, state)
     checkpoints.wait()
@@ -199,17 +197,15 @@ def resident_bytes() -> int:
 
 
 def test_memory_is_flat_over_a_hundred_saves(tmp_path: Path) -> None:
-    # 8 MiB; the copy is made at the first save and then used again.
+    # 8 MiB: were they not used again, a hundred saves would show.
     state = state_of(1.0, 2**21 // 3)
     checkpoints = am_ckpt.Checkpointer(tmp_path, asynchronous=True, keep_last=1)
-    begin = resident_bytes()
     for step in range(1, 101):
         checkpoints.save(step, state)
         if step == 5:
             checkpoints.wait()
             early = resident_bytes()
     checkpoints.wait()
-    assert 6 * 2**20 < early - begin < 12 * 2**20
     assert resident_bytes() - early < 2 * 2**20
 
 

@@ -49,6 +49,8 @@ def test_the_public_names() -> None:
         "Checkpointer",
         "Inventory",
         "MergeReport",
+        "StorageReader",
+        "StorageWriter",
         "VerifyReport",
         "hf_files",
         "inspect",

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from am_ckpt._inventory import Inventory, inspect
     from am_ckpt._merge import MergeReport, merge
     from am_ckpt._names import hf_files
+    from am_ckpt._storage import StorageReader, StorageWriter
     from am_ckpt._verify import VerifyReport, verify
 
 __all__ = [
     "Checkpointer",
     "Inventory",
     "MergeReport",
+    "StorageReader",
+    "StorageWriter",
     "VerifyReport",
     "hf_files",
     "inspect",
@@ -33,6 +36,8 @@ _MODULES = {
     "Checkpointer": "am_ckpt._checkpointer",
     "Inventory": "am_ckpt._inventory",
     "MergeReport": "am_ckpt._merge",
+    "StorageReader": "am_ckpt._storage",
+    "StorageWriter": "am_ckpt._storage",
     "VerifyReport": "am_ckpt._verify",
     "hf_files": "am_ckpt._names",
     "inspect": "am_ckpt._inventory",

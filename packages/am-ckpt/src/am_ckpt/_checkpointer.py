@@ -146,7 +146,7 @@ class Checkpointer:
             job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
         except BaseException:
             if rank == 0:
-                discard(job)
+                discard(job.staging)
             raise
         if self._background is not None:
             self._background.start(lambda: run(job, lambda: None, lambda: tidy(self.directory, self._keep, step)))

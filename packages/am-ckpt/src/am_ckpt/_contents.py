@@ -120,13 +120,14 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
                 )
             contents.tensors["optim"].update(tensors)
             contents.optimizers.append(entry)
-            contents.state[entry] = _encoded(rest, entry)
+            contents.state[entry] = encoded_state(rest, entry)
         elif entry != MODEL:
-            contents.state[entry] = _encoded(value.state_dict(), entry)
+            contents.state[entry] = encoded_state(value.state_dict(), entry)
     return _describe(contents)
 
 
-def _encoded(value: Any, entry: str) -> tuple[bytes, dict[str, torch.Tensor]]:
+def encoded_state(value: Any, entry: str) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """The text of ``state/<entry>.json``, and the tensors of the safetensors file beside it."""
     data, tensors = encode(value, entry)
     return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(), tensors
 

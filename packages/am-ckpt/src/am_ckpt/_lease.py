@@ -20,13 +20,19 @@ _RENEW_SECONDS = 15.0
 # A writer on another machine that has not renewed for so long is dead.
 _STALE_SECONDS = 60.0
 
+_renewing: dict[Path, threading.Event] = {}
 # Folders that this very process is writing into: its process number alone would not tell them from left ones.
-_held: dict[Path, threading.Event] = {}
+_held: set[Path] = set()
 
 
-def sign(folder: Path) -> None:
-    """Sign the new staging folder ``folder``; a thread renews the signature until :func:`release`."""
-    released = _held[folder] = threading.Event()
+def sign(folder: Path, *, held: bool) -> None:
+    """Sign the new staging folder ``folder``; a thread renews the signature until :func:`release`.
+
+    ``held``: other writers of this process are kept out too. Give it where :func:`release` is sure to be called.
+    """
+    released = _renewing[folder] = threading.Event()
+    if held:
+        _held.add(folder)
     write_bytes(folder / LEASE, json.dumps(own_lease()).encode())
 
     def renew() -> None:
@@ -42,8 +48,9 @@ def sign(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Stop renewing; from now on anyone may remove the folder. Nothing happens where it was not signed."""
-    if folder in _held:
-        _held.pop(folder).set()
+    _held.discard(folder)
+    if folder in _renewing:
+        _renewing.pop(folder).set()
 
 
 def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:

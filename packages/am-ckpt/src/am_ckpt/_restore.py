@@ -79,28 +79,12 @@ class _Step:
                         f"state[{entry!r}] is {type(value).__name__}, the checkpoint's {entry!r} is "
                         f"{'an optimizer' if is_optimizer else 'no optimizer'}"
                     )
-                data = self._state(entry)
+                data = read_state(self._folder, self._records, entry, self._reader)
                 if isinstance(value, Optimizer):
                     actions.append(self._optimizer(entry, value, parameter_names(state[MODEL]), data))
                 else:
                     actions.append(_load_state(value, data))
         return actions
-
-    def _state(self, entry: str) -> Any:
-        """The decoded state of an entry. Its files' digests were checked when the step was chosen."""
-        tensors: dict[str, torch.Tensor] = {}
-        path = self._folder / "state" / f"{entry}.safetensors"
-        if f"state/{path.name}" in self._records:
-            tensors = self._whole_tensors(path, f"state/{path.name}")
-        text = self._folder / "state" / f"{entry}.json"
-        return decode(parse_json(read_file(text, _MAX_STATE_BYTES), str(text)), tensors, entry)
-
-    def _whole_tensors(self, path: Path, name: str) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for key, source in whole_sources(path, checked_header(path, self._records[name])).items():
-            tensors[key] = torch.empty(source.shape, dtype=DTYPES[source.dtype])
-            self._reader.read(source, Piece(source.chunks[0].box, tensors[key]))
-        return tensors
 
     def _sources(self, section: str) -> dict[str, Source]:
         """The sharded tensors of a section with all their chunks; the manifest says which there must be."""
@@ -172,7 +156,7 @@ class _Step:
         for name in now.keys() & sources.keys():
             problems += _shape_difference(name, sources[name], now[name])
         _raise_differences("the adapter", problems)
-        tensors = self._whole_tensors(path, f"model/{ADAPTER}")
+        tensors = _whole_tensors(path, self._records[f"model/{ADAPTER}"], self._reader)
 
         def load() -> None:
             model.load_state_dict(tensors)
@@ -213,6 +197,24 @@ class _Step:
             apply(optimizer, names, options, values)
 
         return load
+
+
+def read_state(folder: Path, records: Mapping[str, dict[str, Any]], entry: str, reader: Reader) -> Any:
+    """The decoded state of an entry; ``records`` by path. The digests of its files are checked by ``check_step``."""
+    tensors: dict[str, torch.Tensor] = {}
+    path = folder / "state" / f"{entry}.safetensors"
+    if f"state/{path.name}" in records:
+        tensors = _whole_tensors(path, records[f"state/{path.name}"], reader)
+    text = folder / "state" / f"{entry}.json"
+    return decode(parse_json(read_file(text, _MAX_STATE_BYTES), str(text)), tensors, entry)
+
+
+def _whole_tensors(path: Path, record: Mapping[str, Any], reader: Reader) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for key, source in whole_sources(path, checked_header(path, dict(record))).items():
+        tensors[key] = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+        reader.read(source, Piece(source.chunks[0].box, tensors[key]))
+    return tensors
 
 
 def _load_state(value: Any, data: Any) -> Callable[[], None]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,23 +103,31 @@ def stage(job: Job, planned_bytes: int) -> None:
 
     Rank 0 only. Ends in :func:`run`, or in :func:`discard` where it comes to nothing.
     """
-    job.directory.mkdir(parents=True, exist_ok=True)
-    require_space(job.directory, planned_bytes)
-    os.mkdir(job.staging)
-    sign(job.staging)
-    alive = clean_stale(job.directory, STAGING, job.staging)
-    if alive:
-        raise RuntimeError(
-            f"another process is saving to this directory (its folder is {alive[0]}); use one directory a run"
-        )
+    create_staging(job.staging, planned_bytes, STAGING, held=True)
     for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
         os.mkdir(job.staging / name)
 
 
-def discard(job: Job) -> None:
+def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool) -> None:
+    """Create and sign a folder for ``planned_bytes``, beside no live writer's whose name begins with ``prefix``.
+
+    ``held``: see :func:`am_ckpt._lease.sign`.
+    """
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    require_space(staging.parent, planned_bytes)
+    os.mkdir(staging)
+    sign(staging, held=held)
+    alive = clean_stale(staging.parent, prefix, staging)
+    if alive:
+        raise RuntimeError(
+            f"another process is saving to this directory (its folder is {alive[0]}); use one directory a run"
+        )
+
+
+def discard(staging: Path) -> None:
     """Remove the staging folder, as far as that works."""
-    release(job.staging)
-    shutil.rmtree(job.staging, ignore_errors=True)
+    release(staging)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def run(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], None]) -> None:
@@ -145,7 +153,7 @@ def _lead(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], No
                 failure, where = report["failure"], f"rank {rank} of {job.size}: "
                 raise rebuild(failure)
             records += report["records"]
-        _seal(job, records)
+        seal_step(job.staging / "step", job.manifest, records)
         if job.stop.is_set():
             raise _given_up()
         # A folder that is not empty is never replaced by rename: a step that appeared meanwhile raises.
@@ -194,21 +202,34 @@ def _given_up() -> TimeoutError:
 
 
 def _write(job: Job, require_unchanged: Callable[[], None]) -> list[dict[str, Any]]:
-    """Write this rank's files, durably, and return their records."""
-    records: list[dict[str, Any]] = []
     folder = job.staging / "step"
-    metadata = {"format": "pt", "am_ckpt_save_id": job.save_id, "rank": str(job.rank), "world_size": str(job.size)}
-    for file in job.files:
-        header = file.header(metadata)
-        record = write_file(folder / file.path, header.text, header.file_bytes, _until(job.stop, file.blocks(header)))
-        records.append({"path": file.path, "rank": job.rank, "header_xxh3_128": digest(header.text), **record})
-    for path, content in job.texts.items():
-        records.append({"path": path, "rank": job.rank, **write_bytes(folder / path, content)})
+    records = write_files(folder, job.save_id, job.rank, job.size, job.files, job.texts, job.stop)
     if job.rank:
         # Rank 0 does so when it has seen all files.
         for name in sorted({record["path"].partition("/")[0] for record in records}):
             fsync_directory(folder / name)
     require_unchanged()
+    return records
+
+
+def write_files(
+    folder: Path,
+    save_id: str,
+    rank: int,
+    size: int,
+    files: Iterable[TensorFile],
+    texts: Mapping[str, bytes],
+    stop: threading.Event,
+) -> list[dict[str, Any]]:
+    """Write the files of one rank of ``size`` into ``folder``, durably, and return their records."""
+    records: list[dict[str, Any]] = []
+    metadata = {"format": "pt", "am_ckpt_save_id": save_id, "rank": str(rank), "world_size": str(size)}
+    for file in files:
+        header = file.header(metadata)
+        record = write_file(folder / file.path, header.text, header.file_bytes, _until(stop, file.blocks(header)))
+        records.append({"path": file.path, "rank": rank, "header_xxh3_128": digest(header.text), **record})
+    for path, content in texts.items():
+        records.append({"path": path, "rank": rank, **write_bytes(folder / path, content)})
     return records
 
 
@@ -219,9 +240,8 @@ def _until(stop: threading.Event, blocks: Iterator[memoryview]) -> Iterator[memo
         yield block
 
 
-def _seal(job: Job, records: list[dict[str, Any]]) -> None:
-    """Check that rank 0 sees what the ranks wrote, and write the manifest."""
-    folder = job.staging / "step"
+def seal_step(folder: Path, manifest: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """Check that this process sees what all ranks wrote into ``folder``, and write the manifest."""
     for record in records:
         path = folder / record["path"]
         if not path.exists():
@@ -231,8 +251,7 @@ def _seal(job: Job, records: list[dict[str, Any]]) -> None:
             )
         if path.stat().st_size != record["bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, rank {record['rank']} wrote {record['bytes']}")
-    manifest = {**job.manifest, "files": sorted(records, key=lambda record: record["path"])}
-    write_bytes(folder / MANIFEST, seal(manifest))
+    write_bytes(folder / MANIFEST, seal({**manifest, "files": sorted(records, key=lambda record: record["path"])}))
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             fsync_directory(path)
