@@ -47,11 +47,14 @@ def names(directory: Path) -> list[str]:
 def test_the_public_names() -> None:
     assert am_ckpt.__all__ == [
         "Checkpointer",
+        "DiffReport",
+        "Difference",
         "Inventory",
         "MergeReport",
         "StorageReader",
         "StorageWriter",
         "VerifyReport",
+        "diff",
         "hf_files",
         "inspect",
         "load_hf",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from am_ckpt._checkpointer import Checkpointer
+    from am_ckpt._diff import Difference, DiffReport, diff
     from am_ckpt._hf import load_hf, save_hf
     from am_ckpt._inventory import Inventory, inspect
     from am_ckpt._merge import MergeReport, merge
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpointer",
+    "DiffReport",
+    "Difference",
     "Inventory",
     "MergeReport",
     "StorageReader",
     "StorageWriter",
     "VerifyReport",
+    "diff",
     "hf_files",
     "inspect",
     "load_hf",
@@ -34,11 +38,14 @@ __all__ = [
 
 _MODULES = {
     "Checkpointer": "am_ckpt._checkpointer",
+    "DiffReport": "am_ckpt._diff",
+    "Difference": "am_ckpt._diff",
     "Inventory": "am_ckpt._inventory",
     "MergeReport": "am_ckpt._merge",
     "StorageReader": "am_ckpt._storage",
     "StorageWriter": "am_ckpt._storage",
     "VerifyReport": "am_ckpt._verify",
+    "diff": "am_ckpt._diff",
     "hf_files": "am_ckpt._names",
     "inspect": "am_ckpt._inventory",
     "load_hf": "am_ckpt._hf",

@@ -1,7 +1,7 @@
 """The command ``am-ckpt``: what is in a checkpoint, and a plain Hugging Face folder out of it.
 
 Exit codes: 0 ok, 1 wrong usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 input or output error, 6 conflict
-with what is there, 130 interrupted.
+with what is there, 7 different, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXIT_CODES = (
 )
 _EPILOG = (
     "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
-    "there, 130 interrupted"
+    "there, 7 different, 130 interrupted"
 )
 
 
@@ -83,9 +83,16 @@ def _parser() -> _Parser:
     check.add_argument("path", metavar="PATH")
     check.add_argument("--full", action="store_true", help="read all data: digests, NaN, tensors of zeros")
     check.set_defaults(run=_verify)
-    for command in (show, merge, check):
+    compare = commands.add_parser("diff", help="two checkpoints of any kinds, tensor by tensor", epilog=_EPILOG)
+    compare.add_argument("path", metavar="A")
+    compare.add_argument("other", metavar="B")
+    compare.add_argument("--tensors", metavar="GLOB", default="*", help="compare the tensors whose names match")
+    compare.add_argument("--atol", type=float, default=0.0, metavar="X", help="allow |a - b| <= X + Y |b| (default 0)")
+    compare.add_argument("--rtol", type=float, default=0.0, metavar="Y")
+    compare.set_defaults(run=_diff)
+    for command in (show, merge, check, compare):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
-    for command in (show, merge, check):
+    for command in (show, merge, check, compare):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -175,6 +182,25 @@ def _verify(options: argparse.Namespace) -> int:
         state = f"{len(report.problems)} problems" if report.problems else "ok"
         depth = "all data read" if options.full else "headers and sizes read; --full reads all data"
         print(f"{report.path}: {report.kind}, {state} ({depth})")
+    return report.exit_code
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from am_ckpt._diff import diff, show
+
+    report = diff(
+        options.path,
+        options.other,
+        tensors=options.tensors,
+        section=options.section,
+        atol=options.atol,
+        rtol=options.rtol,
+    )
+    if options.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        for line in show(report):
+            print(line)
     return report.exit_code
 
 

@@ -14,7 +14,7 @@ from am_ckpt._copy import TILE_BYTES, Buffers, fill, parts_of
 from am_ckpt._distcp import locate
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
-from am_ckpt._mapping import whole_record
+from am_ckpt._mapping import Record, output_shape, whole_record
 from am_ckpt._sources import Source
 
 
@@ -49,15 +49,20 @@ class TensorReader:
         ]
         return Source(source.dtype, source.shape, chunks)
 
-    def blocks(self, name: str, source: Source) -> Iterator[tuple[Box, numpy.ndarray]]:
+    def blocks(
+        self, name: str, source: Source, record: Record | None = None, block_item_bytes: int | None = None
+    ) -> Iterator[tuple[Box, numpy.ndarray]]:
         """The tensor's values as unsigned integers of its item size, in blocks of about 2 MiB, row-major.
 
-        The array is reused: it holds until the next block is asked for.
+        ``record``: the published tensor to read, instead of all of the parameter. ``block_item_bytes``: cut as for
+        items of this size, so that tensors of different dtypes are cut alike. The array is reused: it holds until the
+        next block is asked for.
         """
         source = self.located(name, source)
         item = ITEM_BYTES[source.dtype]
-        parts = list(parts_of(whole_record(name, source.shape), source))
-        for box in split(source.shape, item, TILE_BYTES):
+        record = record or whole_record(name, source.shape)
+        parts = list(parts_of(record, source))
+        for box in split(output_shape(record, source.shape), block_item_bytes or item, TILE_BYTES):
             if box.count:
                 values = self._buffers.block(box.size, item)
                 fill(values, box, parts, self._open, self._buffers)
