@@ -5,11 +5,14 @@ The processes are forked from a server that has imported everything, so that a s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from am_recipes import cli
 from am_recipes import config as configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +44,52 @@ SERVER.set_forkserver_preload(
 )
 
 
+# Progress bars of other libraries, which a message may follow.
+_PROGRESS = r"(Generating|Loading weights|Writing model|Saving)[^\n]*?(?=error: |\n|$)"
+
+
+def merge(config: dict[str, Any], change: Mapping[str, Any]) -> None:
+    """Merge ``change`` into a config in place; None takes a key out, a section with a target is replaced."""
+    for key, value in change.items():
+        if value is None:
+            config.pop(key, None)
+        elif isinstance(value, Mapping) and "_target_" not in value:
+            merge(config.setdefault(key, {}), value)
+        else:
+            config[key] = value
+
+
+def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config with values at dotted paths; None takes a key out."""
+    config: dict[str, Any] = json.loads(json.dumps(base))
+    for dotted, value in changes.items():
+        *sections, key = dotted.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+        if value is None:
+            del place[key]
+    return config
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """The exit status of ``automodel ARGUMENTS`` in this process, and its messages on stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = cli.main(arguments)
+    return status, re.sub(_PROGRESS, "", errors.getvalue()).strip()
+
+
+def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> None:
+    """Raise AssertionError unless ``outcome`` of `command` is ``status`` and one message with all ``patterns``."""
+    found, text = outcome
+    assert found == status, text
+    for pattern in patterns:
+        assert re.search(pattern, text), f"{pattern!r} is not in {text!r}"
+    assert "Traceback" not in text
+
+
 def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size: int = 1) -> list[Any]:
     """The processes of `automodel CONFIG --run_dir RUN_DIR ...`, one a rank, running."""
     port = random.randint(20000, 50000)
@@ -58,6 +108,14 @@ def _run(config: Path, overrides: list[tuple[str, str]], rank: int, world_size: 
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     parsed = configs.parse(config, overrides)
     raise SystemExit(importlib.import_module(f"am_recipes.{parsed.recipe}").main(parsed))
+
+
+def train(
+    folder: Path, name: str, config: Path, overrides: Mapping[str, str] | None = None, world_size: int = 1
+) -> Path:
+    """Run to the end in forked processes; the run directory."""
+    assert finish(start(config, folder / name, overrides or {}, world_size)) == 0
+    return folder / name
 
 
 def finish(processes: list[Any]) -> int:

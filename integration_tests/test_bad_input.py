@@ -27,6 +27,7 @@ import yaml
 
 from am_recipes import cli
 from am_testing import run_distributed
+from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = yaml.safe_load((ROOT / "recipes/configs/tiny.yaml").read_text())
@@ -35,31 +36,12 @@ ROW = {"messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant
 MODEL_SHARD = "model/shard-00001-model-00001-of-00001.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(ROOT)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "AUTOMODEL_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def written(path: Path, changes: Mapping[str, Any]) -> Path:
     """A config file: tiny.yaml, two steps with a checkpoint each, changed; None takes a section or key out."""
     config = json.loads(json.dumps(TINY))
     config["step_scheduler"] |= {"max_steps": 2, "ckpt_every_steps": 1}
     config["lr_scheduler"] = {"style": "constant"}
-    for dotted, value in changes.items():
-        *sections, key = dotted.split(".")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-        if value is None:
-            del place[key]
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(runs.changed(config, changes)))
     return path
 
 
@@ -73,21 +55,12 @@ class Runner:
     def __call__(self, changes: Mapping[str, Any], *overrides: str) -> tuple[int, str]:
         """The exit status and what was written to stderr."""
         config = written(self.folder / "config.yaml", changes)
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors):
-            status = cli.main([str(config), "--run_dir", str(self.run_dir), *overrides])
-        text = errors.getvalue()
-        # A progress bar of `datasets` ends without a line feed.
-        return status, re.sub(r"Generating[^\n]*?(?=error: |\n|$)", "", text)
+        return runs.command(str(config), "--run_dir", str(self.run_dir), *overrides)
 
     def refuses(self, changes: Mapping[str, Any], *expected: str, status: int = 1) -> None:
         """Run; the message has every part of ``expected``, and nothing that existed has changed or been added."""
         before = contents(self.run_dir)
-        found, text = self(changes)
-        assert found == status, text
-        for part in expected:
-            assert re.search(part, text), f"{part!r} is not in {text!r}"
-        assert "Traceback" not in text
+        runs.require_refusal(self(changes), status, *expected)
         assert contents(self.run_dir) == before
 
 

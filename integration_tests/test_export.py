@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LORA = [("peft.r", "4"), ("peft.target_modules", "all-linear")]
 
 
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def run(run_dir: Path, *overrides: tuple[str, str]) -> Path:
     short = [("run_dir", str(run_dir)), ("step_scheduler.max_steps", "3"), ("step_scheduler.val_every_steps", "3")]
     assert sft.main(configs.parse("recipes/configs/tiny.yaml", [*short, *overrides])) == 0

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import safetensors.torch
 import torch
 
 import am_ckpt
 from am_recipes import config as configs
 from am_recipes import sft
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def trained(run_dir: Path, *overrides: tuple[str, str]) -> Path:
@@ -31,8 +28,7 @@ def require_merged_is_export(run_dir: Path, merged: Path, name: str) -> None:
     assert am_ckpt.verify(merged, full=True).problems == []
 
 
-def test_merged_checkpoint_is_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_merged_checkpoint_is_the_export(tmp_path: Path) -> None:
     model = trained(tmp_path / "model")
     require_merged_is_export(model, tmp_path / "merged", "model.safetensors")
     base = [("model.config", "null"), ("model.name_or_path", str(model / "export"))]

@@ -7,11 +7,9 @@ the weights after three steps of SGD that move each tensor by more than a thousa
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +75,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(ROOT)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "AUTOMODEL_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty windows of text to train on and four to validate with; their last tokens fit no window."""
@@ -107,27 +94,9 @@ def written(path: Path, shards: Path, *changes: Mapping[str, Any]) -> Path:
         "step_scheduler": {"global_batch_size": 4, "local_batch_size": 4, "max_tokens": None, "val_every_steps": 5},
     }
     for change in (short, MODELS["llama"], *changes):
-        merge(config, change)
+        runs.merge(config, change)
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def merge(config: dict[str, Any], change: Mapping[str, Any]) -> None:
-    for key, value in change.items():
-        if value is None:
-            config.pop(key, None)
-        elif isinstance(value, Mapping) and "_target_" not in value:
-            merge(config.setdefault(key, {}), value)
-        else:
-            config[key] = value
-
-
-def train(
-    folder: Path, name: str, config: Path, overrides: Mapping[str, str] | None = None, world_size: int = 1
-) -> Path:
-    """Run to the end in forked processes; the run directory."""
-    assert runs.finish(runs.start(config, folder / name, overrides or {}, world_size)) == 0
-    return folder / name
 
 
 def exported(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -167,7 +136,7 @@ def one_process(
     folder = tmp_path_factory.mktemp(request.param)
     changes = (MODELS[request.param], THREE_STEPS, {"optimizer": None}, {"optimizer": SGD[request.param]})
     config = written(folder / "config.yaml", shards, *changes)
-    return config, train(folder, "reference", config), train(folder, "start", config, {"optimizer.lr": "0.0"})
+    return config, runs.train(folder, "reference", config), runs.train(folder, "start", config, {"optimizer.lr": "0.0"})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -177,7 +146,7 @@ def test_layouts_agree(layout: str, one_process: tuple[Path, Path, Path], tmp_pa
         moved = (weights - exported(start)[name]).abs().max() / weights.abs().max()
         assert moved >= 1000 * TOLERANCE, f"{name} moves by {moved:.2g} alone, which shows nothing"
     world_size, overrides = LAYOUTS[layout]
-    run_dir = train(tmp_path, "run", config, overrides, world_size)
+    run_dir = runs.train(tmp_path, "run", config, overrides, world_size)
     compare_metrics(run_dir, reference)
     compare_weights(run_dir, reference)
 
@@ -188,7 +157,7 @@ def test_the_first_weights_are_those_of_one_process(
 ) -> None:
     config, _, start = one_process
     overrides = {"optimizer.lr": "0.0", "step_scheduler.local_batch_size": "2", "distributed.strategy": strategy}
-    ours = exported(train(tmp_path, "run", config, overrides, 2))
+    ours = exported(runs.train(tmp_path, "run", config, overrides, 2))
     expected = exported(start)
     assert ours.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
@@ -206,7 +175,7 @@ def test_a_dropped_rank_is_caught(one_process: tuple[Path, Path, Path], tmp_path
     faulty = tmp_path / "faulty.yaml"
     fault = {"loss_fn": {"_target_": "integration_tests.test_pretrain.half_of_the_targets"}}
     faulty.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | fault))
-    run_dir = train(tmp_path, "run", faulty, {"step_scheduler.local_batch_size": "2"}, 2)
+    run_dir = runs.train(tmp_path, "run", faulty, {"step_scheduler.local_batch_size": "2"}, 2)
     with pytest.raises(AssertionError, match="loss differs"):
         compare_metrics(run_dir, reference)
     with pytest.raises(AssertionError, match="of its largest"):
@@ -217,7 +186,7 @@ def test_router_losses_and_loads_are_those_of_the_formulas(shards: Path, tmp_pat
     """The first step against a stock model with the same weights: cross-entropy, balance and z-loss, loads."""
     changes = (MODELS["qwen3_moe"], THREE_STEPS, {"optimizer": {"lr": 0.0}, "dataloader": {"shuffle": False}})
     config = written(tmp_path / "config.yaml", shards, *changes)
-    run_dir = train(tmp_path, "run", config)
+    run_dir = runs.train(tmp_path, "run", config)
     row = runs.metrics(run_dir)[1]
     windows = am_data.TokenShards(str(shards / "train_*.bin"), WINDOW)
     ids = torch.stack([torch.from_numpy(windows[index]["labels"]) for index in range(4)])
@@ -252,21 +221,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> tup
     """A config of one epoch, which is ten steps, and its run without a kill."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = written(folder / "config.yaml", shards, EVERY_STEP)
-    return config, train(folder, "run", config)
+    return config, runs.train(folder, "run", config)
 
 
 def test_killed_twice_in_one_run(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     config, reference = uninterrupted
     for step in (2, 7):
         runs.kill_when(runs.start(config, tmp_path / "run", {}), tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
-    runs.assert_same_run(train(tmp_path, "run", config), reference)
+    runs.assert_same_run(runs.train(tmp_path, "run", config), reference)
 
 
 def test_muon_and_experts_resume_bit_for_bit(shards: Path, tmp_path: Path) -> None:
     changes = ({"optimizer": None}, {"optimizer": MUON}, {"lr_scheduler": {"min_lr": 0.0}}, MODELS["qwen3_moe"])
     config = written(tmp_path / "config.yaml", shards, EVERY_STEP, *changes)
     runs.kill_when(runs.start(config, tmp_path / "run", {}), tmp_path / "run" / "checkpoints" / "step_000004")
-    runs.assert_same_run(train(tmp_path, "run", config), train(tmp_path, "reference", config))
+    runs.assert_same_run(runs.train(tmp_path, "run", config), runs.train(tmp_path, "reference", config))
 
 
 def test_windows_once_over_kills_and_changes_of_world_size(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
@@ -279,7 +248,7 @@ def test_windows_once_over_kills_and_changes_of_world_size(uninterrupted: tuple[
     runs.kill_when(begun, tmp_path / "run" / "checkpoints" / "step_000003")
     two = runs.start(config, tmp_path / "run", {"step_scheduler.local_batch_size": "2"}, 2)
     runs.kill_when(two, tmp_path / "run" / "checkpoints" / "step_000006")
-    compare_metrics(train(tmp_path, "run", config), reference)
+    compare_metrics(runs.train(tmp_path, "run", config), reference)
     launches = json.loads((tmp_path / "run" / "run.json").read_text())["launches"]
     assert [launch["world_size"] for launch in launches] == [1, 2, 1]
     assert NUM_WINDOWS // 4 == 10 == runs.metrics(reference)[-1]["step"]
@@ -291,7 +260,7 @@ def test_windows_once_over_kills_and_changes_of_world_size(uninterrupted: tuple[
 @pytest.mark.parametrize("model", MODELS)
 def test_the_export_is_the_trained_model(model: str, shards: Path, tmp_path: Path) -> None:
     config = written(tmp_path / "config.yaml", shards, MODELS[model], THREE_STEPS)
-    run_dir = train(tmp_path, "run", config)
+    run_dir = runs.train(tmp_path, "run", config)
     stock = AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
     ids = tokenizer("The whale is not a fish.", return_tensors="pt").input_ids
@@ -314,7 +283,7 @@ def test_training_goes_on_from_a_folder(uninterrupted: tuple[Path, Path], shards
     _, first = uninterrupted
     model = {"config": None, "name_or_path": str(first / "export")}
     config = written(tmp_path / "config.yaml", shards, {"model": model, "tokenizer": None})
-    rows = runs.metrics(train(tmp_path, "run", config))
+    rows = runs.metrics(runs.train(tmp_path, "run", config))
     assert rows[0]["val_loss"] == pytest.approx(runs.metrics(first)[-1]["val_loss"], rel=TOLERANCE)
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
 
@@ -333,17 +302,11 @@ class Runner:
     def __call__(self, *changes: Mapping[str, Any]) -> tuple[int, str]:
         """The exit status and what was written to stderr."""
         config = written(self.folder / "config.yaml", self.shards, *changes)
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors):
-            status = cli.main(["pretrain", "llm", "-c", str(config), "--run_dir", str(self.run_dir)])
-        return status, errors.getvalue()
+        return runs.command("pretrain", "llm", "-c", str(config), "--run_dir", str(self.run_dir))
 
     def refuses(self, message: str, *changes: Mapping[str, Any], status: int = 1) -> None:
         """Run; one message that matches, no traceback, and nothing written."""
-        found, text = self(*changes)
-        assert found == status, text
-        assert re.search(message, text), f"{message!r} is not in {text!r}"
-        assert "Traceback" not in text
+        runs.require_refusal(self(*changes), status, message)
         assert not self.run_dir.exists()
 
 

@@ -107,18 +107,14 @@ def test_two_ranks_stop_after_the_same_step(tmp_path: Path, uninterrupted: Path)
     assert metrics(tmp_path)[-1] == pytest.approx(metrics(uninterrupted)[-1], rel=1e-5)
 
 
-def test_a_finished_run_says_so(
-    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_finished_run_says_so(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     assert sft.main(tiny(uninterrupted)) == 0
     assert "holds this run, finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
-def test_fewer_steps_than_done_are_refused(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_fewer_steps_than_done_are_refused(uninterrupted: Path) -> None:
     constant = {"lr_scheduler__style": "constant", "lr_scheduler__min_lr": "0.0", "lr_scheduler__warmup_steps": "0"}
     run_dir = uninterrupted.parent / "constant"
     assert sft.main(tiny(run_dir, step_scheduler__max_steps="2", **constant)) == 0
@@ -129,8 +125,7 @@ def test_fewer_steps_than_done_are_refused(uninterrupted: Path, monkeypatch: pyt
     assert metrics(run_dir)[-1]["step"] == 3
 
 
-def test_another_runs_directory_is_refused(uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_another_runs_directory_is_refused(uninterrupted: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):
         sft.main(tiny(uninterrupted, optimizer__lr="0.5"))

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,6 @@ LARGER_IN_TOWER = [
 ]
 CONSTANT: dict[str, Any] = {"lr_scheduler": {"style": "constant", "warmup_steps": 0, "min_lr": 0.0}}
 THREE_STEPS = CONSTANT | {"step_scheduler": {"max_steps": 3}, "optimizer": None}
-
-
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(ROOT)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "AUTOMODEL_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def user(*content: dict[str, Any]) -> dict[str, Any]:
@@ -185,27 +174,9 @@ def written(path: Path, inputs: Path, *changes: Mapping[str, Any], family: str =
         "generate": {"num_rows": 0},
     }
     for change in (base, *changes):
-        merge(config, change)
+        runs.merge(config, change)
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def merge(config: dict[str, Any], change: Mapping[str, Any]) -> None:
-    for key, value in change.items():
-        if value is None:
-            config.pop(key, None)
-        elif isinstance(value, Mapping) and "_target_" not in value:
-            merge(config.setdefault(key, {}), value)
-        else:
-            config[key] = value
-
-
-def train(
-    folder: Path, name: str, config: Path, overrides: Mapping[str, str] | None = None, world_size: int = 1
-) -> Path:
-    """Run to the end in forked processes; the run directory."""
-    assert runs.finish(runs.start(config, folder / name, overrides or {}, world_size)) == 0
-    return folder / name
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -255,22 +226,13 @@ class Runner:
     def __call__(self, *changes: Mapping[str, Any], command: tuple[str, str] = ("finetune", "vlm")) -> tuple[int, str]:
         """The exit status and the messages on stderr."""
         config = written(self.folder / "config.yaml", self.inputs, *changes)
-        errors = io.StringIO()
-        with contextlib.redirect_stderr(errors):
-            status = cli.main([*command, "-c", str(config), "--run_dir", str(self.run_dir)])
+        outcome = runs.command(*command, "-c", str(config), "--run_dir", str(self.run_dir))
         self.printed = self._capsys.readouterr().out
-        # Progress bars of other libraries come before.
-        text = re.sub(
-            r"(Generating|Loading weights|Writing model|Saving)[^\n]*?(?=error: |\n|$)", "", errors.getvalue()
-        )
-        return status, text.strip()
+        return outcome
 
     def refuses(self, message: str, *changes: Mapping[str, Any], status: int = 1) -> None:
         """Run; one message that matches, no traceback, and nothing written."""
-        found, text = self(*changes)
-        assert found == status, text
-        assert re.search(message, text), f"{message!r} is not in {text!r}"
-        assert "Traceback" not in text
+        runs.require_refusal(self(*changes), status, message)
         assert not self.run_dir.exists()
 
 
@@ -303,7 +265,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> dict[s
     for name, freeze in TRAINED.items():
         folder = tmp_path_factory.mktemp(name)
         config = written(folder / "config.yaml", inputs, THREE_STEPS, {"optimizer": SGD[name]}, freeze)
-        made[name] = config, train(folder, "reference", config)
+        made[name] = config, runs.train(folder, "reference", config)
     return made
 
 
@@ -340,7 +302,7 @@ def test_layouts_agree(layout: str, references: dict[str, tuple[Path, Path]], in
         elif not name.endswith("k_proj.bias"):
             change = (end[name] - start[name]).abs().max() / end[name].abs().max()
             assert change >= 1000 * TOLERANCE, f"{name} moves by {change:.2g} alone, which shows nothing"
-    run_dir = train(tmp_path, "run", config, overrides, world_size)
+    run_dir = runs.train(tmp_path, "run", config, overrides, world_size)
     compare_metrics(run_dir, reference)
     compare_weights(run_dir, reference)
 
@@ -356,7 +318,7 @@ def test_a_dropped_rank_is_caught(references: dict[str, tuple[Path, Path]], tmp_
     faulty = tmp_path / "faulty.yaml"
     fault = {"loss_fn": {"_target_": "integration_tests.test_vlm.half_of_the_targets"}}
     faulty.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | fault))
-    run_dir = train(tmp_path, "run", faulty, {"step_scheduler.local_batch_size": "2"}, 2)
+    run_dir = runs.train(tmp_path, "run", faulty, {"step_scheduler.local_batch_size": "2"}, 2)
     with pytest.raises(AssertionError, match="loss differs"):
         compare_metrics(run_dir, reference)
     with pytest.raises(AssertionError, match="its largest is"):
@@ -425,9 +387,9 @@ EVERYWHERE = {"peft": {"r": 4, "lora_alpha": 8, "target_modules": r".*(q_proj|v_
 def test_killed_and_started_again(trained: dict[str, Any], inputs: Path, tmp_path: Path) -> None:
     shuffled = {"dataloader": {"shuffle": True}}
     config = written(tmp_path / "config.yaml", inputs, EVERY_STEP, trained, shuffled)
-    reference = train(tmp_path, "reference", config)
+    reference = runs.train(tmp_path, "reference", config)
     runs.kill_when(runs.start(config, tmp_path / "run", {}), tmp_path / "run" / "checkpoints" / "step_000003")
-    runs.assert_same_run(train(tmp_path, "run", config), reference)
+    runs.assert_same_run(runs.train(tmp_path, "run", config), reference)
 
 
 # What trains.
@@ -484,8 +446,8 @@ def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
 def test_from_a_folder_to_an_export(family: str, inputs: Path, tmp_path: Path) -> None:
     """Whole runs of one and of two ranks, with answers about rows: the same, and the export is the trained model."""
     config = written(tmp_path / "config.yaml", inputs, TWO_STEPS, {"generate": {"num_rows": 2}}, family=family)
-    one = train(tmp_path, "one", config)
-    two = train(tmp_path, "two", config, {"step_scheduler.local_batch_size": "2"}, 2)
+    one = runs.train(tmp_path, "one", config)
+    two = runs.train(tmp_path, "two", config, {"step_scheduler.local_batch_size": "2"}, 2)
     compare_metrics(two, one)
     answers = [re.findall("<figcaption.*", (folder / "report.html").read_text()) for folder in (one, two)]
     assert answers[0] == answers[1] != []
