@@ -11,18 +11,33 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import am_ckpt
 from am_testing import run_distributed
 
-LAYOUTS = {"plain": 1, "fsdp2": 2, "ddp2": 2, "fsdp4": 4, "hsdp4": 4, "fsdp_tp4": 4}
+# Name and number of ranks.
+LAYOUTS = {
+    "plain": 1,
+    "fsdp1": 1,
+    "fsdp2": 2,
+    "tp2": 2,
+    "ddp2": 2,
+    "fsdp3": 3,
+    "tp3": 3,
+    "fsdp4": 4,
+    "tp4": 4,
+    "hsdp4": 4,
+    "fsdp_tp4": 4,
+}
+# Dims that tensor parallelism cuts; the others are replicated. Two of them are too short for four ranks.
+TP_DIMS = {"embedding.weight": 1, "middle.weight": 0, "middle.bias": 0, "thin": 1}
 
 
 class Net(nn.Module):
-    """Odd sizes, so that shards are uneven and some are empty; a tied head; a 0-d parameter; buffers of both kinds."""
+    """Odd sizes, so that shards are uneven and some are empty; a tied head; 0-d, integer, bool and fp8 buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +47,9 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(5)
         self.head = nn.Linear(6, 7, bias=False)
         self.head.weight = self.embedding.weight
+        self.register_buffer("codes", torch.randint(-(2**62), 2**62, (3, 5)))
+        self.register_buffer("mask", torch.rand(11) > 0.5)
+        self.register_buffer("scales", torch.randn(2, 3).to(torch.float8_e4m3fn))
 
 
 class Cursor:
@@ -45,29 +63,31 @@ class Cursor:
         self.value = state["value"]
 
 
+def tensor_parallel(model: Net, mesh: DeviceMesh) -> None:
+    for name, parameter in list(model.named_parameters()):
+        placement = Shard(TP_DIMS[name]) if name in TP_DIMS else Replicate()
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement]))
+    model.head.weight = model.embedding.weight
+
+
 def build(layout: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model: nn.Module = Net()
+    model = Net()
     if layout == "ddp2":
-        model = nn.parallel.DistributedDataParallel(model)
-    elif layout.startswith("fsdp") and layout != "fsdp_tp4":
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",)))
+        # gloo cannot broadcast fp8; the seed has made all ranks equal.
+        model = nn.parallel.DistributedDataParallel(model, init_sync=False)
+    elif layout.startswith("tp"):
+        tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)))
     elif layout == "hsdp4":
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard")))
     elif layout == "fsdp_tp4":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
-        weight = distribute_tensor(model.middle.weight.detach(), mesh["tp"], [Shard(0)])
-        model.middle.weight = nn.Parameter(weight)
-        weight = distribute_tensor(model.embedding.weight.detach(), mesh["tp"], [Shard(1)])
-        model.embedding.weight = model.head.weight = nn.Parameter(weight)
-        for parameter in (model.middle, model.norm):
-            for key, value in list(parameter._parameters.items()):
-                if value is not None and not isinstance(value, DTensor):
-                    parameter._parameters[key] = nn.Parameter(
-                        distribute_tensor(value.detach(), mesh["tp"], [Replicate()])
-                    )
-        model.thin = nn.Parameter(distribute_tensor(model.thin.detach(), mesh["tp"], [Replicate()]))
+        tensor_parallel(model, mesh["tp"])
         fully_shard(model, mesh=mesh["fsdp"])
+    elif layout.startswith("fsdp"):
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("fsdp",)))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -82,7 +102,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def whole(tensor: torch.Tensor) -> numpy.ndarray:
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().numpy().copy()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, numpy.ndarray]:
