@@ -505,3 +505,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         (tmp_path / "merged").rmdir()
     # Kilobytes: interpreter, numpy, and a few MiB a thread.
     assert peaks[1] < peaks[0] + 24 * 1024
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    whole = torch.arange(600 * 4.0).reshape(600, 4)
+    (tmp_path / "shards").mkdir()
+    for rank in range(600):
+        sharding = json.dumps({"w": {"saved_offsets": [rank, 0]}})
+        name = f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        save_file({"w": whole[rank : rank + 1]}, tmp_path / "shards" / name, metadata={"DCP_SHARDING_INFO": sharding})
+    code = (
+        "import resource, sys, am_ckpt\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 4096))\n"
+        "am_ckpt.merge(sys.argv[1], sys.argv[2])\n"
+        "assert am_ckpt.diff(sys.argv[1], sys.argv[2]).num_equal == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "shards"), str(tmp_path / "merged")], check=True)
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["w"], whole)

@@ -6,14 +6,9 @@ into a staging folder beside the destination; fsynced and renamed. No model, no 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import errno
 import json
 import os
 import re
-import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,36 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
-from am_ckpt._copy import Copier, Job, Output, parts_of, plan_jobs
+from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError, IncompleteError
-from am_ckpt._format import ITEM_BYTES, Header, build_header, parse_json, read_header
+from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
-from am_ckpt._io import (
-    create,
-    digest,
-    fsync_directory,
-    lease_state,
-    own_lease,
-    remove,
-    require_space,
-    write_all,
-    write_bytes,
-)
-from am_ckpt._layout import read_file
 from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, byte_count, hf_files, weight_files
 from am_ckpt._sources import Source, hf_sources, whole_sources
 from am_ckpt._tensors import TensorReader
+from am_ckpt._transfer import Transfer, require_free, transfer
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CASTABLE = {"F16", "BF16", "F32", "F64"}
-_LEASE = "lease.json"
-_JOURNAL = "journal.jsonl"
-_MAX_JOURNAL_BYTES = 256 * 2**20
-# A killed merge repeats at most about this much.
-_JOURNAL_EVERY = 2**30
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 @dataclass(frozen=True)
@@ -116,48 +93,22 @@ def merge(
     limit = byte_count(max_shard_size)
     target = Path(destination).absolute()
     inventory = inspect(source, section=section)
-    _require_free(target, inventory.path, overwrite)
+    require_free(target, inventory.path, overwrite)
     inventory.require_whole()
     with paused_collector():
         plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype)
-    staging = target.with_name(f".{target.name}.merging")
-    resumed = _run(plan, staging, target, threads or min(os.cpu_count() or 1, 8), resume, fsync, progress)
+    resumed = transfer(plan.transfer, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
     return MergeReport(
         str(inventory.path),
         inventory.kind,
         str(target),
-        len(plan.outputs),
-        sum(output.num_bytes for output in plan.outputs),
+        len(plan.transfer.outputs),
+        plan.transfer.num_bytes,
         resumed,
         time.monotonic() - started,
         sorted([*plan.headers, *plan.small]),
         plan.notes,
     )
-
-
-def _require_free(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse destinations that would change the source or lose something."""
-    here, there = target.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ArgumentError(f"{target} and the source {source} contain one another; choose a folder beside it")
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise FileExistsError(f"{target} exists and is not a folder; choose another name")
-    entries = list(target.iterdir())
-    if not entries:
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists and is not empty; choose another folder, or overwrite it with overwrite=True "
-            "(--overwrite)"
-        )
-    if any(entry.is_dir() for entry in entries) or not any(entry.suffix == ".safetensors" for entry in entries):
-        raise FileExistsError(
-            f"{target} does not look like a model (no safetensors files, or folders in it) and is not "
-            "overwritten; move "
-            "it away or choose another folder"
-        )
 
 
 class _Plan:
@@ -198,6 +149,7 @@ class _Plan:
         self._build(tensors, described, origin, limit)
         if dtype is not None and "config.json" in self.small and not inventory.adapter:
             self._note_dtype(dtype)
+        self.transfer = Transfer(self.headers, self.small, self.outputs, self.notes, inventory.follow_symlinks)
 
     def _build(
         self,
@@ -228,7 +180,6 @@ class _Plan:
                     self.outputs.append(
                         Output(name, file, entry.begin, entry.shape, entry.dtype, source.dtype, tuple(parts))
                     )
-        self.jobs = plan_jobs(self.outputs)
 
     def _check_config(self, files: Mapping[str, Path], tensors: dict[str, Source]) -> None:
         """Hold the tensors against config.json; drop a tied head that is the same as its embedding."""
@@ -298,15 +249,6 @@ class _Plan:
                 part["torch_dtype" if "torch_dtype" in part else "dtype"] = dtype
         self.small["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
-    def digest(self) -> str:
-        """Of everything that decides the result's bytes: to resume only the same merge."""
-        sources = sorted({part.path for output in self.outputs for part in output.parts})
-        # Times only ever make two states of a source differ; equal ones are not trusted on their account.
-        stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in sources]
-        headers = {name: digest(header.text) for name, header in self.headers.items()}
-        small = {name: digest(content) for name, content in self.small.items()}
-        return digest(json.dumps([stats, headers, small, digest(repr(self.jobs).encode())]).encode())
-
 
 def _natural(name: str) -> list[Any]:
     """Layer 2 before layer 10."""
@@ -324,193 +266,3 @@ def _like_files(like: Path, adapter: bool) -> dict[str, Path]:
             f"like={like} has no config or tokenizer files; give the folder of the model that was trained"
         )
     return files
-
-
-def _run(
-    plan: _Plan,
-    staging: Path,
-    target: Path,
-    threads: int,
-    resume: bool,
-    fsync: bool,
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    """Copy into ``staging`` and publish it; returns the bytes that were there from before."""
-    fingerprint = plan.digest()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    done = _take_over(staging, fingerprint, len(plan.jobs), resume, plan.notes)
-    before = sum(plan.jobs[index].count for index in done)
-    if not done:
-        total = sum(header.file_bytes for header in plan.headers.values()) + sum(map(len, plan.small.values()))
-        require_space(target.parent, total)
-        os.mkdir(staging)
-        write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
-    targets: dict[str, int] = {}
-    try:
-        for name, header in plan.headers.items():
-            if not done:
-                targets[name] = create(staging / name, header.file_bytes)
-                os.ftruncate(targets[name], header.file_bytes)
-                write_all(targets[name], header.text, 0)
-            else:
-                targets[name] = os.open(staging / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        journal = _Journal(staging / _JOURNAL, fingerprint, done, targets) if fsync else None
-        _copy(plan, targets, threads, journal, progress)
-        if fsync:
-            for descriptor in targets.values():
-                os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    except ValueError:
-        # A source that changed or ended while it was read.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        for descriptor in targets.values():
-            os.close(descriptor)
-    for name, content in plan.small.items():
-        (staging / name).unlink(missing_ok=True)
-        write_bytes(staging / name, content)
-    _publish(staging, target, fsync)
-    return before
-
-
-def _copy(
-    plan: _Plan,
-    targets: dict[str, int],
-    threads: int,
-    journal: _Journal | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    done = set(journal.done) if journal is not None else set()
-    total = sum(job.count for job in plan.jobs)
-    copied = sum(plan.jobs[index].count for index in done)
-    lock = threading.Lock()
-
-    def finished(index: int, job: Job) -> None:
-        nonlocal copied
-        if journal is not None:
-            journal.add(index, job.count)
-        with lock:
-            copied += job.count
-            if progress is not None:
-                progress(copied, total)
-
-    copier = Copier(targets, threads=threads, follow_symlinks=plan.inventory.follow_symlinks)
-    try:
-        copier.run(((index, job) for index, job in enumerate(plan.jobs) if index not in done), finished)
-    except BaseException:
-        if journal is not None:
-            # What is there may be resumed; the first error is the one to report.
-            with contextlib.suppress(OSError):
-                journal.write()
-        raise
-
-
-class _Journal:
-    """Which jobs are on the disk: a line per sync, written after the data."""
-
-    def __init__(self, path: Path, fingerprint: str, done: set[int], targets: Mapping[str, int]) -> None:
-        self.done = done
-        self._path = path
-        self._targets = targets
-        self._new: list[int] = []
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._writing = threading.Lock()
-        if not done:
-            path.unlink(missing_ok=True)
-            write_bytes(path, (json.dumps({"merge": fingerprint}) + "\n").encode())
-
-    def add(self, index: int, count: int) -> None:
-        """Note a finished job; every GiB, make all of them durable."""
-        with self._lock:
-            self._new.append(index)
-            self._bytes += count
-            due = self._bytes >= _JOURNAL_EVERY
-            if due:
-                self._bytes = 0
-        if due:
-            self.write()
-
-    def write(self) -> None:
-        """Sync the data, then say which jobs are done."""
-        with self._writing:
-            with self._lock:
-                new, self._new = self._new, []
-            for descriptor in self._targets.values():
-                os.fdatasync(descriptor)
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(new).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _take_over(staging: Path, fingerprint: str, num_jobs: int, resume: bool, notes: list[str]) -> set[int]:
-    """The finished jobs of an interrupted merge to the same place, or none after its folder is removed."""
-    if not os.path.lexists(staging):
-        if resume:
-            notes.append("nothing to resume: started from zero")
-        return set()
-    if lease_state(staging / _LEASE) != "dead":
-        raise FileExistsError(
-            f"another process is merging to the same destination (its folder is {staging}); wait for it, or "
-            "remove that "
-            "folder if it is not running"
-        )
-    if resume:
-        done = _journalled(staging / _JOURNAL, fingerprint, num_jobs)
-        if done is not None and (staging / _LEASE).is_file():
-            (staging / _LEASE).unlink()
-            write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
-            return done
-        notes.append("the interrupted merge was of another source or with other arguments: started from zero")
-    remove(staging)
-    return set()
-
-
-def _journalled(path: Path, fingerprint: str, num_jobs: int) -> set[int] | None:
-    """Job numbers of a journal; None where it is of another merge or nothing was finished."""
-    try:
-        lines = read_file(path, _MAX_JOURNAL_BYTES).split(b"\n")
-        if json.loads(lines[0]) != {"merge": fingerprint}:
-            return None
-    except (FileNotFoundError, ValueError):
-        return None
-    done: set[int] = set()
-    # The last line is empty, or was cut off by what interrupted the merge.
-    for line in lines[1:-1]:
-        row = parse_json(line, str(path))
-        if not isinstance(row, list) or not all(type(index) is int and 0 <= index < num_jobs for index in row):
-            return None
-        done.update(row)
-    return done or None
-
-
-def _publish(staging: Path, target: Path, fsync: bool) -> None:
-    (staging / _LEASE).unlink()
-    (staging / _JOURNAL).unlink(missing_ok=True)
-    if fsync:
-        fsync_directory(staging)
-    if target.exists() and any(target.iterdir()):
-        if _exchange(staging, target):
-            fsync_directory(target.parent)
-            remove(staging)
-            return
-        remove(target)
-    os.rename(staging, target)
-    if fsync:
-        fsync_directory(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
-    library = ctypes.CDLL(None, use_errno=True)
-    try:
-        rename = library.renameat2
-    except AttributeError:
-        return False
-    result: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return result == 0

@@ -17,9 +17,12 @@ from am_ckpt._io import open_for_reading
 from am_ckpt._mapping import Record, output_shape, whole_record
 from am_ckpt._sources import Source
 
+# A checkpoint may have more files than a process may open.
+_MAX_OPEN = 256
+
 
 class TensorReader:
-    """Keeps the files it has read open; use it in a ``with`` statement."""
+    """Keeps the files it has read last open; use it in a ``with`` statement."""
 
     def __init__(self, *, follow_symlinks: bool) -> None:
         self._follow_symlinks = follow_symlinks
@@ -38,6 +41,8 @@ class TensorReader:
 
     def _open(self, path: Path) -> int:
         if path not in self._descriptors:
+            if len(self._descriptors) >= _MAX_OPEN:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
         return self._descriptors[path]
 
