@@ -59,6 +59,7 @@ def test_the_public_names() -> None:
         "inspect",
         "load_hf",
         "merge",
+        "reshard",
         "save_hf",
         "verify",
     ]

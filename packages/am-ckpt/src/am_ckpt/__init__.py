@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from am_ckpt._inventory import Inventory, inspect
     from am_ckpt._merge import MergeReport, merge
     from am_ckpt._names import hf_files
+    from am_ckpt._reshard import reshard
     from am_ckpt._storage import StorageReader, StorageWriter
     from am_ckpt._verify import VerifyReport, verify
 
@@ -32,6 +33,7 @@ __all__ = [
     "inspect",
     "load_hf",
     "merge",
+    "reshard",
     "save_hf",
     "verify",
 ]
@@ -50,6 +52,7 @@ _MODULES = {
     "inspect": "am_ckpt._inventory",
     "load_hf": "am_ckpt._hf",
     "merge": "am_ckpt._merge",
+    "reshard": "am_ckpt._reshard",
     "save_hf": "am_ckpt._hf",
     "verify": "am_ckpt._verify",
 }

@@ -79,6 +79,15 @@ def _parser() -> _Parser:
     merge.add_argument("--overwrite", action="store_true", help="replace a model that is at DESTINATION")
     merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     merge.set_defaults(run=_merge)
+    cut = commands.add_parser("reshard", help="the same values in the files of another layout", epilog=_EPILOG)
+    cut.add_argument("path", metavar="SOURCE")
+    cut.add_argument("destination", metavar="DESTINATION")
+    cut.add_argument("--mesh", required=True, metavar="dp=4,tp=2", help="ranks of each axis")
+    cut.add_argument("--placements", metavar="FILE", help="JSON of name pattern -> dim that tp cuts")
+    cut.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
+    cut.add_argument("--resume", action="store_true", help="go on with an interrupted reshard")
+    cut.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+    cut.set_defaults(run=_reshard)
     check = commands.add_parser("verify", help="is a checkpoint whole and unchanged", epilog=_EPILOG)
     check.add_argument("path", metavar="PATH")
     check.add_argument("--full", action="store_true", help="read all data: digests, NaN, tensors of zeros")
@@ -90,9 +99,9 @@ def _parser() -> _Parser:
     compare.add_argument("--atol", type=float, default=0.0, metavar="X", help="allow |a - b| <= X + Y |b| (default 0)")
     compare.add_argument("--rtol", type=float, default=0.0, metavar="Y")
     compare.set_defaults(run=_diff)
-    for command in (show, merge, check, compare):
+    for command in (show, merge, cut, check, compare):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
-    for command in (show, merge, check, compare):
+    for command in (show, merge, cut, check, compare):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -153,6 +162,11 @@ def _merge(options: argparse.Namespace) -> int:
         fsync=not options.no_fsync,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
+    _show_copied(report, options)
+    return 0
+
+
+def _show_copied(report: Any, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -165,7 +179,44 @@ def _merge(options: argparse.Namespace) -> int:
         )
         for note in report.notes:
             print(f"note: {note}")
+
+
+def _reshard(options: argparse.Namespace) -> int:
+    from am_ckpt._reshard import reshard
+
+    report = reshard(
+        options.path,
+        options.destination,
+        mesh=_mesh(options.mesh),
+        placements=_placements(options.placements) if options.placements else None,
+        section=options.section,
+        threads=options.threads,
+        resume=options.resume,
+        fsync=not options.no_fsync,
+        progress=_progress_line() if sys.stderr.isatty() else None,
+    )
+    _show_copied(report, options)
     return 0
+
+
+def _mesh(text: str) -> dict[str, int]:
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdecimal():
+            raise ArgumentError(f"--mesh {text}: {part!r} is not an axis and its size; write it as dp=4,tp=2")
+        if axis in mesh:
+            raise ArgumentError(f"--mesh {text} has {axis} twice")
+        mesh[axis] = int(size)
+    return mesh
+
+
+def _placements(file: str) -> dict[str, int]:
+    with open(file, encoding="utf-8") as stream:
+        placements = json.load(stream)
+    if not isinstance(placements, dict) or not all(type(dim) is int for dim in placements.values()):
+        raise ArgumentError(f'{file} must map patterns of names to dims, as in {{"*.q_proj.weight": 0}}')
+    return placements
 
 
 def _verify(options: argparse.Namespace) -> int:

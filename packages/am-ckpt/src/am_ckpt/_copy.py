@@ -316,6 +316,19 @@ class Buffers:
         return self._scratch[start : start + count]
 
 
+def file_pieces(path: Path, begin: int, end: int) -> Iterator[memoryview]:
+    """Bytes ``begin`` to ``end`` of a file, in pieces that hold until the next is asked for."""
+    buffers = Buffers()
+    descriptor = open_for_reading(path)
+    try:
+        for start in range(begin, end, SCRATCH_BYTES):
+            piece = buffers.read(start, min(SCRATCH_BYTES, end - start))
+            read_exactly(descriptor, piece, start, path)
+            yield piece
+    finally:
+        os.close(descriptor)
+
+
 def fill(
     block: numpy.ndarray, box: Box, parts: Iterable[Part], open_file: Callable[[Path], int], buffers: Buffers
 ) -> None:

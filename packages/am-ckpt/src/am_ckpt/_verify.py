@@ -13,11 +13,11 @@ import xxhash
 
 from am_ckpt._boxes import describe
 from am_ckpt._config import config_problems, read_config
-from am_ckpt._copy import SCRATCH_BYTES, Buffers
+from am_ckpt._copy import file_pieces
 from am_ckpt._errors import IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, read_header
 from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size
-from am_ckpt._io import BLOCK_BYTES, digest, open_for_reading, read_exactly
+from am_ckpt._io import BLOCK_BYTES, digest
 from am_ckpt._layout import read_manifest
 from am_ckpt._names import ADAPTER_CONFIG, INDEX
 from am_ckpt._sources import Source
@@ -62,7 +62,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     own = _manifest_folder(Path(path).absolute())
     if own is not None:
         report = VerifyReport(str(own), "am-ckpt", full)
-        _check_manifest(own, full, report)
+        check_manifest(own, full, report)
         if report.problems:
             return report
     inventory = inspect(path, section=section)
@@ -89,7 +89,8 @@ def _manifest_folder(folder: Path) -> Path | None:
     return None
 
 
-def _check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
+def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
+    """Hold the files of a step against its manifest, all of their content if ``full``."""
     for record in read_manifest(folder)["files"]:
         path = folder / record["path"]
         try:
@@ -139,15 +140,8 @@ def _changed(path: Path, record: Mapping[str, Any]) -> bool:
 
 def _hash(path: Path, begin: int, end: int, kind: Callable[[], Any] = xxhash.xxh3_128) -> Any:
     hasher = kind()
-    buffers = Buffers()
-    descriptor = open_for_reading(path)
-    try:
-        for start in range(begin, end, SCRATCH_BYTES):
-            piece = buffers.read(start, min(SCRATCH_BYTES, end - start))
-            read_exactly(descriptor, piece, start, path)
-            hasher.update(piece)
-    finally:
-        os.close(descriptor)
+    for piece in file_pieces(path, begin, end):
+        hasher.update(piece)
     return hasher
 
 
