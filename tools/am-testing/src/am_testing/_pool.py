@@ -21,6 +21,7 @@ import traceback
 import types
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
@@ -43,9 +44,12 @@ def _load_module(name: str, path: str) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    # Unpickling imports the parents too, and the folders that pytest named them after are no packages.
-    for end in (index for index, letter in enumerate(name) if letter == "."):
-        sys.modules.setdefault(name[:end], types.ModuleType(name[:end]))
+    # Unpickling imports the parents too, which pytest named after the folders that the file is in.
+    names = name.split(".")
+    for depth, folder in zip(range(len(names) - 1, 0, -1), Path(path).parents, strict=False):
+        package = types.ModuleType(".".join(names[:depth]))
+        package.__path__ = [str(folder)]
+        sys.modules.setdefault(package.__name__, package)
     spec.loader.exec_module(module)
 
 
