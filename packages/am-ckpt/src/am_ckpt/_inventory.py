@@ -1,7 +1,8 @@
 """One view of every kind of checkpoint folder: which tensors, in which bytes of which files. Without torch.
 
 Recognised: a step of our own, torch's ``.distcp`` folders, safetensors shards of torch's Hugging Face writer, plain
-Hugging Face folders and adapters. Headers and metadata are read, tensor data never.
+Hugging Face folders and adapters; and the folders that NeMo AutoModel, torchtitan, accelerate and Lightning put them
+in. Headers and metadata are read, tensor data never.
 """
 
 from __future__ import annotations
@@ -20,13 +21,19 @@ from am_ckpt._boxes import Box, describe, require_exact_cover
 from am_ckpt._distcp import METADATA, read_metadata
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
 from am_ckpt._format import ITEM_BYTES, element_count, is_sizes, parse_json, read_header
-from am_ckpt._layout import MANIFEST, checked_header, read_manifest, require_file_name
+from am_ckpt._layout import MANIFEST, checked_header, read_file, read_manifest, require_file_name
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
 from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-# Where training frameworks put the model inside the folder of a step.
-_INSIDE = ("model", "pytorch_model_fsdp_0", "sharded")
+# Where training frameworks put the model inside the folder of a step: NeMo AutoModel, accelerate, torchtitan.
+_INSIDE = ("model", "pytorch_model_fsdp_0", "sharded", "consolidated")
+# Where NeMo AutoModel keeps config and tokenizer beside shards.
+_BESIDE = ".hf_metadata"
+_STEPS = re.compile(r"(?:step|checkpoint|iter|global_step)[_-]?\d+|epoch_\d+_step_\d+|epoch=\d+-step=\d+\.ckpt")
+# What wrappers of modules put into names; a state dict that torch gathers has none of them.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+TORCHTITAN = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
 
 
 @dataclass
@@ -154,6 +161,7 @@ def _open(folder: Path, section: str | None) -> Inventory:
         # The manifest knows which shards belong together; their folder alone does not.
         return _own(folder.parent)
     if (folder / METADATA).exists():
+        _refuse_megatron(folder)
         return _distcp(folder, section)
     there = sorted(entry.name for entry in folder.iterdir())
     if section is not None:
@@ -174,6 +182,10 @@ def _open(folder: Path, section: str | None) -> Inventory:
             "(its name "
             "starts with a dot) was not copied; take an earlier step"
         )
+    if (folder / "pytorch_model_fsdp_1").is_dir():
+        raise ArgumentError(
+            f"{folder} holds several models of accelerate; give one of them, such as {folder / 'pytorch_model_fsdp_0'}"
+        )
     for name in _INSIDE:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             inventory = _open(folder / name, section)
@@ -185,7 +197,17 @@ def _open(folder: Path, section: str | None) -> Inventory:
 
 def _unrecognised(folder: Path, there: list[str]) -> ValueError:
     found = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "") or "nothing"
-    steps = [name for name in there if re.fullmatch(r"step[_-]\d+|checkpoint[_-]\d+|epoch_\d+_step_\d+", name)]
+    steps = [name for name in there if _STEPS.fullmatch(name)]
+    if any(name.startswith("zero_pp_rank_") or name == "zero_to_fp32.py" for name in there):
+        return UnsafeError(
+            f"{folder} is a checkpoint of DeepSpeed ZeRO, whose pickles can run code when loaded; where you trust "
+            f"them, `python zero_to_fp32.py {folder} OUTPUT --safe_serialization` makes a Hugging Face folder of them"
+        )
+    if any(re.fullmatch(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin|pytorch_model_fsdp\.bin", name) for name in there):
+        return UnsafeError(
+            f"{folder} is a checkpoint of accelerate in pickles, which can run code when loaded ({found}): save with "
+            "fsdp_state_dict_type SHARDED_STATE_DICT, whose folder pytorch_model_fsdp_0 can be merged"
+        )
     if steps:
         return ArgumentError(f"{folder} holds several checkpoints; give one of them, such as {folder / steps[-1]}")
     if any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in there):
@@ -198,6 +220,45 @@ def _unrecognised(folder: Path, there: list[str]) -> ValueError:
         "files (torch), "
         f"shard-*.safetensors (torch), {SINGLE} or its index (Hugging Face) nor {ADAPTER} (found {found})"
     )
+
+
+def _refuse_megatron(folder: Path) -> None:
+    """Megatron-Core's own checkpoints hold fused tensors, several layers in one, beside the optimizer's."""
+    if not (folder / "metadata.json").is_file():
+        return
+    about = parse_json(read_file(folder / "metadata.json", 2**20), str(folder / "metadata.json"))
+    if isinstance(about, dict) and "sharded_backend" in about:
+        raise ArgumentError(
+            f"{folder} is a checkpoint of Megatron-Core's dist_checkpointing ({about['sharded_backend']!r:.40}): "
+            "layers are stacked and projections fused in its own way, so it has no Hugging Face weights to copy; "
+            "export it with Megatron Bridge"
+        )
+
+
+def _small_files(folder: Path) -> dict[str, Path]:
+    beside = folder / _BESIDE
+    return {**(hf_files(beside) if beside.is_dir() and not beside.is_symlink() else {}), **hf_files(folder)}
+
+
+def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Source]:
+    """The tensors by the names that they have in the model itself."""
+    plain: dict[str, Source] = {}
+    for name, source in tensors.items():
+        inner = _WRAPPERS.sub("", name)
+        if inner in plain:
+            raise ValueError(f"{name!r} and another tensor are both {inner!r} without the names of wrappers")
+        plain[inner] = source
+    if tensors and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): source for name, source in plain.items()}
+    changed = [name for name in tensors if name not in plain]
+    if changed:
+        notes.append(f"the names of {len(changed)} tensors are without those of wrappers, such as {changed[0]}")
+    if all(name in plain for name in TORCHTITAN):
+        notes.append(
+            "the names are torchtitan's own, which transformers does not know: for a Hugging Face model, save with "
+            "torchtitan's last_save_in_hf, or use its convert_to_hf.py"
+        )
+    return plain
 
 
 def _own(folder: Path) -> Inventory:
@@ -298,7 +359,10 @@ def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
         raise ValueError(
             f"{folder} mixes files of {len(saves)} saves: {', '.join(saves.values())}; remove the stale ones"
         )
-    inventory = Inventory(folder, "dcp-safetensors", "model", {"model": tensors}, files=hf_files(folder))
+    notes: list[str] = []
+    plain = _unwrapped(tensors, notes)
+    files = _small_files(folder)
+    inventory = Inventory(folder, "dcp-safetensors", "model", {"model": plain}, files=files, notes=notes)
     inventory.exact_shapes = exact
     if not exact:
         inventory.notes.append(
@@ -329,7 +393,10 @@ def _distcp(folder: Path, section: str | None) -> Inventory:
         inner = name[len(part) + 1 :] if part and name.startswith(part + ".") else name
         sections.setdefault(part, {})[inner] = source
     chosen = _choose_section(folder, sections, section)
-    inventory = Inventory(folder, "dcp", chosen, sections, others=found.others, files=hf_files(folder))
+    notes: list[str] = []
+    sections[chosen] = _unwrapped(sections[chosen], notes)
+    files = _small_files(folder)
+    inventory = Inventory(folder, "dcp", chosen, sections, others=found.others, files=files, notes=notes)
     flat = [name for name in sections[chosen] if name.endswith(("_flat_param", "flat_param_0"))]
     if flat:
         inventory.problems.append(

@@ -19,7 +19,7 @@ from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
 from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
-from am_ckpt._inventory import Inventory, inspect, paused_collector
+from am_ckpt._inventory import TORCHTITAN, Inventory, inspect, paused_collector
 from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, byte_count, hf_files, weight_files
 from am_ckpt._sources import Source, hf_sources, whole_sources
@@ -191,6 +191,11 @@ class _Plan:
             self.notes.append("no config.json was found: transformers cannot open the result; give --like")
             return
         config = read_config(files["config.json"])
+        if "model_type" in config and all(name in tensors for name in TORCHTITAN):
+            raise ValueError(
+                f"{self.inventory.path} has torchtitan's names, {files['config.json']} is of transformers, which would "
+                "find none of its weights: convert the checkpoint with torchtitan's convert_to_hf.py"
+            )
         problems = config_problems(config, tensors) if self.inventory.mapping is None else []
         if problems:
             raise IncompleteError(
@@ -235,6 +240,12 @@ class _Plan:
                 f"{self.inventory.path} does not fit {like}: {'; '.join(shapes[:3])} ({len(shapes)} such): the "
                 "files of "
                 "the last ranks are missing; copy them too"
+            )
+        if theirs and not any(name in described for name in theirs):
+            raise ValueError(
+                f"no tensor of {self.inventory.path} has a name that {like} has ({next(iter(described))!r} here, "
+                f"{next(iter(theirs))!r} there): they are of different models, or the names are of a training "
+                "framework's own; give the folder of the model that was trained"
             )
         missing = [name for name in theirs if name not in described and name != HEAD]
         extra = [name for name in described if name not in theirs and name != HEAD]

@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json")
+_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn_to_*_mapping.json")
 
 
 def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
