@@ -8,6 +8,7 @@ fresh ``FileStore`` for every job. A rank that fails or hangs takes the pool dow
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import importlib.util
 import inspect
 import multiprocessing
@@ -57,6 +58,8 @@ def _worker(connection: multiprocessing.connection.Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    # Where an abort or a segmentation fault ends a worker, its stacks are in what pytest captured.
+    faulthandler.enable()
     torch.set_num_threads(1)
     while True:
         try:
