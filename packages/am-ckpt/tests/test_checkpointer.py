@@ -54,6 +54,7 @@ def test_the_public_names() -> None:
         "StorageReader",
         "StorageWriter",
         "VerifyReport",
+        "convert",
         "diff",
         "hf_files",
         "inspect",

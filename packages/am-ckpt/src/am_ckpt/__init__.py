@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from am_ckpt._checkpointer import Checkpointer
+    from am_ckpt._convert import convert
     from am_ckpt._diff import Difference, DiffReport, diff
     from am_ckpt._hf import load_hf, save_hf
     from am_ckpt._inventory import Inventory, inspect
@@ -28,6 +29,7 @@ __all__ = [
     "StorageReader",
     "StorageWriter",
     "VerifyReport",
+    "convert",
     "diff",
     "hf_files",
     "inspect",
@@ -47,6 +49,7 @@ _MODULES = {
     "StorageReader": "am_ckpt._storage",
     "StorageWriter": "am_ckpt._storage",
     "VerifyReport": "am_ckpt._verify",
+    "convert": "am_ckpt._convert",
     "diff": "am_ckpt._diff",
     "hf_files": "am_ckpt._names",
     "inspect": "am_ckpt._inventory",

@@ -84,10 +84,20 @@ def _parser() -> _Parser:
     cut.add_argument("destination", metavar="DESTINATION")
     cut.add_argument("--mesh", required=True, metavar="dp=4,tp=2", help="ranks of each axis")
     cut.add_argument("--placements", metavar="FILE", help="JSON of name pattern -> dim that tp cuts")
+    cut.add_argument("--model-only", action="store_true", help="of a step: shards of its model, not a step")
     cut.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
     cut.add_argument("--resume", action="store_true", help="go on with an interrupted reshard")
     cut.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     cut.set_defaults(run=_reshard)
+    other = commands.add_parser("convert", help="the model in another kind of folder", epilog=_EPILOG)
+    other.add_argument("path", metavar="SOURCE")
+    other.add_argument("destination", metavar="DESTINATION")
+    other.add_argument(
+        "--to", required=True, choices=("hf", "sharded", "dcp"), help="Hugging Face, its shards, .distcp"
+    )
+    other.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
+    other.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+    other.set_defaults(run=_convert)
     check = commands.add_parser("verify", help="is a checkpoint whole and unchanged", epilog=_EPILOG)
     check.add_argument("path", metavar="PATH")
     check.add_argument("--full", action="store_true", help="read all data: digests, NaN, tensors of zeros")
@@ -99,9 +109,9 @@ def _parser() -> _Parser:
     compare.add_argument("--atol", type=float, default=0.0, metavar="X", help="allow |a - b| <= X + Y |b| (default 0)")
     compare.add_argument("--rtol", type=float, default=0.0, metavar="Y")
     compare.set_defaults(run=_diff)
-    for command in (show, merge, cut, check, compare):
+    for command in (show, merge, cut, other, check, compare):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
-    for command in (show, merge, cut, check, compare):
+    for command in (show, merge, cut, other, check, compare):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -189,9 +199,26 @@ def _reshard(options: argparse.Namespace) -> int:
         options.destination,
         mesh=_mesh(options.mesh),
         placements=_placements(options.placements) if options.placements else None,
+        model_only=options.model_only,
         section=options.section,
         threads=options.threads,
         resume=options.resume,
+        fsync=not options.no_fsync,
+        progress=_progress_line() if sys.stderr.isatty() else None,
+    )
+    _show_copied(report, options)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from am_ckpt._convert import convert
+
+    report = convert(
+        options.path,
+        options.destination,
+        to=options.to,
+        section=options.section,
+        threads=options.threads,
         fsync=not options.no_fsync,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )

@@ -41,6 +41,7 @@ def reshard(
     *,
     mesh: Mapping[str, int],
     placements: Mapping[str, int] | None = None,
+    model_only: bool = False,
     section: str | None = None,
     threads: int | None = None,
     resume: bool = False,
@@ -55,9 +56,10 @@ def reshard(
     on dim 0, as FSDP2 does. Pieces are those of ``torch.chunk``; ranks beyond them hold nothing of a tensor.
 
     A step of the Checkpointer becomes such a step, with model, optimizer and state, whose digests are those of a source
-    that was found undamaged; it can take the place of the old one. Any other kind becomes a folder of shards as torch's
-    Hugging Face writer names them, with the model alone. The destination must not exist; it appears complete or not at
-    all. ``section``, ``threads``, ``resume``, ``fsync``, ``progress`` and errors: see :func:`merge`.
+    that was found undamaged; it can take the place of the old one. Any other kind, and a step with ``model_only``,
+    becomes a folder of shards as torch's Hugging Face writer names them, with the model alone. The destination must
+    not exist; it appears complete or not at all. ``section``, ``threads``, ``resume``, ``fsync``, ``progress`` and
+    errors: see :func:`merge`.
     """
     started = time.monotonic()
     dp, tp = _ranks(mesh)
@@ -71,7 +73,8 @@ def reshard(
         raise ArgumentError(f"{inventory.path} is an adapter, which is stored as one file; there is nothing to reshard")
     layout = _Layout(dp, tp, dict(placements or {}))
     with paused_collector():
-        plan = _step(inventory, layout) if inventory.kind == "am-ckpt" else _folder(inventory, layout)
+        whole = inventory.kind == "am-ckpt" and not model_only
+        plan = _step(inventory, layout) if whole else _folder(inventory, layout)
     resumed = transfer(plan, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
     return MergeReport(
         str(inventory.path),

@@ -157,6 +157,30 @@ def transfer(
     return before
 
 
+def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[Path], None]) -> list[str]:
+    """Make the folder ``target`` of what ``write`` puts into the folder that it is given; the names of the files."""
+    staging = target.with_name(f".{target.name}.merging")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _take_over(staging, "", 0, False, [])
+    require_space(target.parent, num_bytes)
+    os.mkdir(staging)
+    write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
+    try:
+        write(staging)
+        names = sorted(path.name for path in staging.iterdir() if path.name != _LEASE)
+        for name in names if fsync else ():
+            descriptor = os.open(staging / name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _publish(staging, target, fsync)
+    return names
+
+
 def _fingerprint(plan: Transfer) -> str:
     """Of everything that decides the result's bytes: to resume only the same merge."""
     sources = sorted({part.path for output in plan.outputs for part in output.parts})
