@@ -71,13 +71,16 @@ def alone(session: nox.Session) -> None:
     for name in chosen(session, LIBRARIES):
         shutil.rmtree(wheels, ignore_errors=True)
         shutil.rmtree(environment, ignore_errors=True)
-        for built in [*BUILT_WITH.get(name, []), name, "am-testing"]:
+        ours = [*BUILT_WITH.get(name, []), name, "am-testing"]
+        for built in ours:
             session.run("uv", "build", "-q", "--wheel", "--package", built, "-o", str(wheels), external=True)
         python = environment / "bin" / "python"
         session.run("uv", "venv", "-q", "--python", sys.executable, str(environment), external=True)
         session.run(
             *("uv", "pip", "install", "-q", "--python", str(python), "--no-sources", "--find-links", str(wheels)),
             *("--constraint", str(constraints), name, "--group", f"{FOLDERS[name]}/pyproject.toml:test"),
+            # uv keeps wheels by name and version, and would install those of an earlier run here.
+            *(f"--refresh-package={built}" for built in ours),
             external=True,
         )
         listed = session.run(
