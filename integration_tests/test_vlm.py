@@ -721,7 +721,7 @@ def test_a_model_of_the_other_kind(run: Runner, language_model: Path, inputs: Pa
 
 def test_rules_that_cannot_be(run: Runner) -> None:
     run.refuses(
-        r"freeze pattern 'model.visual' matches no parameter; nearest: ",
+        r"freeze pattern 'model.visual' matches no parameter; nearest: .*model.vision_model",
         {"freeze": [{"freeze": "model.visual"}]},
     )
     run.refuses(

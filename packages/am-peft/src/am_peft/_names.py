@@ -23,9 +23,12 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def nearest(pattern: str, names: Iterable[str]) -> str:
-    """The names most like ``pattern``, compared whole and by their last part, for an error message."""
-    names = list(names)
-    last = {name.rpartition(".")[2]: name for name in names}
-    close = difflib.get_close_matches(pattern, [*names, *last], n=5, cutoff=0.5)
-    found = close or sorted(last)[:8]
+    """The names, the modules they are in and the parts of them that are most like ``pattern``, for an error message."""
+    split = [name.split(".") for name in names]
+    paths = {".".join(parts[:end]): None for parts in split for end in range(1, len(parts) + 1)}
+    parts = {part: None for parts in split for part in parts if not part.isdecimal()}
+    close = difflib.get_close_matches(
+        pattern, [*parts, *(path for path in paths if path not in parts)], n=5, cutoff=0.5
+    )
+    found = close or sorted(parts.keys() - {"weight", "bias"})[:8]
     return ", ".join(found) or "none"
