@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from am_ckpt._io import lease_state, own_lease, remove, write_bytes
+from am_ckpt._io import lease_state, own_lease, remove
 
 LEASE = "lease.json"
 _RENEW_SECONDS = 15.0
@@ -33,7 +33,8 @@ def sign(folder: Path, *, held: bool) -> None:
     released = _renewing[folder] = threading.Event()
     if held:
         _held.add(folder)
-    write_bytes(folder / LEASE, json.dumps(own_lease()).encode())
+    # Not synced: after a power cut there is no writer.
+    (folder / LEASE).write_bytes(json.dumps(own_lease()).encode())
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):

@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,10 @@ def run(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], None
     ``TimeoutError`` naming the ranks that it heard nothing of.
     """
     if job.rank == 0:
-        _lead(job, require_unchanged, tidy)
+        try:
+            _lead(job, require_unchanged, tidy)
+        finally:
+            release(job.staging)
     else:
         _follow(job, require_unchanged)
 
@@ -168,8 +172,6 @@ def _lead(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], No
         if not isinstance(error, Exception):
             raise
         raise rebuild(failure) from error
-    finally:
-        release(job.staging)
     try:
         tidy()
     finally:
@@ -185,12 +187,15 @@ def _follow(job: Job, require_unchanged: Callable[[], None]) -> None:
         report = {"failure": describe(error)}
         # Where the disk is full, this makes room for the report.
         for file in job.files:
-            (job.staging / "step" / file.path).unlink(missing_ok=True)
+            with suppress(OSError):
+                (job.staging / "step" / file.path).unlink()
     try:
         _put(job.staging / "ranks" / f"{job.rank:05d}.json", report)
         outcome = _await_outcome(job)
     except OSError as error:
-        raise rebuild(describe(own or error), f"{job.not_saved}: {job.where}") from own or error
+        unknown = f"it is not known whether step {job.step} was saved in {job.directory}"
+        context = unknown if own is None else job.not_saved
+        raise rebuild(describe(own or error), f"{context}: {job.where}") from own or error
     if own is not None and not isinstance(own, Exception):
         raise own
     if "failure" in outcome:
