@@ -65,9 +65,10 @@ def test_killed_ten_times_at_random_moments(tmp_path: Path, uninterrupted: Path)
     assert kills >= 8, "the kills came too late to show anything"
 
 
-def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path) -> None:
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
     for _ in range(40):
-        (process,) = start(tmp_path)
+        (process,) = start(tmp_path, checkpoint__asynchronous=asynchronous)
         # Long enough for one more checkpoint, then no mercy.
         before = len(list((tmp_path / "checkpoints").glob("step_*"))) if (tmp_path / "checkpoints").exists() else 0
         latest = tmp_path / "checkpoints" / "latest"
@@ -82,19 +83,23 @@ def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path) 
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path) -> None:
-    (process,) = start(tmp_path)
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
+    (process,) = start(tmp_path, checkpoint__asynchronous=asynchronous)
     while not (tmp_path / "checkpoints" / "latest").is_symlink():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     assert finish([process]) == 75
-    assert 0 < metrics(tmp_path)[-1]["step"] < 10
+    stopped = metrics(tmp_path)[-1]["step"]
+    assert 0 < stopped < 10
+    assert os.readlink(tmp_path / "checkpoints" / "latest") == f"step_{stopped:06d}"
     assert finish(start(tmp_path)) == 0
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_two_ranks_stop_after_the_same_step(tmp_path: Path, uninterrupted: Path) -> None:
-    processes = start(tmp_path, 2)
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_two_ranks_stop_after_the_same_step(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
+    processes = start(tmp_path, 2, checkpoint__asynchronous=asynchronous)
     while not (tmp_path / "checkpoints" / "latest").is_symlink():
         time.sleep(0.01)
     # One rank alone is told; both finish the step, commit and leave.

@@ -301,9 +301,13 @@ class ClipGradNorm:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``resume`` from the latest checkpoint: where there is one (auto), or fail without (must), or never."""
+    """``resume`` from the latest checkpoint: where there is one (auto), or fail without (must), or never.
+
+    ``asynchronous``: training goes on while a copy of the state is written; the copy takes as much host memory.
+    """
 
     enabled: bool = True
+    asynchronous: bool = False
     resume: Literal["auto", "must", "never"] = "auto"
     keep_last: PositiveInt | None = None
     keep_best: PositiveInt | None = None

@@ -79,6 +79,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     keep_best = config.checkpoint.keep_best
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
+        asynchronous=config.checkpoint.asynchronous,
         keep_last=config.checkpoint.keep_last,
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
         files=model_files,
@@ -149,8 +150,10 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
                 checkpoints.save(progress.step, state, metrics=losses)
                 log.write_page()
             if stopping and progress.step < total_steps:
+                checkpoints.wait()
                 log.finish(status=f"stopped after step {progress.step}; the same command continues")
                 return PREEMPTED
+        checkpoints.wait()
 
         # Out: a plain Hugging Face folder, and how the model goes on from the prompts.
         if config.export.enabled:

@@ -88,6 +88,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     keep_best = config.checkpoint.keep_best
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
+        asynchronous=config.checkpoint.asynchronous,
         keep_last=config.checkpoint.keep_last,
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
         files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
@@ -157,8 +158,10 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
                 checkpoints.save(progress.step, state, metrics=losses)
                 log.write_page()
             if stopping and progress.step < total_steps:
+                checkpoints.wait()
                 log.finish(status=f"stopped after step {progress.step}; the same command continues")
                 return PREEMPTED
+        checkpoints.wait()
 
         # Out: a plain Hugging Face folder, or the adapter alone.
         export = config.run_dir / "export"
