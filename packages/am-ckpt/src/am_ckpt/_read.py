@@ -7,6 +7,7 @@ device, a cast, a strided target) through a buffer of bounded size.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -33,11 +34,15 @@ def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
 
 
 class Reader:
-    """Open files of one load; ``follow_symlinks`` for folders of the Hugging Face cache. Close it after use."""
+    """Open files of one load; ``follow_symlinks`` for folders of the Hugging Face cache. Close it after use.
+
+    Threads may read at the same time.
+    """
 
     def __init__(self, *, follow_symlinks: bool = False) -> None:
         self._follow_symlinks = follow_symlinks
         self._descriptors: dict[Path, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -96,6 +101,7 @@ class Reader:
             memory[target : target + count] = buffer[begin - first : begin - first + count]
 
     def _open(self, path: Path) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
-        return self._descriptors[path]
+        with self._opening:
+            if path not in self._descriptors:
+                self._descriptors[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
+            return self._descriptors[path]

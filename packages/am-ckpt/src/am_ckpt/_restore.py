@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +142,11 @@ class _Step:
         return lambda: self._fill(ready)
 
     def _fill(self, ready: Iterable[tuple[Source, Piece]]) -> None:
-        with torch.no_grad():
-            for source, piece in ready:
-                self._reader.read(source, piece)
+        # Reading is copying from the page cache: it takes the cores that the ranks of this machine leave.
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with ThreadPoolExecutor(max(1, min(4, cores))) as threads:
+            for reading in [threads.submit(self._reader.read, source, piece) for source, piece in ready]:
+                reading.result()
 
     def _adapter(self, model: Any) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":
