@@ -1,0 +1,253 @@
+"""Saving, loading and saving in the background, 1 GB on the CPU: am-ckpt against stock torch and safetensors.
+
+Run from the repository root: ``python tools/bench/ckpt_save_cpu.py``. One process; methods are interleaved, ratios are
+paired by round, the page cache is warm, torch has one thread. The model is three layers of a 7B model in bfloat16.
+
+save: durable as each does it by default: am-ckpt fsyncs and digests, ``FileSystemWriter`` fsyncs files, the Hugging
+Face writer and safetensors do neither; ``raw`` is fallocate, pwrite and fsync of the same bytes.
+load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four.
+async: how long a save blocks its caller, after the one before has ended; torch as it is by default, and with a stager
+that is kept, to use its memory again; ``copy`` is a copy into warm memory.
+Writes ``tools/bench/results/ckpt_save_cpu.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, HIDDEN, FFN = 3, 4096, 11008
+SAVES = ["am-ckpt", "dcp", "dcp-hf", "safetensors", "raw"]
+LOADS = ["am-ckpt", "dcp", "dcp-hf", "safetensors"]
+ASYNCS = ["am-ckpt", "dcp", "dcp-kept", "copy"]
+
+
+def build(fill: bool):
+    import torch
+    from torch import nn
+
+    model = nn.Module()
+    # Random bits, so that no block is a hole; another part of them for every parameter.
+    bits = torch.randint(-(2**15), 2**15, (2**22,), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    for layer in range(LAYERS):
+        shapes = {f"{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {"gate": (FFN, HIDDEN), "up": (FFN, HIDDEN), "down": (HIDDEN, FFN), "norm": (HIDDEN,)}
+        for name, shape in shapes.items():
+            values = torch.zeros(math.prod(shape), dtype=torch.int16)
+            if fill:
+                bits = bits.roll(12345)
+                for start in range(0, len(values), len(bits)):
+                    part = values[start : start + len(bits)]
+                    part.copy_(bits[: len(part)])
+            parameter = nn.Parameter(values.view(torch.bfloat16).view(shape))
+            model.register_parameter(f"layer{layer}_{name}", parameter)
+    return model
+
+
+def saver(method: str, model) -> Callable[[Path], None]:
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import save_file
+
+    import am_ckpt
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if method == "am-ckpt":
+        return lambda path: am_ckpt.Checkpointer(path).save(1, {"model": model})
+    if method == "dcp":
+        return lambda path: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    if method == "dcp-hf":
+        return lambda path: dcp.save(
+            tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(path), save_distributed=True), no_dist=True
+        )
+    if method == "safetensors":
+
+        def save(path: Path) -> None:
+            path.mkdir(parents=True)
+            save_file(tensors, path / "model.safetensors")
+
+        return save
+
+    def raw(path: Path) -> None:
+        path.mkdir(parents=True)
+        descriptor = os.open(path / "raw", os.O_CREAT | os.O_WRONLY)
+        os.posix_fallocate(descriptor, 0, sum(tensor.nbytes for tensor in tensors.values()))
+        position = 0
+        for tensor in tensors.values():
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            while data:
+                count = os.pwrite(descriptor, data[: 2**26], position)
+                position, data = position + count, data[count:]
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    return raw
+
+
+def loader(method: str, model, path: Path) -> Callable[[], None]:
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from safetensors import safe_open
+
+    import am_ckpt
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if method == "am-ckpt":
+        return lambda: am_ckpt.Checkpointer(path).load({"model": model}) and None
+    if method == "dcp":
+        return lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    if method == "dcp-hf":
+        return lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+
+    def load() -> None:
+        with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+
+    return load
+
+
+def blocker(method: str, model, folder: Path) -> Callable[[], float]:
+    """A function that saves in the background, waits until that has ended, and returns the seconds it was blocked."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    import am_ckpt
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    checkpoints = am_ckpt.Checkpointer(folder / "ours", asynchronous=True, keep_last=1)
+    # No pinned memory, no CUDA stream: as async_save itself does on the CPU.
+    options = (
+        {"async_stager": DefaultStager(StagingOptions(False, False, False, False))} if method == "dcp-kept" else {}
+    )
+    copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()} if method == "copy" else {}
+    steps = itertools.count(1)
+
+    def save() -> float:
+        step = next(steps)
+        begin = time.perf_counter()
+        if method == "am-ckpt":
+            checkpoints.save(step, {"model": model})
+        elif method == "copy":
+            for name, tensor in tensors.items():
+                copies[name].copy_(tensor)
+        else:
+            future = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(folder / "dcp"), **options)
+        seconds = time.perf_counter() - begin
+        if method == "am-ckpt":
+            checkpoints.wait()
+        elif method != "copy":
+            future.result()
+            shutil.rmtree(folder / "dcp")
+        return seconds
+
+    return save
+
+
+def cpu() -> float:
+    return sum(os.times()[:4])
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(action: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    begin, used = time.perf_counter(), cpu()
+    action()
+    return time.perf_counter() - begin, cpu() - used
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/ckpt_save_cpu"))
+    options = parser.parse_args()
+    folder = options.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    warnings.simplefilter("ignore")
+    import safetensors
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = build(fill=True)
+    rows: dict[str, dict[str, list[tuple[float, ...]]]] = {
+        kind: {method: [] for method in methods}
+        for kind, methods in (("save", SAVES), ("load", LOADS), ("async", ASYNCS))
+    }
+    try:
+        # Round 0 warms up: imports, page cache, memory.
+        for _ in range(options.rounds + 1):
+            for method in SAVES:
+                save = saver(method, model)
+                rows["save"][method].append(measure(functools.partial(save, folder / "out")))
+                shutil.rmtree(folder / "out")
+        other = build(fill=False)
+        for method in LOADS:
+            saver(method, model)(folder / method)
+        for _ in range(options.rounds + 1):
+            for method in LOADS:
+                for parameter in other.parameters():
+                    parameter.detach().zero_()
+                rows["load"][method].append(measure(loader(method, other, folder / method)))
+                pairs = zip(model.parameters(), other.parameters(), strict=True)
+                assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in pairs), method
+        for method in LOADS:
+            shutil.rmtree(folder / method)
+        del other
+        blockers = {method: blocker(method, model, folder) for method in ASYNCS}
+        for _ in range(options.rounds + 1):
+            for method in ASYNCS:
+                rows["async"][method].append((blockers[method](), float(resident_bytes())))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        dist.destroy_process_group()
+    names = dict.fromkeys(rows, ("wall_seconds", "cpu_seconds"))
+    names["async"] = ("blocked_seconds", "resident_bytes")
+    result: dict[str, object] = {"bytes": sum(p.nbytes for p in model.parameters()), "rounds": options.rounds}
+    for kind, methods in rows.items():
+        result[kind] = {
+            method: dict(zip(names[kind], map(statistics.median, zip(*values[1:], strict=True)), strict=True))
+            for method, values in methods.items()
+        }
+
+    def ratio(kind: str, one: str, two: str, index: int) -> float:
+        pairs = zip(rows[kind][one][1:], rows[kind][two][1:], strict=True)
+        return round(statistics.median(a[index] / b[index] for a, b in pairs), 3)
+
+    result["ratios"] = {
+        **{f"save cpu: am-ckpt / {two}": ratio("save", "am-ckpt", two, 1) for two in SAVES[1:]},
+        **{f"save wall: am-ckpt / {two}": ratio("save", "am-ckpt", two, 0) for two in SAVES[1:]},
+        **{f"load wall: {one} / am-ckpt": ratio("load", one, "am-ckpt", 0) for one in LOADS[1:]},
+        **{f"blocked: am-ckpt / {two}": ratio("async", "am-ckpt", two, 0) for two in ASYNCS[1:]},
+    }
+    result["load_average"] = os.getloadavg()
+    result["versions"] = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "safetensors": safetensors.__version__,
+        "cores": os.cpu_count(),
+    }
+    print(json.dumps(result, indent=1))
+    (ROOT / "tools/bench/results/ckpt_save_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
