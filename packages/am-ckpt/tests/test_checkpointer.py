@@ -517,6 +517,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         ({"keep_best": ("loss", "smallest", 1)}, "'min' or 'max'"),
         ({"files": {"../x": ""}}, "not a plain file name"),
         ({"files": {"model.safetensors": b""}}, "weights in model/ are written from the state"),
+        ({"files": {"shard-1.json": b""}}, "weights in model/ are written from the state"),
     ],
 )
 def test_impossible_arguments_are_refused_at_once(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -189,11 +189,11 @@ def test_replicas_are_written_once_and_shared_between_their_holders(tmp_path: Pa
 
 
 def failing(directory: str, kind: str) -> tuple[str, str]:
-    """Rank 1 alone cannot write, or alone has state that cannot be stored."""
+    """One rank alone cannot write, or read what it is to copy, or has state that cannot be stored."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64)
-    checkpoints = am_ckpt.Checkpointer(directory)
-    checkpoints.save(1, {"model": model, "data": Cursor(1)})
+    am_ckpt.Checkpointer(directory).save(1, {"model": model, "data": Cursor(1)})
+    checkpoints = am_ckpt.Checkpointer(directory, files={"a.json": Path("gone.json")} if kind == "file" else None)
     data = Cursor(2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
@@ -201,7 +201,7 @@ def failing(directory: str, kind: str) -> tuple[str, str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         elif kind == "type":
             data = Cursor(object())
-        else:
+        elif kind == "differs":
             data = Cursor(3)
     try:
         checkpoints.save(2, {"model": model, "data": data})
@@ -218,6 +218,7 @@ def failing(directory: str, kind: str) -> tuple[str, str]:
         ("limit", "OSError", "File too large"),
         ("type", "TypeError", r"data['value'] has type builtins.object"),
         ("differs", "ValueError", "state ['data'] differs between rank 0 and rank 1"),
+        ("file", "FileNotFoundError", "No such file or directory: 'gone.json'"),
     ],
 )
 def test_a_failure_of_one_rank_is_the_same_error_on_all(kind: str, error: str, text: str, tmp_path: Path) -> None:

@@ -385,6 +385,50 @@ def test_the_section_is_found_or_asked_for(tmp_path: Path) -> None:
     assert_same(tmp_path / "merged", expected_of(tensors))
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"net": {"a.weight": torch.ones(2)}, "step": torch.tensor(3)}, "say which is the model with section="),
+        ({"state_dict": {"w": torch.ones(2)}, "ema": torch.ones(2)}, "say which is the model with section="),
+        ({"optim": {"state": {"w": {"exp_avg": torch.ones(2)}}}}, "say which is the model with section="),
+    ],
+)
+def test_no_part_is_taken_for_the_model_by_chance(state: dict[str, Any], message: str, tmp_path: Path) -> None:
+    dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=message):
+        am_ckpt.merge(tmp_path / "saved", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nested_modules_are_the_models(tmp_path: Path) -> None:
+    state = {"model": {"a": {"w": torch.ones(2)}, "b": torch.zeros(3)}, "step": torch.tensor(3)}
+    dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "saved"))
+    am_ckpt.merge(tmp_path / "saved", tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == {"a.w", "b"}
+
+
+@pytest.mark.parametrize("command", [am_ckpt.merge, am_ckpt.reshard, am_ckpt.convert])
+def test_no_threads_copy_nothing(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_file({"w": torch.ones(4)}, tmp_path / "model" / "model.safetensors")
+    options: dict[str, Any] = {"mesh": {"dp": 2}} if command is am_ckpt.reshard else {}
+    if command is am_ckpt.convert:
+        options["to"] = "sharded"
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads={threads} must be at least 1"):
+            command(tmp_path / "model", tmp_path / "out", threads=threads, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_step_without_its_manifest_is_none(tmp_path: Path) -> None:
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": nn.Linear(2, 2)})
+    step = tmp_path / "step_000001"
+    (step / "manifest.json").unlink()
+    for action in (am_ckpt.verify, am_ckpt.inspect):
+        with pytest.raises(ValueError, match=r"a step of am_ckpt without its manifest\.json: it was not finished"):
+            action(step)
+
+
 def test_an_interrupted_merge_is_resumed(shards: Path, tmp_path: Path) -> None:
     def interrupt(done: int, total: int) -> None:
         assert not (tmp_path / "merged").exists()
@@ -468,8 +512,12 @@ def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_a_model(sha
     am_ckpt.merge(shards, target, overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
     assert_same(target, expected_of(state()))
+    (target / "optimizer.pt").touch()
+    with pytest.raises(FileExistsError, match=r"does not look like a model \(optimizer.pt in it\)"):
+        am_ckpt.merge(shards, target, overwrite=True)
+    (target / "optimizer.pt").unlink()
     (target / "results").mkdir()
-    with pytest.raises(FileExistsError, match="does not look like a model"):
+    with pytest.raises(FileExistsError, match=r"does not look like a model \(results in it\)"):
         am_ckpt.merge(shards, target, overwrite=True)
     for place in (shards, shards / "merged", shards.parent):
         with pytest.raises(ValueError, match="contain one another"):

@@ -57,6 +57,15 @@ def step_of(folder: Path) -> Path:
     return folder / "step_000007"
 
 
+def test_state_whose_name_is_like_that_of_a_shard(tmp_path: Path) -> None:
+    am_ckpt.Checkpointer(tmp_path / "run").save(1, {"model": nn.Linear(4, 2), "shard-state": Noise(3)})
+    (tmp_path / "new").mkdir()
+    am_ckpt.reshard(tmp_path / "run" / "step_000001", tmp_path / "new" / "step_000001", mesh={"dp": 2})
+    noise = Noise(0)
+    assert am_ckpt.Checkpointer(tmp_path / "new").load({"model": nn.Linear(4, 2), "shard-state": noise}) == 1
+    assert noise.values.tolist() == [3.0, 3.0, 3.0]
+
+
 PLACEMENTS = {"0.*": 0, "1.weight": 1}
 
 

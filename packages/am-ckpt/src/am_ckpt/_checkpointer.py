@@ -94,7 +94,7 @@ class Checkpointer:
         self._files = dict(files or {})
         for name in self._files:
             require_file_name(name, "files:")
-            if name.endswith(".safetensors"):
+            if name.endswith(".safetensors") or name.startswith("shard-"):
                 raise ValueError(f"files: {name!r}: weights in model/ are written from the state, not copied")
         self._mapping = [dict(record) for record in mapping] if mapping is not None else None
         self._fingerprints = dict(fingerprints or {})
@@ -138,7 +138,7 @@ class Checkpointer:
             found = agree(context, lambda: _data_digests(files, contents, rank))
             rank_zero(context, lambda: self._require_same(step, found))
             return
-        texts = self._texts(contents) if rank == 0 else {}
+        texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
         manifest = self._manifest(step, save_id, scores, contents, described, plan) if rank == 0 else {}
         self._stop = threading.Event()
         job = Job(self.directory, step, save_id, rank, size, files, texts, manifest, self._timeout, self._stop)

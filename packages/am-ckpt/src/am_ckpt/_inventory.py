@@ -189,10 +189,21 @@ def _open(folder: Path, section: str | None) -> Inventory:
     for name in _INSIDE:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             inventory = _open(folder / name, section)
+            _require_no_step(folder, inventory)
             inventory.notes.append(f"the model is in the folder {name!r}")
             inventory.files = {**hf_files(folder), **inventory.files}
             return inventory
     raise _unrecognised(folder, there)
+
+
+def _require_no_step(folder: Path, inventory: Inventory) -> None:
+    """Refuse the shards of a step of ours without what says how many there must be."""
+    paths = {chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    if paths and min(paths).suffix == ".safetensors" and "am_ckpt_save_id" in read_header(min(paths)).metadata:
+        raise IncompleteError(
+            f"{folder} is a step of am_ckpt without its {MANIFEST}: it was not finished, or not copied whole; take an "
+            "earlier step, or copy it again"
+        )
 
 
 def _unrecognised(folder: Path, there: list[str]) -> ValueError:
@@ -385,14 +396,21 @@ def _adapter(folder: Path) -> Inventory:
 def _distcp(folder: Path, section: str | None) -> Inventory:
     found = read_metadata(folder)
     sections: dict[str, dict[str, Source]] = {}
+    optimizers: set[str] = set()
     for name, source in found.tensors.items():
         keys = found.paths.get(name, (name,))
         # An optimizer's tensors lie below "state"; all of them are one section.
         stop = next((i for i, key in enumerate(keys[:-1]) if i and key in ("state", "param_groups")), len(keys) - 1)
         part = ".".join(keys[:stop])
+        if stop < len(keys) - 1:
+            optimizers.add(part)
         inner = name[len(part) + 1 :] if part and name.startswith(part + ".") else name
         sections.setdefault(part, {})[inner] = source
-    chosen = _choose_section(folder, sections, section)
+    chosen = _choose_section(folder, sections, optimizers, section)
+    for other in [name for name in sections if chosen and name.startswith(f"{chosen}.") and name not in optimizers]:
+        # Modules whose state dicts were nested in each other.
+        below = other[len(chosen) + 1 :]
+        sections[chosen] |= {f"{below}.{name}": source for name, source in sections.pop(other).items()}
     notes: list[str] = []
     sections[chosen] = _unwrapped(sections[chosen], notes)
     files = _small_files(folder)
@@ -408,7 +426,11 @@ def _distcp(folder: Path, section: str | None) -> Inventory:
     return inventory
 
 
-def _choose_section(folder: Path, sections: Mapping[str, Any], section: str | None) -> str:
+# What a part is called that is not the model, where its tensors do not lie below "state".
+_OPTIMIZERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict")
+
+
+def _choose_section(folder: Path, sections: Mapping[str, Any], optimizers: set[str], section: str | None) -> str:
     if section is not None:
         if section not in sections:
             raise ArgumentError(f"section={section!r} is not in {folder}; it holds {_listed(sections)}")
@@ -418,8 +440,9 @@ def _choose_section(folder: Path, sections: Mapping[str, Any], section: str | No
     named = [name for name in sections if name.rpartition(".")[2] in ("model", "module", "model_state_dict")]
     if len(named) == 1:
         return named[0]
-    if not named and ("" in sections or len(sections) == 1):
-        return "" if "" in sections else next(iter(sections))
+    others = [name for name in sections if name not in optimizers and name.rpartition(".")[2] not in _OPTIMIZERS]
+    if not named and len(others) == 1:
+        return others[0]
     raise ArgumentError(f"{folder} holds {_listed(sections)}: say which is the model with section= (--section)")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from am_ckpt._io import lease_state, own_lease, remove
 
 LEASE = "lease.json"
+# What am_ckpt._io.remove has set aside.
+_TRASH = re.compile(r"\.trash-.+-[0-9a-f]{8}")
 _RENEW_SECONDS = 15.0
 # A writer on another machine that has not renewed for so long is dead.
 _STALE_SECONDS = 60.0
@@ -62,7 +65,7 @@ def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
     """
     alive = []
     for entry in sorted(directory.iterdir()):
-        if entry.name.startswith(".trash-"):
+        if _TRASH.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name.startswith(prefix) and entry != own and entry.is_dir() and not entry.is_symlink():
             state = "alive" if entry in _held else lease_state(entry / LEASE)

@@ -86,8 +86,6 @@ def merge(
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
         raise ArgumentError(f"dtype={dtype!r}; choose {', '.join(DTYPES)}, or None to keep what is stored")
-    if threads is not None and threads < 1:
-        raise ArgumentError(f"threads={threads} must be at least 1")
     if resume and not fsync:
         raise ArgumentError("resume=True needs fsync=True: without it, what was copied before may not be on the disk")
     limit = byte_count(max_shard_size)

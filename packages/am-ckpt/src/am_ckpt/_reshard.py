@@ -218,7 +218,8 @@ def _step(inventory: Inventory, layout: _Layout) -> Transfer:
             found = _shards(filled, layout, f"{section}/", metadata, reader, placed_as)
             headers |= found[0]
             outputs += found[1]
-    kept = [{**record, "rank": 0} for record in old["files"] if "/shard-" not in record["path"]]
+    cut = tuple(f"{section}/shard-" for section in inventory.sections)
+    kept = [{**record, "rank": 0} for record in old["files"] if not record["path"].startswith(cut)]
     small: dict[str, bytes] = {}
     shards = dict(headers)
     for record in kept:

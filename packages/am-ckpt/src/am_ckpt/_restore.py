@@ -143,7 +143,7 @@ class _Step:
 
     def _fill(self, ready: Iterable[tuple[Source, Piece]]) -> None:
         # Reading is copying from the page cache: it takes the cores that the ranks of this machine leave.
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         with ThreadPoolExecutor(max(1, min(4, cores))) as threads:
             for reading in [threads.submit(self._reader.read, source, piece) for source, piece in ready]:
                 reading.result()

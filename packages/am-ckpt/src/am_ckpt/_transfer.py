@@ -36,6 +36,7 @@ from am_ckpt._io import (
     write_bytes,
 )
 from am_ckpt._layout import read_file
+from am_ckpt._names import ADAPTER_CONFIG, INDEX, hf_files
 
 _LEASE = "lease.json"
 _JOURNAL = "journal.jsonl"
@@ -84,11 +85,14 @@ def require_free(target: Path, source: Path, overwrite: bool) -> None:
             f"{target} exists and is not empty; choose another folder, or overwrite it with overwrite=True "
             "(--overwrite)"
         )
-    if any(entry.is_dir() for entry in entries) or not any(entry.suffix == ".safetensors" for entry in entries):
+    own = {*hf_files(target), INDEX, ADAPTER_CONFIG, ".gitattributes", "README.md"}
+    weights = [entry.name for entry in entries if entry.suffix == ".safetensors" and entry.is_file()]
+    strangers = sorted({entry.name for entry in entries} - {*weights, *own})
+    if strangers or not weights:
+        found = strangers[0] if strangers else "no safetensors files"
         raise FileExistsError(
-            f"{target} does not look like a model (no safetensors files, or folders in it) and is not "
-            "overwritten; move "
-            "it away or choose another folder"
+            f"{target} does not look like a model ({found} in it) and is not overwritten; move it away or choose "
+            "another folder"
         )
 
 
@@ -105,6 +109,8 @@ def transfer(
 
     ``threads``: default the number of cores, at most 8. ``progress``: called with bytes done and all bytes.
     """
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads={threads} must be at least 1")
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
     staging = target.with_name(f".{target.name}.merging")
