@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,9 +91,18 @@ def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> No
     assert "Traceback" not in text
 
 
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the system gives to connections meanwhile."""
+    while True:
+        port = random.SystemRandom().randint(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size: int = 1) -> list[Any]:
     """The processes of `automodel CONFIG --run_dir RUN_DIR ...`, one a rank, running."""
-    port = random.randint(20000, 50000)
+    port = _free_port()
     arguments = (config, [("run_dir", str(run_dir)), *overrides.items()])
     processes = [SERVER.Process(target=_run, args=(*arguments, rank, world_size, port)) for rank in range(world_size)]
     for process in processes:
