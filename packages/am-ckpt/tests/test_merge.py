@@ -400,6 +400,17 @@ def test_no_part_is_taken_for_the_model_by_chance(state: dict[str, Any], message
     assert not (tmp_path / "merged").exists()
 
 
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(2)}, storage_writer=FileSystemWriter(tmp_path / "saved"))
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "saved" / "notes.txt").symlink_to(tmp_path / "secret")
+    for action in (am_ckpt.merge, am_ckpt.convert):
+        options: dict[str, Any] = {} if action is am_ckpt.merge else {"to": "sharded"}
+        with pytest.raises(ValueError, match=r"notes\.txt is a symbolic link"):
+            action(tmp_path / "saved", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nested_modules_are_the_models(tmp_path: Path) -> None:
     state = {"model": {"a": {"w": torch.ones(2)}, "b": torch.zeros(3)}, "step": torch.tensor(3)}
     dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "saved"))

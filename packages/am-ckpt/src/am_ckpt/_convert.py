@@ -122,5 +122,5 @@ def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int]
             if isinstance(cause, RuntimeError):
                 raise OSError(f"torch could not write to {folder.parent}: {cause}") from error
             raise cause from error
-    for name, path in inventory.files.items():
-        (folder / name).write_bytes(path.read_bytes())
+    for name, content in inventory.small_files().items():
+        (folder / name).write_bytes(content)

@@ -26,6 +26,8 @@ from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
 from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+# Of a config, a tokenizer or code.
+_MAX_SMALL_BYTES = 2**28
 # Where training frameworks put the model inside the folder of a step: NeMo AutoModel, accelerate, torchtitan.
 _INSIDE = ("model", "pytorch_model_fsdp_0", "sharded", "consolidated")
 # Where NeMo AutoModel keeps config and tokenizer beside shards.
@@ -66,6 +68,13 @@ class Inventory:
     def tensors(self) -> dict[str, Source]:
         """The model's tensors by name."""
         return self.sections[self.section]
+
+    def small_files(self) -> dict[str, bytes]:
+        """The content of ``files``."""
+        return {
+            name: read_file(path, _MAX_SMALL_BYTES, follow_symlinks=self.follow_symlinks)
+            for name, path in self.files.items()
+        }
 
     @property
     def num_bytes(self) -> int:

@@ -51,9 +51,9 @@ def _text(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: Path, limit: int, *, follow_symlinks: bool = False) -> bytes:
     """The content of a regular file of at most ``limit`` bytes."""
-    descriptor = open_for_reading(path)
+    descriptor = open_for_reading(path, follow_symlinks=follow_symlinks)
     try:
         size = os.fstat(descriptor).st_size
         if size > limit:

@@ -115,8 +115,9 @@ class _Plan:
     def __init__(self, inventory: Inventory, like: Path | None, limit: int, dtype: str | None) -> None:
         self.inventory = inventory
         self.notes = list(inventory.notes)
-        files = {**inventory.files, **(_like_files(like, inventory.adapter) if like is not None else {})}
-        self.small = {name: path.read_bytes() for name, path in files.items()}
+        like_files = _like_files(like, inventory.adapter) if like is not None else {}
+        files = {**inventory.files, **like_files}
+        self.small = inventory.small_files() | {name: path.read_bytes() for name, path in like_files.items()}
         tensors = dict(inventory.tensors)
         for name, item in tensors.items():
             if item.dtype not in ITEM_BYTES:

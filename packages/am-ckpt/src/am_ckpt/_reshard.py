@@ -185,7 +185,7 @@ def _metadata(inventory: Inventory, layout: _Layout) -> dict[str, str]:
 
 def _folder(inventory: Inventory, layout: _Layout) -> Transfer:
     """The model's shards, beside its small files."""
-    small = {name: path.read_bytes() for name, path in inventory.files.items()}
+    small = inventory.small_files()
     with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
         headers, outputs = _shards(inventory.tensors, layout, "", _metadata(inventory, layout), reader, str)
     return Transfer(headers, small, outputs, list(inventory.notes), inventory.follow_symlinks)
