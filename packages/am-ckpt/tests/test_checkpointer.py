@@ -266,6 +266,22 @@ def test_a_step_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "step_000001" / "manifest.json").read_bytes() == before
 
 
+def test_equal_bytes_under_other_names_are_other_content(tmp_path: Path) -> None:
+    def named(name: str, *shape: int) -> dict[str, Any]:
+        model = nn.Module()
+        model.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        return {"model": model}
+
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    checkpoints.save(1, named("a", 4, 2), metrics={"loss": 0.5})
+    for same in (None, {"loss": 0.5}):
+        checkpoints.save(1, named("a", 4, 2), metrics=same)
+    others = [(named("b", 4, 2), None), (named("a", 2, 4), None), (named("a", 4, 2), {"loss": 0.4})]
+    for state, metrics in others:
+        with pytest.raises(FileExistsError, match="exists with other content, metrics or number of ranks"):
+            checkpoints.save(1, state, metrics=metrics)
+
+
 SHARD = "model/shard-00001-model-00001-of-00001.safetensors"
 
 

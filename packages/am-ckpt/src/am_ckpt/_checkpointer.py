@@ -46,6 +46,9 @@ from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
 from am_ckpt._save import Job, TensorFile, discard, run, stage
 from am_ckpt._staging import Buffers, Versions, require_unchanged, versions
 
+# What of a manifest says what was saved, beside the bytes.
+_CONTENT = ("fingerprints", "mapping", "model", "aliases", "tensors", "optimizers", "state")
+
 
 class Checkpointer:
     """Checkpoints of one run under ``directory``. Every rank builds one with equal arguments and calls every method.
@@ -134,12 +137,12 @@ class Checkpointer:
         exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
         rank, size = rank_and_size()
         files = list(_tensor_files(contents, plan, rank))
+        manifest = self._manifest(step, save_id, scores, contents, described, plan) if rank == 0 else {}
         if exists:
             found = agree(context, lambda: _data_digests(files, contents, rank))
-            rank_zero(context, lambda: self._require_same(step, found))
+            rank_zero(context, lambda: self._require_same(step, manifest, found))
             return
         texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
-        manifest = self._manifest(step, save_id, scores, contents, described, plan) if rank == 0 else {}
         self._stop = threading.Event()
         job = Job(self.directory, step, save_id, rank, size, files, texts, manifest, self._timeout, self._stop)
         try:
@@ -231,18 +234,23 @@ class Checkpointer:
             return False
         return True
 
-    def _require_same(self, step: int, found: list[dict[str, str]]) -> None:
+    def _require_same(self, step: int, manifest: dict[str, Any], found: list[dict[str, str]]) -> None:
         path = self.directory / step_name(step)
+        saved = read_manifest(path)
+        copied = {f"model/{name}" for name in self._files}
         there = {
             record["path"]: record.get("data_xxh3_128", record["xxh3_128"])
-            for record in read_manifest(path)["files"]
-            if record["path"].split("/")[-1] not in self._files
+            for record in saved["files"]
+            if record["path"] not in copied
         }
-        if {name: value for part in found for name, value in part.items()} != there:
+        here = {name: value for part in found for name, value in part.items()}
+        keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] else [])]
+        # As JSON gives it back.
+        described = json.loads(json.dumps({key: manifest[key] for key in keys}))
+        if (here, described) != (there, {key: saved[key] for key in keys}):
             raise FileExistsError(
-                f"{path} exists with other content (or was written by another number of ranks) and is never "
-                "overwritten; "
-                "delete it, save another step, or use another directory"
+                f"{path} exists with other content, metrics or number of ranks and is never overwritten; delete it, "
+                "save another step, or use another directory"
             )
         # Saved by a process that may have been stopped before it could do so.
         fsync_directory(self.directory)
