@@ -53,11 +53,12 @@ def require_positions(model: Any, datasets: Iterable[Any]) -> None:
     config = model.config.get_text_config()
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     settings = config.to_dict()
+    positions = settings.get(name)
     longest = max(int(data.lengths.max()) for data in datasets)
-    if "rope_parameters" not in settings and longest > settings.get(name, longest):
+    if "rope_parameters" not in settings and positions is not None and longest > positions:
         raise ValueError(
             f"the data has rows of {longest} tokens, but the {model.config.model_type} model has a table of "
-            f"{name}={settings[name]} positions; lower the dataset's max_length or sequence_length"
+            f"{name}={positions} positions; lower the dataset's max_length or sequence_length"
         )
 
 
