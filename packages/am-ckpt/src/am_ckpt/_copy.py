@@ -334,40 +334,41 @@ def fill(
 ) -> None:
     """Fill ``block``, which stands for ``box`` of a tensor, from the parts of it that files hold."""
     for part in parts:
-        common = Box(part.offset, part.size).intersect(box)
-        if common is None:
-            continue
-        inside = [a - b for a, b in zip(common.offset, part.offset, strict=True)]
-        begin = part.begin + sum(a * b for a, b in zip(inside, part.strides, strict=True))
-        here: list[Any] = [
-            slice(a - b, a - b + n) for a, b, n in zip(common.offset, box.offset, common.size, strict=True)
-        ]
-        # With an ellipsis, a 0-d block gives a view instead of a value.
-        read_box(open_file(part.path), begin, part.strides, block[(*here, ...)], buffers, part.path)
+        begin, here = part.begin, []
+        for a, n, stride, b, m in zip(part.offset, part.size, part.strides, box.offset, box.size, strict=True):
+            start, stop = max(a, b), min(a + n, b + m)
+            if start >= stop:
+                break
+            begin += (start - a) * stride
+            here.append(slice(start - b, stop - b))
+        else:
+            # With an ellipsis, a 0-d block gives a view instead of a value.
+            read_box(open_file(part.path), begin, part.strides, block[(*here, ...)], buffers, part.path)
 
 
 def read_box(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
     """Fill ``out`` with the box whose first element is at byte ``begin`` and whose strides in the file are given."""
-    dims = sorted((d for d in range(out.ndim) if out.shape[d] != 1), key=lambda dim: -strides[dim])
-    index: list[Any] = [0 if n == 1 else slice(None) for n in out.shape]
-    thin = out[(*index, ...)]
-    rank = {dim: position for position, dim in enumerate(sorted(dims))}
-    thin = thin.transpose([rank[dim] for dim in dims])
-    _read(descriptor, begin, tuple(strides[dim] for dim in dims), thin, buffers, path)
+    dims = [dim for dim in range(out.ndim) if out.shape[dim] != 1]
+    order = sorted(range(len(dims)), key=lambda index: -strides[dims[index]])
+    # Most boxes are so already, and a tensor may have many.
+    if len(dims) < out.ndim or order != list(range(out.ndim)):
+        out = out[(*(slice(None) if n != 1 else 0 for n in out.shape), ...)].transpose(order)
+        strides = tuple(strides[dims[index]] for index in order)
+    _read(descriptor, begin, strides, out, buffers, path)
 
 
 def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
     """:func:`read_box` for strides that fall from dim to dim."""
-    item = out.itemsize
-    span = sum((n - 1) * stride for n, stride in zip(out.shape, strides, strict=True)) + item
+    span = out.itemsize
+    for n, stride in zip(out.shape, strides, strict=True):
+        span += (n - 1) * stride
     if span == out.nbytes and out.flags.c_contiguous:
         read_exactly(descriptor, out.reshape(-1).view(numpy.uint8).data, begin, path)
         return
     if span <= SCRATCH_BYTES and span <= _MAX_WASTE * out.nbytes + _PAGE:
         view = buffers.read(begin, span)
         read_exactly(descriptor, view, begin, path)
-        there = numpy.frombuffer(view, numpy.uint8).view(out.dtype)
-        out[...] = numpy.lib.stride_tricks.as_strided(there, out.shape, strides)
+        out[...] = numpy.ndarray(out.shape, out.dtype, view, strides=strides)
         return
     # Too long or too thin for one read: cut the slowest dim into as many indices as fit.
     inner, wanted = span - (out.shape[0] - 1) * strides[0], out.nbytes // out.shape[0]
