@@ -334,7 +334,8 @@ def fill(
 ) -> None:
     """Fill ``block``, which stands for ``box`` of a tensor, from the parts of it that files hold."""
     for part in parts:
-        begin, here = part.begin, []
+        begin = part.begin
+        here: list[Any] = []
         for a, n, stride, b, m in zip(part.offset, part.size, part.strides, box.offset, box.size, strict=True):
             start, stop = max(a, b), min(a + n, b + m)
             if start >= stop:
