@@ -234,12 +234,12 @@ class Checkpointer:
             return False
         return True
 
-    def _require_same(self, step: int, manifest: dict[str, Any], found: list[dict[str, str]]) -> None:
+    def _require_same(self, step: int, manifest: dict[str, Any], found: list[dict[str, Any]]) -> None:
         path = self.directory / step_name(step)
         saved = read_manifest(path)
         copied = {f"model/{name}" for name in self._files}
         there = {
-            record["path"]: record.get("data_xxh3_128", record["xxh3_128"])
+            record["path"]: record.get("blocks_xxh3_128", record.get("xxh3_128"))
             for record in saved["files"]
             if record["path"] not in copied
         }
@@ -373,9 +373,9 @@ def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[TensorF
                 yield TensorFile(f"state/{entry}.safetensors", tensors, None)
 
 
-def _data_digests(files: list[TensorFile], contents: Contents, rank: int) -> dict[str, str]:
-    """What this rank would write, by file, as digests of the data after the headers."""
-    digests = {file.path: file.data_digest() for file in files}
+def _data_digests(files: list[TensorFile], contents: Contents, rank: int) -> dict[str, Any]:
+    """What this rank would write, by file: digests of the data after the headers."""
+    digests: dict[str, Any] = {file.path: file.digests() for file in files}
     if rank == 0:
         digests |= {f"state/{entry}.json": digest(text) for entry, (text, _) in contents.state.items()}
     return digests

@@ -6,6 +6,7 @@ an fsync error is final, since the kernel may have dropped the pages.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,7 +16,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from am_ckpt._errors import UnsafeError
 _MAX_WRITE = 64 * 2**20
 # Of data after a header: each block has a digest of its own, so that damage is found to a few tensors.
 BLOCK_BYTES = 16 * 2**20
+# Hashed and written or read at once: what the first has brought into the cache, the second finds there.
+PIECE_BYTES = 2**20
 # What file systems without fallocate answer.
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -112,55 +115,82 @@ def _with_path(error: OSError, path: Path) -> OSError:
     return OSError(error.errno, error.strerror, str(path))
 
 
-def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
-    """Write ``header`` and then ``blocks`` to a new file of ``size`` bytes in all, fsync it, and return its record.
-
-    The record: ``bytes``, ``xxh3_128`` of the file, ``data_xxh3_128`` of what follows the header (the header names the
-    save, so only the latter is equal for equal content), and ``blocks_xxh3_64`` of every 16 MiB of that.
-    """
+@contextlib.contextmanager
+def new_file(path: Path, size: int) -> Iterator[int]:
+    """The descriptor of a new file with room for ``size`` bytes; fsynced and closed afterwards, errors name it."""
     descriptor = create(path, size)
     try:
-        whole, data = xxhash.xxh3_128(header), xxhash.xxh3_128()
-        write_all(descriptor, header, 0)
-        position = len(header)
-        part, digests = xxhash.xxh3_64(), []
-        for block in blocks:
-            start = 0
-            while start < len(block):
-                # Hashed in pieces that stay in the cache while all digests read them, cut where a part ends.
-                left = BLOCK_BYTES - (position - len(header) + start) % BLOCK_BYTES
-                piece = block[start : start + min(2**20, left)]
-                whole.update(piece)
-                data.update(piece)
-                part.update(piece)
-                start += len(piece)
-                if len(piece) == left:
-                    digests.append(part.hexdigest())
-                    part.reset()
-            write_all(descriptor, block, position)
-            position += len(block)
-        if position != size:
-            raise AssertionError(f"{path}: wrote {position} bytes, planned {size}")
-        if (size - len(header)) % BLOCK_BYTES:
-            digests.append(part.hexdigest())
+        yield descriptor
         os.fsync(descriptor)
     except OSError as error:
         raise _with_path(error, path) from error
     finally:
         os.close(descriptor)
-    return {
-        "bytes": size,
-        "xxh3_128": whole.hexdigest(),
-        "data_xxh3_128": data.hexdigest(),
-        "blocks_xxh3_64": digests,
-    }
+
+
+class BlockDigests:
+    """xxh3-128 of every 16 MiB of the data that it is given."""
+
+    def __init__(self) -> None:
+        self._hasher = xxhash.xxh3_128()
+        self._left = BLOCK_BYTES
+        self._digests: list[str] = []
+
+    def update(self, data: memoryview) -> None:
+        while len(data) >= self._left:
+            self._hasher.update(data[: self._left])
+            data = data[self._left :]
+            self._digests.append(self._hasher.hexdigest())
+            self._hasher.reset()
+            self._left = BLOCK_BYTES
+        self._hasher.update(data)
+        self._left -= len(data)
+
+    def hexdigests(self) -> list[str]:
+        """Of all data until now; the last block may be shorter."""
+        return self._digests + ([self._hasher.hexdigest()] if self._left < BLOCK_BYTES else [])
+
+
+def block_digests(path: Path, begin: int) -> list[str]:
+    """xxh3-128 of every 16 MiB of a file from byte ``begin`` on."""
+    digests = BlockDigests()
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    descriptor = open_for_reading(path)
+    try:
+        while count := os.preadv(descriptor, [buffer], begin):
+            digests.update(buffer[:count])
+            begin += count
+    finally:
+        os.close(descriptor)
+    return digests.hexdigests()
+
+
+def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
+    """Write ``header`` and then ``blocks`` to a new file of ``size`` bytes in all, fsync it, and return its record.
+
+    The record: ``bytes``, ``header_xxh3_128``, and ``blocks_xxh3_128`` of every 16 MiB after the header. The header
+    names the save, so only the latter are equal for equal content.
+    """
+    digests = BlockDigests()
+    with new_file(path, size) as descriptor:
+        write_all(descriptor, header, 0)
+        position = len(header)
+        for block in blocks:
+            for start in range(0, len(block), PIECE_BYTES):
+                piece = block[start : start + PIECE_BYTES]
+                digests.update(piece)
+                write_all(descriptor, piece, position)
+                position += len(piece)
+        if position != size:
+            raise AssertionError(f"{path}: wrote {position} bytes, planned {size}")
+    return {"bytes": size, "header_xxh3_128": digest(header), "blocks_xxh3_128": digests.hexdigests()}
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     """Write a small new file durably; returns its record (``bytes``, ``xxh3_128``)."""
-    record = write_file(path, content, len(content), ())
-    del record["data_xxh3_128"], record["blocks_xxh3_64"]
-    return record
+    with new_file(path, len(content)) as descriptor:
+        write_all(descriptor, content, 0)
+    return {"bytes": len(content), "xxh3_128": digest(content)}
 
 
 def fsync_directory(path: Path) -> None:

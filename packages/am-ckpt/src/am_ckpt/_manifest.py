@@ -51,10 +51,10 @@ _RECORD: dict[str, Callable[[Any], bool]] = {
     "rank": _is_count,
     "xxh3_128": _is_text,
     "header_xxh3_128": _is_text,
-    "data_xxh3_128": _is_text,
-    "blocks_xxh3_64": _is_texts,
+    "blocks_xxh3_128": _is_texts,
 }
-_OPTIONAL = {"header_xxh3_128", "data_xxh3_128", "blocks_xxh3_64"}
+# Of a file of tensors, and of any other.
+_DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"xxh3_128"})
 
 
 def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
@@ -62,8 +62,10 @@ def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
     _require(manifest, _FIELDS, set(), where)
     seen: set[str] = set()
     for number, record in enumerate(manifest["files"]):
-        _require(record, _RECORD, _OPTIONAL, f"{where}, files[{number}]")
+        _require(record, _RECORD, set().union(*_DIGESTS), f"{where}, files[{number}]")
         path = record["path"]
+        if set(record) & set().union(*_DIGESTS) not in _DIGESTS:
+            raise ValueError(f"{where}, files[{number}]: {path} needs either {' and '.join(_DIGESTS[0])} or xxh3_128")
         parts = path.split("/")
         plain = len(parts) == 2 and not any(part in ("", ".", "..") or not part.isprintable() for part in parts)
         if not plain:

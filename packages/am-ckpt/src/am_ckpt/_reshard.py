@@ -15,14 +15,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from am_ckpt._boxes import Box, Shape
-from am_ckpt._copy import Output, file_pieces, parts_of
+from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
-from am_ckpt._io import BLOCK_BYTES, digest
+from am_ckpt._io import block_digests, digest
 from am_ckpt._layout import MANIFEST, read_file, read_manifest, seal
 from am_ckpt._mapping import Record, output_shape, whole_record
 from am_ckpt._merge import MergeReport
@@ -246,19 +244,10 @@ def _step(inventory: Inventory, layout: _Layout) -> Transfer:
 
 def _record(file: Path, path: str, header: Header) -> dict[str, Any]:
     """The entry of the manifest for a file that was written."""
-    whole, data, blocks = xxhash.xxh3_128(header.text), xxhash.xxh3_128(), []
-    for start in range(header.data_start, header.file_bytes, BLOCK_BYTES):
-        block = xxhash.xxh3_64()
-        for piece in file_pieces(file, start, min(start + BLOCK_BYTES, header.file_bytes)):
-            for hasher in (whole, data, block):
-                hasher.update(piece)
-        blocks.append(block.hexdigest())
     return {
         "path": path,
         "rank": int(header.metadata["rank"]),
         "bytes": header.file_bytes,
         "header_xxh3_128": digest(header.text),
-        "xxh3_128": whole.hexdigest(),
-        "data_xxh3_128": data.hexdigest(),
-        "blocks_xxh3_64": blocks,
+        "blocks_xxh3_128": block_digests(file, header.data_start),
     }

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from am_ckpt._contents import SECTIONS
 from am_ckpt._format import Header, build_header, parse_json
-from am_ckpt._io import digest, fsync_directory, require_space, write_bytes, write_file
+from am_ckpt._io import BlockDigests, fsync_directory, require_space, write_bytes, write_file
 from am_ckpt._layout import MANIFEST, STAGING, read_file, seal, step_name
 from am_ckpt._lease import clean_stale, release, sign
 from am_ckpt._ranks import Failure, describe, rebuild
@@ -59,12 +58,12 @@ class TensorFile:
         for name in header.entries:
             yield from byte_blocks(self.tensors[name])
 
-    def data_digest(self) -> str:
+    def digests(self) -> list[str]:
         """Of what follows the header, which alone is equal for equal content."""
-        hasher = xxhash.xxh3_128()
+        digests = BlockDigests()
         for block in self.blocks(self.header({})):
-            hasher.update(block)
-        return hasher.hexdigest()
+            digests.update(block)
+        return digests.hexdigests()
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def write_files(
     for file in files:
         header = file.header(metadata)
         record = write_file(folder / file.path, header.text, header.file_bytes, _until(stop, file.blocks(header)))
-        records.append({"path": file.path, "rank": rank, "header_xxh3_128": digest(header.text), **record})
+        records.append({"path": file.path, "rank": rank, **record})
     for path, content in texts.items():
         records.append({"path": path, "rank": rank, **write_bytes(folder / path, content)})
     return records

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
-import xxhash
 
 from am_ckpt._boxes import describe
 from am_ckpt._config import config_problems, read_config
-from am_ckpt._copy import file_pieces
 from am_ckpt._errors import IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, read_header
 from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size
-from am_ckpt._io import BLOCK_BYTES, digest
+from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
 from am_ckpt._layout import read_manifest
 from am_ckpt._names import ADAPTER_CONFIG, INDEX
 from am_ckpt._sources import Source
@@ -101,7 +99,7 @@ def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
                     raise ValueError(f"{path} is damaged: its header is not the one that was written; copy it again")
                 if full:
                     _check_blocks(path, header, record, report)
-            elif (full or record["path"].startswith("state/")) and _changed(path, record):
+            elif (full or record["path"].startswith("state/")) and file_digest(path) != record["xxh3_128"]:
                 raise ValueError(f"{path} is damaged: its content is not what was written; copy it again")
         except (ValueError, FileNotFoundError) as error:
             report.add(error)
@@ -109,19 +107,13 @@ def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
 
 def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report: VerifyReport) -> None:
     """Compare the data of a safetensors file with its digests, and say which tensors a changed block belongs to."""
-    blocks = record.get("blocks_xxh3_64")
-    if blocks is None:
-        # Written before blocks had digests of their own.
-        if _changed(path, record):
-            report.add(ValueError(f"{path} is damaged: its data is not what was written; copy it again"))
-        return
+    blocks = record["blocks_xxh3_128"]
     starts = range(header.data_start, record["bytes"], BLOCK_BYTES)
     if len(blocks) != len(starts):
         report.add(ValueError(f"{path}: the manifest has {len(blocks)} digests for {len(starts)} blocks"))
         return
-    for start, expected in zip(starts, blocks, strict=True):
+    for start, expected, found in zip(starts, blocks, block_digests(path, header.data_start), strict=True):
         end = min(start + BLOCK_BYTES, record["bytes"])
-        found = _hash(path, start, end, xxhash.xxh3_64).hexdigest()
         if found != expected:
             inside = [name for name, entry in header.entries.items() if entry.begin < end and start < entry.end]
             named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
@@ -131,18 +123,6 @@ def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report:
                     f"{named}: copy the file again or take another step"
                 )
             )
-
-
-def _changed(path: Path, record: Mapping[str, Any]) -> bool:
-    digest_now: str = _hash(path, 0, record["bytes"]).hexdigest()
-    return digest_now != record["xxh3_128"]
-
-
-def _hash(path: Path, begin: int, end: int, kind: Callable[[], Any] = xxhash.xxh3_128) -> Any:
-    hasher = kind()
-    for piece in file_pieces(path, begin, end):
-        hasher.update(piece)
-    return hasher
 
 
 def _check_files(inventory: Inventory, report: VerifyReport) -> None:
