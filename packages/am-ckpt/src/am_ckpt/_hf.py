@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,19 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_ckpt._boxes import Box, runs, split
-from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
+from am_ckpt._boxes import Box
+from am_ckpt._format import Header, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
-from am_ckpt._io import create, fsync_directory, remove, require_space, write_all, write_bytes
+from am_ckpt._io import fsync_directory, remove, require_space, write_bytes
 from am_ckpt._layout import require_file_name
-from am_ckpt._mapping import Record, output_shape, records_by_parameter, without_ones
+from am_ckpt._mapping import Record, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
-from am_ckpt._names import INDEX, byte_count, hf_files, weight_files
+from am_ckpt._names import INDEX, byte_count, hf_files
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._read import Reader
 from am_ckpt._restore import nearest
-from am_ckpt._shards import Held, Piece, as_bytes, assign, cut, dtype_name, is_direct, pieces
+from am_ckpt._shards import Held, Piece, assign, dtype_name, pieces
 from am_ckpt._sources import Chunk, Source, hf_sources
+from am_ckpt._weight_files import WeightFiles, create_files, file_piece
 
 # In the metadata of an export's weight files: the names of all its files. Only such a folder is replaced.
 _EXPORT_KEY = "am_ckpt_export"
@@ -103,7 +104,7 @@ def _fill(
         for stored in stored_tensors(model):
             for record, source in plan.reads(stored):
                 for piece in pieces(stored.tensor, stored.name):
-                    part = _file_piece(record, piece)
+                    part = file_piece(record, piece)
                     if part is not None:
                         reader.read(source, part)
             _require_equal_ties(stored, plan, reader)
@@ -217,26 +218,6 @@ def _squeezed(source: Source) -> Source:
     return Source(source.dtype, shape, [Chunk(chunk.path, chunk.begin, Box((0,) * len(shape), shape))])
 
 
-def _file_piece(record: Record, piece: Piece) -> Piece | None:
-    """The part of a local piece that a record covers, in the coordinates of the file's tensor without dims of one."""
-    region = piece.box.intersect(record.box)
-    if region is None:
-        return None
-    inside = Box(tuple(a - b for a, b in zip(region.offset, piece.box.offset, strict=True)), region.size)
-    values = cut(piece.values, inside)
-    offset = [a - b for a, b in zip(region.offset, record.box.offset, strict=True)]
-    size, full = list(region.size), list(record.box.size)
-    if record.transpose:
-        values = values.transpose(-1, -2)
-        for row in (offset, size, full):
-            row[-1], row[-2] = row[-2], row[-1]
-    kept = [dim for dim, total in enumerate(full) if total != 1]
-    box = Box(tuple(offset[dim] for dim in kept), tuple(size[dim] for dim in kept))
-    return Piece(
-        box, values.squeeze([dim for dim, total in enumerate(full) if total == 1]) if len(kept) < len(full) else values
-    )
-
-
 def save_hf(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -266,13 +247,19 @@ def save_hf(
     rank = rank_and_size()[0]
     tensors: dict[str, Stored] = {}
     held = agree(context, lambda: _held(bare, tensors))
-    plan = compute(context, lambda: _SavePlan(held, mapping, byte_count(max_shard_size)))
+    merged, shares = compute(context, lambda: assign(held))
+    weights = compute(context, lambda: WeightFiles(merged, mapping, byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
+    listed = sorted([*weights.files, *extra, *([INDEX] if len(weights.files) > 1 else [])])
+    headers = weights.headers({"format": "pt", _EXPORT_KEY: json.dumps(listed)})
+    if len(headers) > 1:
+        extra[INDEX] = weights.index(headers)
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
     staging = target.with_name(f".{target.name}-staging-{export_id}")
     try:
-        rank_zero(context, lambda: plan.stage(target, staging, extra))
-        agree(context, lambda: plan.write(staging, tensors, rank, sorted(extra)))
+        rank_zero(context, lambda: _stage(target, staging, headers, extra))
+        parts = weights.shares(headers, _owned(tensors, shares[rank]))
+        agree(context, lambda: [part.write(staging) for part in parts] and None)
         rank_zero(context, lambda: _publish(staging, target))
     except BaseException:
         if rank == 0:
@@ -330,87 +317,22 @@ def _require_same_ties(tied: bool | None, tensors: Mapping[str, Stored]) -> None
         )
 
 
-class _SavePlan:
-    """Names, files and headers of an export: equal on every rank."""
-
-    def __init__(
-        self, held: list[dict[str, Held]], mapping: Sequence[Mapping[str, Any]] | None, max_shard_bytes: int
-    ) -> None:
-        merged, self._shares = assign(held)
-        by_parameter = records_by_parameter(mapping, {name: item.shape for name, item in merged.items()})
-        self._records = {
-            name: by_parameter.get(name, [Record(name, name, Box((0,) * len(item.shape), item.shape), False)])
-            for name, item in merged.items()
-        }
-        described: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, records in self._records.items():
-            for record in records:
-                if record.file in described:
-                    raise ValueError(f"two parts of the model are mapped to {record.file!r}")
-                described[record.file] = (merged[name].dtype, output_shape(record, merged[name].shape))
-        self._files = weight_files(described, max_shard_bytes)
-        self._home = {tensor: name for name, group in self._files.items() for tensor in group}
-
-    def _headers(self, extra: Sequence[str]) -> dict[str, Header]:
-        listed = [*self._files, *extra, *([INDEX] if len(self._files) > 1 else [])]
-        metadata = {"format": "pt", _EXPORT_KEY: json.dumps(sorted(listed))}
-        return {name: build_header(group, metadata) for name, group in self._files.items()}
-
-    def stage(self, target: Path, staging: Path, extra: Mapping[str, bytes]) -> None:
-        """Create the folder with its small files, and the weight files with their headers and full size."""
-        _require_replaceable(target)
-        headers = self._headers(sorted(extra))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        total = sum(header.file_bytes for header in headers.values())
-        require_space(target.parent, total + sum(map(len, extra.values())))
-        os.mkdir(staging)
-        for name, content in extra.items():
-            write_bytes(staging / name, content)
-        if len(headers) > 1:
-            size = sum(header.file_bytes - header.data_start for header in headers.values())
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._home.items()))}
-            write_bytes(staging / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-        for name, header in headers.items():
-            descriptor = create(staging / name, header.file_bytes)
-            try:
-                os.ftruncate(descriptor, header.file_bytes)
-                write_all(descriptor, header.text, 0)
-            finally:
-                os.close(descriptor)
-
-    def write(self, staging: Path, tensors: Mapping[str, Stored], rank: int, extra: Sequence[str]) -> None:
-        """Write the ranges that this rank owns, and fsync."""
-        headers = self._headers(extra)
-        descriptors: dict[str, int] = {}
-        try:
-            for name in self._files:
-                descriptors[name] = os.open(staging / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            for parameter, boxes in self._shares[rank].items():
-                here = {piece.box: piece for piece in pieces(tensors[parameter].tensor, parameter)}
-                for box in boxes:
-                    for record in self._records[parameter]:
-                        part = _file_piece(record, here[box])
-                        if part is not None:
-                            home = self._home[record.file]
-                            _write_part(descriptors[home], headers[home], record, part)
-            for descriptor in descriptors.values():
-                os.fsync(descriptor)
-        finally:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
+def _stage(target: Path, staging: Path, headers: Mapping[str, Header], extra: Mapping[str, bytes]) -> None:
+    """Create the folder with its small files, and the weight files with their headers and full size."""
+    _require_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    total = sum(header.file_bytes for header in headers.values())
+    require_space(target.parent, total + sum(map(len, extra.values())))
+    os.mkdir(staging)
+    for name, content in extra.items():
+        write_bytes(staging / name, content)
+    create_files(staging, headers)
 
 
-def _write_part(descriptor: int, header: Header, record: Record, part: Piece) -> None:
-    entry = header.entries[record.file]
-    item = ITEM_BYTES[entry.dtype]
-    shape = without_ones(record.file_shape)
-    whole = Box((0,) * len(shape), shape)
-    blocks = [Box((0,) * len(shape), part.box.size)] if is_direct(part.values) else list(split(part.box.size, item))
-    for block in blocks:
-        memory = as_bytes(cut(part.values, block).cpu().contiguous())
-        region = Box(tuple(a + b for a, b in zip(part.box.offset, block.offset, strict=True)), block.size)
-        for outer, inner, count in runs(region, whole, region):
-            write_all(descriptor, memory[inner * item : (inner + count) * item], entry.begin + outer * item)
+def _owned(tensors: Mapping[str, Stored], share: Mapping[str, Sequence[Box]]) -> Iterator[tuple[str, Piece]]:
+    for name, boxes in share.items():
+        here = {piece.box: piece for piece in pieces(tensors[name].tensor, name)}
+        yield from ((name, here[box]) for box in boxes)
 
 
 def _require_replaceable(target: Path) -> None:

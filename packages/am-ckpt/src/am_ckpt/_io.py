@@ -118,7 +118,19 @@ def _with_path(error: OSError, path: Path) -> OSError:
 @contextlib.contextmanager
 def new_file(path: Path, size: int) -> Iterator[int]:
     """The descriptor of a new file with room for ``size`` bytes; fsynced and closed afterwards, errors name it."""
-    descriptor = create(path, size)
+    with _synced(create(path, size), path) as descriptor:
+        yield descriptor
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[int]:
+    """The same of a file that is there, to write parts of it."""
+    with _synced(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC), path) as descriptor:
+        yield descriptor
+
+
+@contextlib.contextmanager
+def _synced(descriptor: int, path: Path) -> Iterator[int]:
     try:
         yield descriptor
         os.fsync(descriptor)

@@ -152,13 +152,18 @@ def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
+def plain_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor of any device and layout, row-major; no copy where memory allows."""
+    return as_bytes(tensor.detach().cpu().resolve_conj().resolve_neg().contiguous())
+
+
 def byte_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
     """The values of a tensor of any device and layout, row-major, as blocks of bytes; no copy where memory allows."""
     if is_direct(tensor):
         yield as_bytes(tensor)
         return
     for box in split(tuple(tensor.shape), tensor.element_size()):
-        yield as_bytes(cut(tensor, box).cpu().resolve_conj().resolve_neg().contiguous())
+        yield plain_bytes(cut(tensor, box))
 
 
 @dataclass(frozen=True)
