@@ -155,6 +155,19 @@ def test_json_errors_are_json(tmp_path: Path, capsys: Any) -> None:
     assert (error["exit_code"], error["kind"]) == (4, "UnsafeError")
 
 
+def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    source = distcp(tmp_path / "shards")
+    command = [sys.executable, "-c", "import sys; from am_ckpt._cli import main; sys.exit(main(sys.argv[1:]))"]
+    with subprocess.Popen(
+        [*command, "inspect", str(source), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 # Usage: 1.
 
 
@@ -183,6 +196,9 @@ def test_arguments_that_cannot_be_honoured(tmp_path: Path, capsys: Any) -> None:
     step = own(tmp_path / "run")
     assert main(["inspect", str(step.parent)]) == 1
     assert f"give one of them, such as {step}" in capsys.readouterr().err
+    for path in (step, step / "model", plain(tmp_path / "plain")):
+        assert main(["verify", str(path), "--section", "teacher"]) == 1
+        assert "section='teacher': only .distcp folders have sections" in capsys.readouterr().err
 
 
 # Damaged: 2.
@@ -326,6 +342,11 @@ def test_a_missing_middle_rank(tmp_path: Path, capsys: Any) -> None:
     )
     assert "(and 3 more: am-ckpt inspect lists them)" in error
     assert main(["inspect", str(source), "--json"]) == 3
+    # One object, the same problems in it.
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 4
+    assert main(["inspect", str(source)]) == 3
+    shown = capsys.readouterr()
+    assert (shown.out.count("problem: "), shown.err) == (4, "")
 
 
 @pytest.mark.parametrize("by", ["config", "like"])

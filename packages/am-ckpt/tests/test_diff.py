@@ -154,13 +154,29 @@ def test_integers_and_complex_numbers_are_exact(tmp_path: Path) -> None:
 
 def test_bad_arguments_and_broken_checkpoints(tmp_path: Path, capsys: Any) -> None:
     a = plain(tmp_path / "a", {"w": torch.ones(3)})
-    assert main(["diff", str(a), str(tmp_path / "nowhere")]) == 3
+    nowhere = tmp_path / "nowhere"
+    for pair in ((a, nowhere), (nowhere, a)):
+        assert main(["diff", *map(str, pair)]) == 1
+        assert f"{nowhere} is not a folder" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        am_ckpt.diff(a, nowhere)
     assert main(["diff", str(a), str(a), "--tensors", "x*"]) == 1
     assert "no tensor" in capsys.readouterr().err
     assert main(["diff", str(a), str(a), "--atol", "-1"]) == 1
     step = saved(tmp_path / "run", Tied())
     next((step / "model").glob("*.safetensors")).unlink()
     assert main(["diff", str(a), str(step)]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_section_is_that_of_the_folder_that_has_some(tmp_path: Path, capsys: Any) -> None:
+    dcp.save({"student": {"w": torch.ones(3)}, "teacher": {"w": torch.zeros(3)}}, checkpoint_id=tmp_path / "a")
+    merged = am_ckpt.merge(tmp_path / "a", tmp_path / "b", section="student").destination
+    assert main(["diff", str(tmp_path / "a"), merged, "--section", "student"]) == 0
+    assert main(["diff", merged, str(tmp_path / "a"), "--section", "teacher"]) == 7
+    capsys.readouterr()
+    assert main(["diff", merged, merged, "--section", "teacher"]) == 1
+    assert "section='teacher': only .distcp folders have sections" in capsys.readouterr().err
 
 
 def test_no_torch_for_ordinary_dtypes(tmp_path: Path) -> None:

@@ -161,13 +161,26 @@ def test_the_command_and_its_mistakes(tmp_path: Path, capsys: Any) -> None:
     assert json.loads(capsys.readouterr().out)["num_tensors"] == 6 + 12
     assert main(["reshard", str(step), new, "--mesh", "dp=2"]) == 6
     other = str(tmp_path / "other")
-    mistakes = {"dp=0": "at least 1", "pp=2": "dp and tp", "four": "dp=4,tp=2", "dp=2,dp=3": "twice"}
+    mistakes = {
+        "dp=0": "at least 1",
+        "pp=2": "dp and tp",
+        "four": "dp=4,tp=2",
+        "dp=2,dp=3": "twice",
+        "tp=2,dp=2": "dp first",
+    }
     for mesh, expected in mistakes.items():
         assert main(["reshard", str(step), other, "--mesh", mesh]) == 1
         assert expected in capsys.readouterr().err
     plan.write_text(json.dumps({"count": 0}))
     assert main(["reshard", str(step), other, "--mesh", "dp=1,tp=2", "--placements", str(plan)]) == 1
     assert "placements cut 'count' [] on dim 0" in capsys.readouterr().err
+    plan.write_text(json.dumps({"*.q_prj.weight": 0}))
+    assert main(["reshard", str(step), other, "--mesh", "dp=1,tp=2", "--placements", str(plan)]) == 1
+    assert "no tensor has a name like '*.q_prj.weight'" in capsys.readouterr().err
+    for file in (tmp_path / "nowhere.json", plan):
+        plan.write_text("{")
+        assert main(["reshard", str(step), other, "--mesh", "dp=1,tp=2", "--placements", str(file)]) == 1
+        assert str(file) in capsys.readouterr().err
     plan.write_text("[]")
     assert main(["reshard", str(step), other, "--mesh", "dp=1,tp=2", "--placements", str(plan)]) == 1
     assert "must map patterns of names to dims" in capsys.readouterr().err

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import am_ckpt
 from am_ckpt._cli import main
+from am_ckpt._layout import seal
 
 
 @pytest.fixture
@@ -138,8 +141,15 @@ def test_config_against_tensors(config: dict[str, Any], expected: str, tmp_path:
     assert expected in report.problems[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2]
+NAN_ALONE = [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(dtype, value) for dtype in FLOATS for value in (float("nan"), float("inf"))]
+    + [(dtype, float("nan")) for dtype in NAN_ALONE],
+)
 def test_values_that_are_not_finite(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
     tensor = torch.full((700, 900), 1.0)
     tensor[699, 3] = value
@@ -149,12 +159,207 @@ def test_values_that_are_not_finite(dtype: torch.dtype, value: float, tmp_path: 
     assert (report.exit_code, len(report.problems)) == (2, 1)
     assert "'layers.0.w'" in report.problems[0]
     assert "is NaN or infinite at [699, 3] (model.safetensors" in report.problems[0]
-    assert report.warnings == ["'zero' holds nothing but zeros (model.safetensors)"]
+    assert report.warnings == ["nothing but zeros: 'zero' (model.safetensors)"]
 
 
 def test_the_largest_finite_values_are_fine(tmp_path: Path) -> None:
-    tensors = {
-        str(dtype): torch.full((5,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
+    tensors = {str(dtype): torch.full((5,), torch.finfo(dtype).min, dtype=dtype) for dtype in (*FLOATS, *NAN_ALONE)}
     tensors["ids"] = torch.full((3,), -1)
+    tensors["scale"] = torch.zeros(3).to(torch.float8_e8m0fnu)
     assert am_ckpt.verify(hugging_face(tmp_path / "model", tensors), full=True).problems == []
+
+
+def test_zeros_of_either_sign_are_named_and_biases_are_not(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.full((3,), -0.0), "a.bias": torch.zeros(3), "flags": torch.zeros(3, dtype=torch.bool)}
+    tensors |= {f"b{i}": torch.zeros(2, dtype=torch.complex64) for i in range(6)}
+    (warning,) = am_ckpt.verify(hugging_face(tmp_path / "model", tensors), full=True).warnings
+    assert warning.startswith("nothing but zeros: 'b0' (model.safetensors), 'b1'")
+    # The sixth and a.weight.
+    assert warning.endswith("and 2 more")
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+TOWER = {"depth": 4, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 2, "out_hidden_size": 32}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (transformers.AutoModelForCausalLM, lambda: transformers.LlamaConfig(**SMALL, tie_word_embeddings=False)),
+    "qwen3_moe": (
+        transformers.AutoModelForCausalLM,
+        lambda: transformers.Qwen3MoeConfig(
+            **SMALL, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1]
+        ),
+    ),
+    "qwen2_5_vl": (
+        transformers.AutoModelForImageTextToText,
+        lambda: transformers.Qwen2_5_VLConfig(
+            text_config={**SMALL, "rope_parameters": ROPE}, vision_config={**TOWER, "fullatt_block_indexes": [1]}
+        ),
+    ),
+}
+
+
+def pretrained(folder: Path, family: str) -> Path:
+    """A tiny model as transformers saves it, with what stands for a tokenizer and a template."""
+    auto, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = auto.from_config(config()).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20kB")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("x")
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_saves_raises_no_alarm(family: str, tmp_path: Path) -> None:
+    report = am_ckpt.verify(pretrained(tmp_path / "model", family), full=True)
+    assert (report.problems, report.warnings, report.exit_code) == ([], [], 0)
+
+
+def change(folder: Path, name: str, value: Any) -> None:
+    """Give a tensor of a folder another value, or take it away."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    if value is None:
+        del tensors[name], index["weight_map"][name]
+    else:
+        tensors[name] = value(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor)
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[1, 2] = torch.nan
+    return tensor
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value", "code", "expected"),
+    [
+        ("llama", UP, None, 3, f"{UP}, which all other such layers have, is missing"),
+        ("llama", "lm_head.weight", None, 3, "tie_word_embeddings=false, but there is no lm_head.weight"),
+        ("llama", UP, nan, 2, f"'{UP}' BF16 [48, 32] is NaN or infinite at [1, 2]"),
+        ("llama", UP, zeros, 0, f"nothing but zeros: '{UP}'"),
+        ("llama", UP, torch.Tensor.float, 0, f"{UP} is F32, in all other such layers BF16"),
+        ("llama", "model.embed_tokens.weight", lambda x: x[:60].clone(), 3, "vocab_size=64, but"),
+        ("qwen3_moe", "model.layers.2.mlp.experts.3.up_proj.weight", None, 0, None),
+        ("qwen3_moe", "model.layers.2.self_attn.k_norm.weight", None, 3, "model.layers.2.self_attn.k_norm.weight, wh"),
+        ("qwen2_5_vl", "visual.blocks.2.attn.qkv.bias", None, 3, "visual.blocks.2.attn.qkv.bias, which all other"),
+    ],
+)
+def test_what_is_wrong_with_a_saved_model_is_found(
+    family: str, name: str, value: Any, code: int, expected: str | None, tmp_path: Path
+) -> None:
+    folder = pretrained(tmp_path / "model", family)
+    change(folder, name, value)
+    if expected is None:
+        # One of three tensors of an expert; the others show how many there are.
+        for other in ("gate_proj", "down_proj"):
+            change(folder, name.replace("up_proj", other), None)
+        code, expected = 3, "4 experts, but model.layers.2.mlp.experts.3 has no tensor (3 are there)"
+    report = am_ckpt.verify(folder, full=True)
+    (found,) = report.problems or report.warnings
+    assert (report.exit_code, expected in found) == (code, True), found
+
+
+def test_layers_of_several_kinds_and_ends_are_no_alarm(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.mlp.{name}": torch.ones(1) for i in range(1, 5) for name in ("gate", "up")}
+    # The first lacks what all others have, and the config tells apart the second.
+    tensors["model.layers.0.mlp.up"] = torch.ones(1)
+    tensors["model.layers.2.conv"] = tensors.pop("model.layers.2.mlp.gate")
+    kinds = ["a", "a", "b", "a", "a"]
+    report = am_ckpt.verify(hugging_face(tmp_path / "model", tensors, num_hidden_layers=5, layer_types=kinds))
+    assert (report.exit_code, report.warnings) == (
+        0,
+        ["model.layers.0.mlp.gate, which all other such layers have, is missing"],
+    )
+
+
+def test_a_head_that_is_tied_and_different(tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.ones(8, 4), "lm_head.weight": torch.ones(8, 4)}
+    folder = hugging_face(tmp_path / "model", tensors, tie_word_embeddings=True)
+    assert am_ckpt.verify(folder, full=True).exit_code == 0
+    save_file({**tensors, "lm_head.weight": torch.full((8, 4), 2.0)}, folder / "model.safetensors")
+    assert am_ckpt.verify(folder).exit_code == 0
+    report = am_ckpt.verify(folder, full=True)
+    assert (report.exit_code, "have other values" in report.problems[0]) == (2, True)
+    save_file({**tensors, "lm_head.weight": torch.ones(9, 4)}, folder / "model.safetensors")
+    assert "lm_head.weight is [9, 4] and model.embed_tokens.weight [8, 4]" in am_ckpt.verify(folder).problems[0]
+
+
+def test_dtypes_and_extra_layers_that_the_config_speaks_of(tmp_path: Path) -> None:
+    folder = hugging_face(
+        tmp_path / "model",
+        {"layers.0.w": torch.ones(2)},
+        dtype="bfloat16",
+        num_nextn_predict_layers=1,
+        num_hidden_layers=1,
+    )
+    assert am_ckpt.verify(folder).warnings == [
+        "config.json says bfloat16, most of the weights are F32",
+        "config.json says num_nextn_predict_layers=1, no such layer is there: speculative decoding needs it",
+    ]
+
+
+def test_tensors_that_the_index_does_not_name(tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "model", {"a": torch.ones(2), "b": torch.ones(2)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    (warning,) = am_ckpt.verify(folder).warnings
+    assert (
+        "1 tensors of model.safetensors that model.safetensors.index.json does not place there, such as 'b'" in warning
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_every_part_of_a_distcp_folder_is_read(tmp_path: Path, capsys: Any) -> None:
+    state = {"model": {"w": torch.ones(3)}, "optimizer": {"state": {"w": {"exp_avg": torch.zeros(4)}}, "lr": 0.1}}
+    dcp.save(state, checkpoint_id=tmp_path / "a")
+    assert main(["verify", str(tmp_path / "a"), "--full"]) == 0
+    assert "dcp, ok (all tensors read; 1 entries that are no tensors were not)" in capsys.readouterr().out
+    state["optimizer"]["state"]["w"]["exp_avg"][2] = torch.inf
+    dcp.save(state, checkpoint_id=tmp_path / "b")
+    report = am_ckpt.verify(tmp_path / "b", full=True)
+    assert (report.exit_code, len(report.warnings)) == (0, 1)
+    assert report.warnings[0].startswith("'optimizer.state.w.exp_avg' F32 [4] is NaN or infinite at [2]")
+    # The archive of a tensor of the optimizer, whose values are not needed to see it.
+    (chunk,) = am_ckpt.inspect(tmp_path / "b").sections["optimizer"]["state.w.exp_avg"].chunks
+    flip(chunk.path, chunk.begin + chunk.archive_bytes - 20, 0)
+    report = am_ckpt.verify(tmp_path / "b")
+    assert (report.exit_code, "'optimizer.state.w.exp_avg' in the archive" in report.problems[0]) == (2, True)
+
+
+def test_a_manifest_that_lists_a_state_without_its_file(step: Path) -> None:
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["state"].append("schedule")
+    del manifest["xxh3_128"]
+    (step / "manifest.json").write_bytes(seal(manifest))
+    report = am_ckpt.verify(step)
+    assert report.exit_code == 3
+    assert "lists the state 'schedule', but no file state/schedule.json" in report.problems[0]
+
+
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN"])
+def test_configs_as_python_writes_them(number: str, tmp_path: Path) -> None:
+    folder = hugging_face(tmp_path / "model", {"w": torch.ones(2)})
+    (folder / "config.json").write_text('{"time_step_limit": [0.0, ' + number + "]}")
+    assert am_ckpt.verify(folder).exit_code == 0
+    am_ckpt.merge(folder, tmp_path / "merged", dtype="bfloat16")
+    assert number in (tmp_path / "merged" / "config.json").read_text()
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        am_ckpt.verify(folder)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NoReturn
 
 from am_ckpt._boxes import describe
@@ -43,23 +44,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: the process's) and return the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        if not os.path.isdir(options.path):
-            raise ArgumentError(f"{options.path} is not a folder; give the folder of a checkpoint")
+        for folder in options.folders:
+            path = vars(options)[folder]
+            if not os.path.isdir(path):
+                raise ArgumentError(f"{path} is not a folder; give the folder of a checkpoint")
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("am-ckpt: interrupted; the same command with --resume goes on", file=sys.stderr)
+        advice = "; the same command with --resume goes on" if options.resumable and not options.no_fsync else ""
+        print(f"am-ckpt: interrupted{advice}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Who reads has seen enough (`| head`). What is left must not be written again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
-        code = next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+        code = _exit_code(error)
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
         print(f"am-ckpt: {error}", file=sys.stderr)
         return code
 
 
+def _exit_code(error: Exception) -> int:
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+
+
 def _parser() -> _Parser:
     parser = _Parser("am-ckpt", description="Look into, check and merge training checkpoints.", epilog=_EPILOG)
+    parser.set_defaults(folders=("path",), resumable=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     show = commands.add_parser("inspect", help="what a checkpoint folder holds, from headers alone", epilog=_EPILOG)
     show.add_argument("path", metavar="PATH")
@@ -78,7 +92,8 @@ def _parser() -> _Parser:
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
     merge.add_argument("--overwrite", action="store_true", help="replace a model that is at DESTINATION")
     merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
-    merge.set_defaults(run=_merge)
+    merge.add_argument("--digest", action="store_true", help="add am_ckpt_digests.json, which verify --full checks")
+    merge.set_defaults(run=_merge, resumable=True)
     cut = commands.add_parser("reshard", help="the same values in the files of another layout", epilog=_EPILOG)
     cut.add_argument("path", metavar="SOURCE")
     cut.add_argument("destination", metavar="DESTINATION")
@@ -88,7 +103,7 @@ def _parser() -> _Parser:
     cut.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
     cut.add_argument("--resume", action="store_true", help="go on with an interrupted reshard")
     cut.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
-    cut.set_defaults(run=_reshard)
+    cut.set_defaults(run=_reshard, resumable=True)
     other = commands.add_parser("convert", help="the model in another kind of folder", epilog=_EPILOG)
     other.add_argument("path", metavar="SOURCE")
     other.add_argument("destination", metavar="DESTINATION")
@@ -108,10 +123,9 @@ def _parser() -> _Parser:
     compare.add_argument("--tensors", metavar="GLOB", default="*", help="compare the tensors whose names match")
     compare.add_argument("--atol", type=float, default=0.0, metavar="X", help="allow |a - b| <= X + Y |b| (default 0)")
     compare.add_argument("--rtol", type=float, default=0.0, metavar="Y")
-    compare.set_defaults(run=_diff)
+    compare.set_defaults(run=_diff, folders=("path", "other"))
     for command in (show, merge, cut, other, check, compare):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
-    for command in (show, merge, cut, other, check, compare):
         command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -145,8 +159,9 @@ def _inspect(options: argparse.Namespace) -> int:
                 print(f"    {describe(chunk.box)}  {chunk.path.name} from byte {chunk.begin}")
         for note in inventory.notes:
             print(f"note: {note}")
-    inventory.require_whole()
-    return 0
+        for problem in inventory.problems:
+            print(f"problem: {problem}")
+    return min(map(_exit_code, inventory.problems), default=0)
 
 
 def _dtypes(inventory: Any) -> str:
@@ -170,6 +185,7 @@ def _merge(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         fsync=not options.no_fsync,
+        digest=options.digest,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -183,9 +199,8 @@ def _show_copied(report: Any, options: argparse.Namespace) -> None:
         rate = report.num_bytes / max(report.seconds, 1e-9) / 1e9
         resumed = f", {_size(report.resumed_bytes)} of them from before" if report.resumed_bytes else ""
         print(
-            f"{report.destination}: {report.num_tensors} tensors, {_size(report.num_bytes)}{resumed}, from "
-            f"{report.kind}, "
-            f"{report.seconds:.1f} s ({rate:.1f} GB/s)"
+            f"{report.destination}: {report.num_tensors} tensors, {_size(report.num_bytes)}{resumed}, "
+            f"from {report.kind}, {report.seconds:.1f} s ({rate:.1f} GB/s)"
         )
         for note in report.notes:
             print(f"note: {note}")
@@ -239,8 +254,12 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _placements(file: str) -> dict[str, int]:
-    with open(file, encoding="utf-8") as stream:
-        placements = json.load(stream)
+    from am_ckpt._format import parse_json
+
+    try:
+        placements = parse_json(Path(file).read_bytes(), file)
+    except (ValueError, OSError) as error:
+        raise ArgumentError(f"--placements: {error}") from error
     if not isinstance(placements, dict) or not all(type(dim) is int for dim in placements.values()):
         raise ArgumentError(f'{file} must map patterns of names to dims, as in {{"*.q_proj.weight": 0}}')
     return placements
@@ -258,7 +277,10 @@ def _verify(options: argparse.Namespace) -> int:
         for warning in report.warnings:
             print(f"warning: {warning}")
         state = f"{len(report.problems)} problems" if report.problems else "ok"
-        depth = "all data read" if options.full else "headers and sizes read; --full reads all data"
+        depth = "headers and sizes read; --full reads all tensors"
+        if options.full:
+            left = f"; {report.num_not_read} entries that are no tensors were not" if report.num_not_read else ""
+            depth = f"all {'data' if report.kind == 'am-ckpt' else 'tensors'} read{left}"
         print(f"{report.path}: {report.kind}, {state} ({depth})")
     return report.exit_code
 

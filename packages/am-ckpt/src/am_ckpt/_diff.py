@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy
 
 from am_ckpt._boxes import Shape
+from am_ckpt._distcp import metadata_files
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._inventory import Inventory, inspect
@@ -94,13 +96,16 @@ def diff(
     different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
     as ``optim/<name>``. A mapping that only one of them carries is applied, so that a step compares with what it was
     merged to; the second name of a tied tensor stands for the first. ``tensors``: a pattern of names, such as
-    ``"*.layers.0.*"``. ``section``: see :func:`inspect`.
+    ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that are ``.distcp`` folders.
 
     Memory: headers and less than 64 MiB. Raises as :func:`inspect`, and ``ValueError`` where one is not whole.
     """
     if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
         raise ArgumentError(f"atol={atol} and rtol={rtol} must be numbers that are not negative")
-    one, two = inspect(a, section=section), inspect(b, section=section)
+    with_sections = [path for path in (a, b) if section is not None and metadata_files(Path(path))]
+    if section is not None and not with_sections:
+        raise ArgumentError(f"section={section!r}: only .distcp folders have sections; neither {a} nor {b} is one")
+    one, two = (inspect(path, section=section if path in with_sections else None) for path in (a, b))
     for inventory in (one, two):
         inventory.require_whole()
     report = DiffReport(str(one.path), str(two.path), (one.kind, two.kind))

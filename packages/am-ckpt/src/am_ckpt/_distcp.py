@@ -12,11 +12,12 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
 from types import FunctionType
@@ -30,6 +31,7 @@ from am_ckpt._layout import read_file
 from am_ckpt._sources import Chunk, Source
 
 METADATA = ".metadata"
+_RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 _MAX_METADATA_BYTES = 512 * 2**20
 _MAX_TENSOR_PICKLE_BYTES = 2**20
 
@@ -69,6 +71,8 @@ _STORAGES = {
     "LongStorage": "I64",
 }
 _CHECKPOINT = "torch.distributed.checkpoint."
+# Where TensorProperties was until torch 2.2.
+_SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"
 
 
 # Elements of a tuple and of those in it. A few bytes can name a tuple of tuples that takes years to hash.
@@ -172,18 +176,69 @@ def _size(values: Any = ()) -> Shape:
 class Distcp:
     """What ``.metadata`` says. ``paths``: name -> keys of the nested state dict; ``others``: other entries."""
 
-    tensors: dict[str, Source]
-    paths: dict[str, tuple[str, ...]]
-    others: list[str]
+    tensors: dict[str, Source] = field(default_factory=dict)
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _File:
+    """A file that ``.metadata`` names: its size (None: it is missing), where the last entry ends, and one of them."""
+
+    size: int | None
+    entry: str
+    end: int = 0
+    num_entries: int = 0
+
+
+def metadata_files(folder: Path) -> list[Path]:
+    """``.metadata``; or ``__0.metadata``, ``__1.metadata``, ... of ranks that saved without collectives; or nothing."""
+    if (folder / METADATA).exists():
+        return [folder / METADATA]
+    found = {int(match[1]): entry for entry in folder.iterdir() if (match := _RANK_METADATA.fullmatch(entry.name))}
+    return [found[rank] for rank in sorted(found)]
 
 
 def read_metadata(folder: Path) -> Distcp:
-    """Read ``folder/.metadata``; headers of archives are not read yet: see :func:`locate`.
+    """Read the :func:`metadata_files` of a folder; headers of archives are not read yet: see :func:`locate`.
+
+    Where every rank has metadata of its own, a part that several ranks have written is taken from the first.
 
     Raises :class:`UnsafeError` for pickles that refer to anything a checkpoint does not need and for paths that lead
     out of the folder, ``ValueError`` where it is damaged, :class:`IncompleteError` where files are missing.
     """
-    where = folder / METADATA
+    result = Distcp()
+    files: dict[str, _File] = {}
+    found = metadata_files(folder)
+    for where in found:
+        _read_one(where, files, result)
+    for source in result.tensors.values() if len(found) > 1 else ():
+        first_of: dict[Box, Chunk] = {}
+        for chunk in source.chunks:
+            first_of.setdefault(chunk.box, chunk)
+        source.chunks = list(first_of.values())
+    missing = {name: file for name, file in files.items() if file.size is None}
+    if missing:
+        first = "; ".join(
+            f"{name} with {file.num_entries} entries such as {file.entry!r}" for name, file in list(missing.items())[:5]
+        )
+        raise IncompleteError(
+            f"{folder}: {len(missing)} files that {METADATA} names are missing: {first}. Copy them from the machines "
+            "of the ranks that wrote them"
+        )
+    longer = [(name, file) for name, file in files.items() if file.size is not None and file.size > file.end]
+    if longer:
+        name, file = longer[0]
+        result.notes.append(
+            f"{len(longer)} files are longer than what {METADATA} names in them, such as {name} with {file.size} bytes "
+            f"instead of {file.end}: they may be of another save"
+        )
+    return result
+
+
+def _read_one(where: Path, files: dict[str, _File], result: Distcp) -> None:
+    """Add what one metadata file says."""
     # New classes each time: a pickle can set attributes of those it is given.
     kinds = {
         name: type(name, (), {})
@@ -206,6 +261,8 @@ def read_metadata(folder: Path) -> Distcp:
     allowed |= {
         (_CHECKPOINT + "metadata", "TensorProperties"): properties,
         (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): _text,
+        (_SHARDED_TENSOR, "TensorProperties"): properties,
+        (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): _text,
         (_CHECKPOINT + "filesystem", "_StorageInfo"): info,
         ("torch", "Size"): _size,
         ("torch", "device"): _text,
@@ -220,8 +277,6 @@ def read_metadata(folder: Path) -> Distcp:
     if not isinstance(described, dict) or not isinstance(stored, dict):
         raise ValueError(f"{where} is damaged: state_dict_metadata or storage_data is missing")
     places: dict[tuple[str, Shape | None], tuple[Path, int, int]] = {}
-    files: dict[str, int] = {}
-    missing: dict[str, list[str]] = {}
     for index, place in stored.items():
         if type(index) is not kinds["MetadataIndex"] or type(place) is not info:
             raise ValueError(f"{where} is damaged: storage_data holds {type(index).__name__}, {type(place).__name__}")
@@ -229,21 +284,19 @@ def read_metadata(folder: Path) -> Distcp:
         if not isinstance(name, str):
             raise ValueError(f"{where} is damaged: storage_data has an entry without a name")
         key = (name, None if offset is None else _shape(offset, where, name))
-        places[key] = _place(folder, vars(place), name, files, missing)
-    if missing:
-        listed = "; ".join(f"{file} with {len(n)} entries such as {n[0]!r}" for file, n in list(missing.items())[:5])
-        raise IncompleteError(
-            f"{folder}: {len(missing)} files that {METADATA} names are missing: {listed}. Copy them from the machines "
-            "of the ranks that wrote them"
-        )
-    result = Distcp({}, {}, [])
+        places[key] = _place(where, vars(place), name, files)
+    others = set(result.others)
     for name, item in described.items():
         if not isinstance(name, str):
             raise ValueError(f"{where} is damaged: state_dict_metadata has a key that is not text")
         if type(item) is kinds["BytesStorageMetadata"]:
-            result.others.append(name)
+            if name not in others:
+                result.others.append(name)
         elif type(item) is kinds["TensorStorageMetadata"]:
-            result.tensors[name] = _tensor(name, vars(item), properties, kinds, places, where)
+            source = _tensor(name, vars(item), properties, kinds, places, where)
+            known = result.tensors.setdefault(name, source)
+            if known is not source:
+                _join(name, known, source, where)
         else:
             raise ValueError(f"{where} is damaged: {name!r} is described by {type(item).__name__}")
     planner = fields.get("planner_data")
@@ -251,7 +304,16 @@ def read_metadata(folder: Path) -> Distcp:
         for name, path in planner.items():
             if isinstance(name, str) and isinstance(path, tuple) and all(isinstance(part, str | int) for part in path):
                 result.paths[name] = tuple(map(str, path))
-    return result
+
+
+def _join(name: str, known: Source, more: Source, where: Path) -> None:
+    """Add what another rank's metadata says of the same tensor."""
+    if (known.dtype, known.shape) != (more.dtype, more.shape):
+        raise ValueError(
+            f"{where}: {name!r} is {more.dtype} {list(more.shape)}, for earlier ranks {known.dtype} "
+            f"{list(known.shape)}: the files are of different saves; remove the stale ones"
+        )
+    known.chunks += more.chunks
 
 
 def _shape(value: Any, where: Path, name: str) -> Shape:
@@ -260,35 +322,33 @@ def _shape(value: Any, where: Path, name: str) -> Shape:
     return value
 
 
-def _place(
-    folder: Path, fields: dict[str, Any], name: str, files: dict[str, int], missing: dict[str, list[str]]
-) -> tuple[Path, int, int]:
+def _place(where: Path, fields: dict[str, Any], name: str, files: dict[str, _File]) -> tuple[Path, int, int]:
     """The file, first byte and number of bytes of one stored item."""
     file, begin, count = fields.get("relative_path"), fields.get("offset"), fields.get("length")
     if not isinstance(file, str) or type(begin) is not int or type(count) is not int or begin < 0 or count < 0:
-        raise ValueError(f"{folder / METADATA} is damaged: the place of {name!r} is {brief(fields)}")
+        raise ValueError(f"{where} is damaged: the place of {name!r} is {brief(fields)}")
     if file != os.path.basename(file) or file in ("", ".", ".."):
-        raise UnsafeError(f"{folder / METADATA} places {name!r} in {file!r}; only files of the folder itself are read")
+        raise UnsafeError(f"{where} places {name!r} in {file!r}; only files of the folder itself are read")
     if fields.get("transform_descriptors"):
         raise ValueError(
-            f"{name!r} was written through {brief(fields['transform_descriptors'])}; such streams cannot be copied "
-            "as bytes: "
-            "save without extensions"
+            f"{name!r} was written through {brief(fields['transform_descriptors'])}; such streams cannot be copied as "
+            "bytes: save without extensions"
         )
-    path = folder / file
+    path = where.parent / file
     if file not in files:
         try:
             descriptor = open_for_reading(path)
         except FileNotFoundError:
-            files[file] = -1
+            files[file] = _File(None, name)
         else:
-            files[file] = os.fstat(descriptor).st_size
+            files[file] = _File(os.fstat(descriptor).st_size, name)
             os.close(descriptor)
-    if files[file] < 0:
-        missing.setdefault(file, []).append(name)
-    elif begin + count > files[file]:
+    found = files[file]
+    found.num_entries += 1
+    found.end = max(found.end, begin + count)
+    if found.size is not None and found.end > found.size:
         raise ValueError(
-            f"{path} is truncated: it has {files[file]} bytes, {name!r} is at bytes {begin} to {begin + count}"
+            f"{path} is truncated: it has {found.size} bytes, {name!r} is at bytes {begin} to {begin + count}"
         )
     return path, begin, count
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._boxes import Box, describe, require_exact_cover
-from am_ckpt._distcp import METADATA, read_metadata
+from am_ckpt._distcp import METADATA, metadata_files, read_metadata
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
 from am_ckpt._format import ITEM_BYTES, element_count, is_sizes, parse_json, read_header
 from am_ckpt._layout import MANIFEST, checked_header, read_file, read_manifest, require_file_name
@@ -163,18 +163,22 @@ def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inve
     return inventory
 
 
+def step_folder(folder: Path) -> Path | None:
+    """The step of ours that ``folder`` is, or is the model of; the manifest knows which shards belong together."""
+    places = (folder, folder.parent) if folder.name == "model" else (folder,)
+    return next((place for place in places if os.path.lexists(place / MANIFEST)), None)
+
+
 def _open(folder: Path, section: str | None) -> Inventory:
-    if (folder / MANIFEST).exists():
-        return _own(folder)
-    if folder.name == "model" and (folder.parent / MANIFEST).exists():
-        # The manifest knows which shards belong together; their folder alone does not.
-        return _own(folder.parent)
-    if (folder / METADATA).exists():
+    own = step_folder(folder)
+    if own is None and metadata_files(folder):
         _refuse_megatron(folder)
         return _distcp(folder, section)
-    there = sorted(entry.name for entry in folder.iterdir())
     if section is not None:
         raise ArgumentError(f"section={section!r}: only .distcp folders have sections; {folder} is none")
+    if own is not None:
+        return _own(own)
+    there = sorted(entry.name for entry in folder.iterdir())
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         tensors = hf_sources(folder)
         return Inventory(
@@ -420,7 +424,7 @@ def _distcp(folder: Path, section: str | None) -> Inventory:
         # Modules whose state dicts were nested in each other.
         below = other[len(chosen) + 1 :]
         sections[chosen] |= {f"{below}.{name}": source for name, source in sections.pop(other).items()}
-    notes: list[str] = []
+    notes = list(found.notes)
     sections[chosen] = _unwrapped(sections[chosen], notes)
     files = _small_files(folder)
     inventory = Inventory(folder, "dcp", chosen, sections, others=found.others, files=files, notes=notes)

@@ -69,6 +69,10 @@ def reshard(
     inventory.require_whole()
     if inventory.adapter:
         raise ArgumentError(f"{inventory.path} is an adapter, which is stored as one file; there is nothing to reshard")
+    for pattern in placements or ():
+        if not any(fnmatchcase(name, pattern) for name in inventory.tensors):
+            names = ", ".join(list(inventory.tensors)[:3])
+            raise ArgumentError(f"placements: no tensor has a name like {pattern!r}; there are {names}, ...")
     layout = _Layout(dp, tp, dict(placements or {}))
     with paused_collector():
         whole = inventory.kind == "am-ckpt" and not model_only
@@ -92,6 +96,8 @@ def _ranks(mesh: Mapping[str, int]) -> tuple[int, int]:
     sizes = [mesh.get(axis, 1) for axis in _AXES]
     if not mesh or unknown or not all(type(size) is int and size >= 1 for size in sizes):
         raise ArgumentError(f"mesh={dict(mesh)}: give sizes of at least 1 for {' and '.join(_AXES)}, such as dp=4,tp=2")
+    if list(mesh) == ["tp", "dp"]:
+        raise ArgumentError(f"mesh={dict(mesh)}: tp is the inner axis; give dp first")
     if sizes[0] * sizes[1] > _MAX_RANKS:
         raise ArgumentError(f"mesh={dict(mesh)} has {sizes[0] * sizes[1]} ranks, more than {_MAX_RANKS}")
     return sizes[0], sizes[1]

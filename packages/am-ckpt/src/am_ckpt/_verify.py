@@ -10,13 +10,22 @@ from typing import Any
 
 import numpy
 
+from am_ckpt._box_digests import changed_boxes, require_digested
 from am_ckpt._boxes import describe
-from am_ckpt._config import config_problems, read_config
+from am_ckpt._config import (
+    HEAD,
+    config_doubts,
+    config_problems,
+    head_problem,
+    read_config,
+    tied_embedding,
+    uneven_layers,
+)
 from am_ckpt._errors import IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, read_header
-from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size
+from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size, step_folder
 from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
-from am_ckpt._layout import read_manifest
+from am_ckpt._layout import MANIFEST, read_manifest
 from am_ckpt._names import ADAPTER_CONFIG, INDEX
 from am_ckpt._sources import Source
 from am_ckpt._tensors import TensorReader
@@ -26,7 +35,10 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"
 
 @dataclass
 class VerifyReport:
-    """``problems`` make a checkpoint unfit, ``warnings`` may be meant. ``exit_code``: 0, 2 damaged or 3 incomplete."""
+    """``problems`` make a checkpoint unfit, ``warnings`` may be meant. ``exit_code``: 0, 2 damaged or 3 incomplete.
+
+    ``num_not_read``: entries of a ``.distcp`` folder that are pickles.
+    """
 
     path: str
     kind: str
@@ -34,6 +46,7 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     exit_code: int = 0
+    num_not_read: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dumps``."""
@@ -50,14 +63,16 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     """Check the checkpoint folder ``path``; it is only read.
 
     Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
-    and those of headers; of Hugging Face folders what config.json says against the tensors that are there, files that
-    the index does not name, and whether tokenizer and chat template are there. ``full`` reads all data: of our steps
-    against the digests in the manifest, so that any changed bit is found, and of every kind each floating-point tensor
-    for NaN, infinities and nothing but zeros.
+    and those of headers; of Hugging Face folders what config.json says against the tensors that are there (layers,
+    vocabulary, experts, ties, dtypes), what one layer lacks and all others have, files and tensors that the index does
+    not name, and whether tokenizer and chat template are there. ``full`` reads all tensors: of our steps against the
+    digests in the manifest, so that any changed bit is found, and of every kind each floating-point tensor for NaN,
+    infinities and nothing but zeros, and a tied head against its embedding. What is no tensor in a ``.distcp`` folder
+    is a pickle and is not read.
 
     Returns what was found. Raises as :func:`inspect` where the folder cannot be read at all.
     """
-    own = _manifest_folder(Path(path).absolute())
+    own = step_folder(Path(path).absolute())
     if own is not None:
         report = VerifyReport(str(own), "am-ckpt", full)
         check_manifest(own, full, report)
@@ -74,22 +89,27 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
             if problem_there is not None:
                 report.add(problem_there)
     report.warnings += inventory.notes
-    _check_files(inventory, report)
-    if full and not report.problems:
-        _check_values(inventory, report)
+    report.num_not_read = len(inventory.others) if own is None else 0
+    with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
+        _check_files(inventory, report)
+        config = inventory.files.get("config.json")
+        if config is not None and not inventory.adapter:
+            _check_config(inventory, read_config(config), reader, report)
+        for section_name in inventory.sections if not report.problems else ():
+            _check_values(inventory, section_name, reader, report)
     return report
-
-
-def _manifest_folder(folder: Path) -> Path | None:
-    for place in (folder, folder.parent) if folder.name == "model" else (folder,):
-        if (place / "manifest.json").is_file():
-            return place
-    return None
 
 
 def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
     """Hold the files of a step against its manifest, all of their content if ``full``."""
-    for record in read_manifest(folder)["files"]:
+    manifest = read_manifest(folder)
+    paths = {record["path"] for record in manifest["files"]}
+    for entry in manifest["state"]:
+        if f"state/{entry}.json" not in paths:
+            report.add(
+                IncompleteError(f"{folder / MANIFEST} lists the state {entry!r}, but no file state/{entry}.json")
+            )
+    for record in manifest["files"]:
         path = folder / record["path"]
         try:
             require_recorded_size(path, record)
@@ -97,7 +117,11 @@ def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
                 header = read_header(path)
                 if digest(header.text) != record["header_xxh3_128"]:
                     raise ValueError(f"{path} is damaged: its header is not the one that was written; copy it again")
-                if full:
+                if "boxes_xxh3_128" in record:
+                    require_digested(path, header, record["boxes_xxh3_128"])
+                    for problem in changed_boxes(path, header, record["boxes_xxh3_128"]) if full else ():
+                        report.add(ValueError(problem))
+                elif full:
                     _check_blocks(path, header, record, report)
             elif (full or record["path"].startswith("state/")) and file_digest(path) != record["xxh3_128"]:
                 raise ValueError(f"{path} is damaged: its content is not what was written; copy it again")
@@ -129,12 +153,7 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
     """What a program that opens the folder looks for besides weights."""
     files = inventory.files
     if inventory.kind == "huggingface":
-        there = {path.name for path in inventory.path.glob("*.safetensors")}
-        used = {chunk.path.name for source in inventory.tensors.values() for chunk in source.chunks}
-        extra = sorted(there - used)
-        if extra:
-            what = INDEX if (inventory.path / INDEX).is_file() else "any reader"
-            report.warnings.append(f"{len(extra)} weight files that {what} does not use: {', '.join(extra[:5])}")
+        _check_index(inventory, report)
     if inventory.adapter:
         if ADAPTER_CONFIG not in files:
             report.add(IncompleteError(f"{inventory.path} has no {ADAPTER_CONFIG}; peft cannot open it"))
@@ -143,46 +162,114 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
         if inventory.kind == "huggingface":
             report.add(IncompleteError(f"{inventory.path} has no config.json; transformers cannot open it"))
         return
-    if inventory.mapping is None:
-        for problem in config_problems(read_config(files["config.json"]), inventory.tensors):
-            report.add(IncompleteError(f"{inventory.path}: config.json says {problem}"))
     if not any(name in files for name in _TOKENIZERS):
         report.warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS[:3])}, ...) was found")
     elif "chat_template.jinja" not in files and not _has_template(files):
         report.warnings.append("no chat template was found")
 
 
+def _check_index(inventory: Inventory, report: VerifyReport) -> None:
+    """Weight files, and tensors in weight files, that the index does not name."""
+    indexed = (inventory.path / INDEX).is_file()
+    there = {path.name for path in inventory.path.glob("*.safetensors")}
+    used = {chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    extra = sorted(there - {path.name for path in used})
+    if extra:
+        what = INDEX if indexed else "any reader"
+        report.warnings.append(f"{len(extra)} weight files that {what} does not use: {', '.join(extra[:5])}")
+    for path in sorted(used) if indexed else ():
+        others = [
+            name
+            for name in read_header(path, follow_symlinks=True).entries
+            if name not in inventory.tensors or inventory.tensors[name].chunks[0].path != path
+        ]
+        if others:
+            report.warnings.append(
+                f"{len(others)} tensors of {path.name} that {INDEX} does not place there, such as {others[0]!r}: some "
+                "programs load them, others do not"
+            )
+
+
+def _check_config(inventory: Inventory, config: Mapping[str, Any], reader: TensorReader, report: VerifyReport) -> None:
+    """Hold the tensors against config.json; with a mapping, their names are not those that it speaks of."""
+    if inventory.mapping is not None:
+        return
+    tensors = inventory.tensors
+    for problem in config_problems(config, tensors):
+        report.add(IncompleteError(f"{inventory.path}: config.json says {problem}"))
+    head = head_problem(config, tensors) if inventory.kind == "huggingface" else None
+    if head is not None:
+        report.add(type(head)(f"{inventory.path}: config.json says {head}"))
+    embedding = tied_embedding(config, tensors)
+    if report.full and embedding is not None and not reader.equal(HEAD, tensors[HEAD], embedding, tensors[embedding]):
+        report.add(
+            ValueError(
+                f"{inventory.path}: config.json says tie_word_embeddings=true, but {HEAD} and {embedding} have other "
+                f"values: some programs ignore {HEAD}; say false there, or take the weights of one training"
+            )
+        )
+    if inventory.kind == "huggingface":
+        for what, sure in uneven_layers(config, tensors):
+            if sure:
+                report.add(IncompleteError(f"{inventory.path}: {what}"))
+            else:
+                report.warnings.append(what)
+        report.warnings += config_doubts(config, tensors)
+
+
 def _has_template(files: Mapping[str, Path]) -> bool:
     return "tokenizer_config.json" in files and "chat_template" in read_config(files["tokenizer_config.json"])
 
 
-def _check_values(inventory: Inventory, report: VerifyReport) -> None:
-    with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
-        for name, source in inventory.tensors.items():
-            if source.dtype not in ITEM_BYTES:
-                continue
-            zeros = True
-            try:
-                for box, bits in reader.blocks(name, source):
-                    zeros = zeros and not bits.any()
-                    bad = _not_finite(bits, source.dtype)
-                    if bad is not None:
-                        where = [
-                            int(i) + o for i, o in zip(numpy.unravel_index(bad, box.size), box.offset, strict=True)
-                        ]
-                        report.add(
-                            ValueError(
-                                f"{name!r} {source.dtype} {list(source.shape)} is NaN or infinite at {where} "
-                                f"({_files(source)}, part {describe(box)}): the training run diverged, or the file is "
-                                "damaged; take an earlier step"
-                            )
-                        )
-                        break
-            except (ValueError, OSError) as error:
-                report.add(error)
-                continue
-            if zeros and source.dtype in _EXPONENTS and source.chunks:
-                report.warnings.append(f"{name!r} holds nothing but zeros ({_files(source)})")
+def _check_values(inventory: Inventory, section: str, reader: TensorReader, report: VerifyReport) -> None:
+    """Archives of ``.distcp`` files; with ``full`` every value: what is not finite, tensors of zeros.
+
+    Outside the model both may be meant: moments start as zeros, and the best loss as infinity.
+    """
+    model = section == inventory.section
+    prefix = "" if model or not section else section + ("/" if inventory.kind == "am-ckpt" else ".")
+    zeros = []
+    for tensor, source in inventory.sections[section].items():
+        name = prefix + tensor
+        try:
+            if not report.full:
+                reader.located(name, source)
+            elif source.dtype not in ITEM_BYTES:
+                report.warnings.append(f"{name!r} is {source.dtype}: its values were not read")
+            else:
+                bad, only_zeros = _look(name, source, reader)
+                if bad is not None and model:
+                    report.add(
+                        ValueError(f"{bad}: the training run diverged, or the file is damaged; take an earlier step")
+                    )
+                elif bad is not None:
+                    report.warnings.append(bad)
+                # Biases start as zeros, and some stay.
+                if only_zeros and model and not name.endswith("bias"):
+                    zeros.append(f"{name!r} ({_files(source)})")
+        except (ValueError, OSError) as error:
+            report.add(error)
+    if zeros:
+        more = f" and {len(zeros) - 5} more" if len(zeros) > 5 else ""
+        report.warnings.append(f"nothing but zeros: {', '.join(zeros[:5])}{more}")
+
+
+def _look(name: str, source: Source, reader: TensorReader) -> tuple[str | None, bool]:
+    """The first value of a tensor that is NaN or infinite, as a sentence, and whether there are only zeros."""
+    mask, pattern = _NOT_FINITE.get(source.dtype, (0, 1))
+    only_zeros = bool(mask) and source.dtype != "F8_E8M0" and bool(source.chunks)
+    for box, bits in reader.blocks(name, source):
+        # A complex number is two of 32 bits.
+        values = bits.reshape(-1).view(numpy.uint32) if source.dtype == "C64" else bits.reshape(-1)
+        bad = (values & values.dtype.type(mask)) == values.dtype.type(pattern)
+        if bad.any():
+            index = numpy.unravel_index(int(bad.argmax()) * bits.size // values.size, box.size)
+            where = [int(i) + offset for i, offset in zip(index, box.offset, strict=True)]
+            what = f"{name!r} {source.dtype} {list(source.shape)} is NaN or infinite at {where}"
+            return f"{what} ({_files(source)}, part {describe(box)})", False
+        # Without the sign.
+        only_zeros = only_zeros and not (values << 1).any()
+    return None, only_zeros
 
 
 def _files(source: Source) -> str:
@@ -190,15 +277,16 @@ def _files(source: Source) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# The exponent's bits of floating-point types that have infinities or NaN there: all ones means not finite.
-_EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000, "F8_E5M2": 0x7C}
-
-
-def _not_finite(bits: numpy.ndarray, dtype: str) -> int | None:
-    """The flat index of the first value that is NaN or infinite, from its bits."""
-    mask = _EXPONENTS.get(dtype)
-    if mask is None:
-        return None
-    exponent = bits.dtype.type(mask)
-    bad = (bits & exponent) == exponent
-    return int(bad.argmax()) if bad.any() else None
+# A value is NaN or infinite where its bits under the first number are the second.
+_NOT_FINITE = {
+    "F16": (0x7C00, 0x7C00),
+    "BF16": (0x7F80, 0x7F80),
+    "F32": (0x7F800000, 0x7F800000),
+    "F64": (0x7FF0000000000000, 0x7FF0000000000000),
+    "C64": (0x7F800000, 0x7F800000),
+    "F8_E5M2": (0x7C, 0x7C),
+    "F8_E4M3": (0x7F, 0x7F),
+    "F8_E4M3FNUZ": (0xFF, 0x80),
+    "F8_E5M2FNUZ": (0xFF, 0x80),
+    "F8_E8M0": (0xFF, 0xFF),
+}
