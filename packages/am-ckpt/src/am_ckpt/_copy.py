@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import xxhash
 
 from am_ckpt._boxes import Box, Shape, split
 from am_ckpt._format import ITEM_BYTES, element_count
@@ -88,6 +89,15 @@ class Tile:
 
     output: Output
     box: Box
+
+    @property
+    def file(self) -> str:
+        return self.output.file
+
+    @property
+    def target(self) -> int:
+        strides = row_major(self.output.shape, ITEM_BYTES[self.output.dtype])
+        return self.output.begin + sum(a * b for a, b in zip(self.box.offset, strides, strict=True))
 
     @property
     def count(self) -> int:
@@ -186,19 +196,24 @@ def parts_of(record: Record, source: Source) -> Iterator[Part]:
 
 
 class Copier:
-    """Runs jobs on ``threads`` threads. ``targets``: descriptors of the output files, open for reading and writing."""
+    """Runs jobs on ``threads`` threads. ``targets``: descriptors of the output files, open for reading and writing.
 
-    def __init__(self, targets: dict[str, int], *, threads: int, follow_symlinks: bool) -> None:
+    ``digest``: hash what is written.
+    """
+
+    def __init__(self, targets: dict[str, int], *, threads: int, follow_symlinks: bool, digest: bool = False) -> None:
         self._targets = targets
         self._threads = threads
         self._follow_symlinks = follow_symlinks
+        self._digest = digest
         self._sources: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._clones = sys.platform == "linux"
+        # What is not read cannot be hashed.
+        self._clones = sys.platform == "linux" and not digest
 
-    def run(self, jobs: Iterator[tuple[int, Job]], finished: Callable[[int, Job], None]) -> None:
-        """Copy every job; ``finished`` is called after each, by the thread that did it.
+    def run(self, jobs: Iterator[tuple[int, Job]], finished: Callable[[int, Job, str], None]) -> None:
+        """Copy every job; ``finished`` is called after each, by the thread that did it, with the xxh3_64 of its bytes.
 
         The first error of any thread stops all of them and is raised here, as is an interrupt.
         """
@@ -212,8 +227,7 @@ class Copier:
                         item = next(jobs, None)
                     if item is None:
                         return
-                    self._copy(item[1], buffers)
-                    finished(*item)
+                    finished(*item, self._copy(item[1], buffers))
             except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
                 failures.append(error)
                 self._stopped.set()
@@ -241,13 +255,10 @@ class Copier:
                 self._sources[path] = open_for_reading(path, follow_symlinks=self._follow_symlinks)
             return self._sources[path]
 
-    def _copy(self, job: Job, buffers: Buffers) -> None:
+    def _copy(self, job: Job, buffers: Buffers) -> str:
         if isinstance(job, Range):
-            self._copy_range(job, buffers)
-            return
-        output, box = job.output, job.box
-        strides = row_major(output.shape, ITEM_BYTES[output.dtype])
-        target = output.begin + sum(a * b for a, b in zip(box.offset, strides, strict=True))
+            return self._copy_range(job, buffers)
+        output, box, target = job.output, job.box, job.target
         cast = output.dtype != output.source_dtype
         block = buffers.block(box.size, ITEM_BYTES[output.source_dtype], 0 if cast else target)
         fill(block, box, output.parts, self._open, buffers)
@@ -255,16 +266,21 @@ class Copier:
         if cast:
             data = _cast(data, output.source_dtype, output.dtype)
         write_all(self._targets[output.file], data, target)
+        return xxhash.xxh3_64_hexdigest(data) if self._digest else ""
 
-    def _copy_range(self, job: Range, buffers: Buffers) -> None:
+    def _copy_range(self, job: Range, buffers: Buffers) -> str:
+        hasher = xxhash.xxh3_64()
         source, target = self._open(job.path), self._targets[job.file]
         done = self._clone(source, target, job)
         while done < job.count:
             count = min(SCRATCH_BYTES, job.count - done)
             view = buffers.between(job.begin + done, job.target + done, count)
             read_exactly(source, view, job.begin + done, job.path)
+            if self._digest:
+                hasher.update(view)
             write_all(target, view, job.target + done)
             done += len(view)
+        return hasher.hexdigest() if self._digest else ""
 
     def _clone(self, source: int, target: int, job: Range) -> int:
         """Share the aligned blocks of a range where the file system can (XFS, btrfs); returns how many bytes it did."""

@@ -21,7 +21,7 @@ from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._inventory import TORCHTITAN, Inventory, inspect, paused_collector
 from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
-from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, byte_count, hf_files, weight_files
+from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, DIGESTS, INDEX, SINGLE, byte_count, hf_files, weight_files
 from am_ckpt._sources import Source, hf_sources, whole_sources
 from am_ckpt._tensors import TensorReader
 from am_ckpt._transfer import Transfer, require_free, transfer
@@ -61,6 +61,7 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
     fsync: bool = True,
+    digest: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the model of checkpoint ``source`` as the Hugging Face folder ``destination``; one process, no collective.
@@ -77,7 +78,8 @@ def merge(
     The destination appears complete or not at all; an existing one raises ``FileExistsError``, unless ``overwrite`` and
     it holds nothing but a model's files. After an interruption ``resume`` goes on where the last merge to the
     destination stopped; if source or arguments have changed since, it starts from zero and says so. ``fsync=False``
-    does not wait for the disk: a power cut may then lose the result, and nothing can be resumed.
+    does not wait for the disk: a power cut may then lose the result, and nothing can be resumed. ``digest`` hashes what
+    is written and adds ``am_ckpt_digests.json``, by which :func:`verify` finds a flipped bit wherever the folder goes.
     ``progress(done, total)`` is called with numbers of bytes, from several threads.
 
     Memory: headers, and less than 8 MiB a thread. Raises ``ValueError`` where parts are missing, overlapping, damaged
@@ -95,7 +97,9 @@ def merge(
     inventory.require_whole()
     with paused_collector():
         plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype)
-    resumed = transfer(plan.transfer, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
+    resumed = transfer(
+        plan.transfer, target, threads=threads, resume=resume, fsync=fsync, progress=progress, digests=digest
+    )
     return MergeReport(
         str(inventory.path),
         inventory.kind,
@@ -104,7 +108,7 @@ def merge(
         plan.transfer.num_bytes,
         resumed,
         time.monotonic() - started,
-        sorted([*plan.headers, *plan.small]),
+        sorted([*plan.headers, *plan.small, *([DIGESTS] if digest else [])]),
         plan.notes,
     )
 

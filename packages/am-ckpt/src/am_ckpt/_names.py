@@ -15,8 +15,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# What the bytes of the weight files are: written by merge(digest=True), checked by verify.
+DIGESTS = "am_ckpt_digests.json"
 _COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn_to_*_mapping.json")
+_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn_to_*_mapping.json", DIGESTS)
 
 
 def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:

@@ -1,7 +1,10 @@
 """Copies planned beforehand, into a folder that appears complete or not at all, and that can be resumed.
 
-What is written goes to a staging folder beside the destination, with a journal of the copies that are on the disk; the
-folder is signed by its process, fsynced and renamed.
+Beside the destination stands a staging folder, signed by its process::
+
+    .NAME.merging/lease.json      the process
+    .NAME.merging/journal.jsonl   which copies are on the disk
+    .NAME.merging/folder/         what is written; fsynced, then renamed to NAME
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import xxhash
 
 from am_ckpt._copy import Copier, Job, Output, plan_jobs
 from am_ckpt._errors import ArgumentError
-from am_ckpt._format import Header, parse_json
+from am_ckpt._format import Header
 from am_ckpt._inventory import paused_collector
 from am_ckpt._io import (
     create,
@@ -36,10 +39,11 @@ from am_ckpt._io import (
     write_bytes,
 )
 from am_ckpt._layout import read_file
-from am_ckpt._names import ADAPTER_CONFIG, INDEX, hf_files
+from am_ckpt._names import ADAPTER_CONFIG, DIGESTS, INDEX, hf_files
 
 _LEASE = "lease.json"
 _JOURNAL = "journal.jsonl"
+_FOLDER = "folder"
 _MAX_JOURNAL_BYTES = 256 * 2**20
 # A killed merge repeats at most about this much.
 _JOURNAL_EVERY = 2**30
@@ -85,7 +89,7 @@ def require_free(target: Path, source: Path, overwrite: bool) -> None:
             f"{target} exists and is not empty; choose another folder, or overwrite it with overwrite=True "
             "(--overwrite)"
         )
-    own = {*hf_files(target), INDEX, ADAPTER_CONFIG, ".gitattributes", "README.md"}
+    own = {*hf_files(target), INDEX, ADAPTER_CONFIG, DIGESTS, ".gitattributes", "README.md"}
     weights = [entry.name for entry in entries if entry.suffix == ".safetensors" and entry.is_file()]
     strangers = sorted({entry.name for entry in entries} - {*weights, *own})
     if strangers or not weights:
@@ -104,41 +108,44 @@ def transfer(
     resume: bool,
     fsync: bool,
     progress: Callable[[int, int], None] | None,
+    digests: bool = False,
 ) -> int:
     """Make the folder ``target``; returns the bytes that were there from an interrupted run.
 
     ``threads``: default the number of cores, at most 8. ``progress``: called with bytes done and all bytes.
+    ``digests``: add the file ``DIGESTS``.
     """
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads={threads} must be at least 1")
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
-    staging = target.with_name(f".{target.name}.merging")
-    fingerprint = _fingerprint(plan)
+    staging = _staging(target)
+    folder = staging / _FOLDER
+    fingerprint = _fingerprint(plan, digests)
     target.parent.mkdir(parents=True, exist_ok=True)
     folders = sorted({name.partition("/")[0] for name in (*plan.headers, *plan.small) if "/" in name})
     done = _take_over(staging, fingerprint, len(jobs), resume, plan.notes)
+    hashes = [done.get(index, "") for index in range(len(jobs))] if digests else None
     before = sum(jobs[index].count for index in done)
     if not done:
         total = sum(header.file_bytes for header in plan.headers.values()) + sum(map(len, plan.small.values()))
-        require_space(target.parent, total)
-        os.mkdir(staging)
-        write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
+        _stage(staging, total)
         for name in folders:
-            os.mkdir(staging / name)
+            os.mkdir(folder / name)
     _allow_open_files(len(plan.headers) + len({part.path for output in plan.outputs for part in output.parts}))
     targets: dict[str, int] = {}
     try:
         for name, header in plan.headers.items():
             if not done:
-                targets[name] = create(staging / name, header.file_bytes)
+                targets[name] = create(folder / name, header.file_bytes)
                 os.ftruncate(targets[name], header.file_bytes)
                 write_all(targets[name], header.text, 0)
             else:
-                targets[name] = os.open(staging / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        journal = _Journal(staging / _JOURNAL, fingerprint, done, targets) if fsync else None
-        copier = Copier(targets, threads=threads or min(os.cpu_count() or 1, 8), follow_symlinks=plan.follow_symlinks)
-        _copy(jobs, copier, journal, progress)
+                targets[name] = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        journal = _Journal(staging / _JOURNAL, fingerprint, targets, new=not done) if fsync else None
+        threads = threads or min(os.cpu_count() or 1, 8)
+        copier = Copier(targets, threads=threads, follow_symlinks=plan.follow_symlinks, digest=digests)
+        _copy(jobs, set(done), copier, journal, hashes, progress)
         if fsync:
             for descriptor in targets.values():
                 os.fsync(descriptor)
@@ -153,29 +160,57 @@ def transfer(
     finally:
         for descriptor in targets.values():
             os.close(descriptor)
-    _write_small(staging, plan.small)
+    _write_small(folder, plan.small)
+    if hashes is not None:
+        _write_small(folder, {DIGESTS: _digests_json(plan.headers, jobs, hashes)})
     if plan.seal is not None:
-        _write_small(staging, plan.seal(staging))
+        _write_small(folder, plan.seal(folder))
     if fsync:
         for name in folders:
-            fsync_directory(staging / name)
+            fsync_directory(folder / name)
     _publish(staging, target, fsync)
     return before
 
 
-def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[Path], None]) -> list[str]:
-    """Make the folder ``target`` of what ``write`` puts into the folder that it is given; the names of the files."""
-    staging = target.with_name(f".{target.name}.merging")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _take_over(staging, "", 0, False, [])
-    require_space(target.parent, num_bytes)
+def _digests_json(headers: Mapping[str, Header], jobs: list[Job], hashes: list[str]) -> bytes:
+    """What every byte of the weight files must be."""
+    ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in headers}
+    for job, value in zip(jobs, hashes, strict=True):
+        ranges[job.file].append((job.target, job.target + job.count, value))
+    files = {
+        name: {
+            "bytes": header.file_bytes,
+            "header_xxh3_128": digest(header.text),
+            "ranges_xxh3_64": sorted(ranges[name]),
+        }
+        for name, header in headers.items()
+    }
+    return (json.dumps({"format": "am-ckpt digests", "version": 1, "files": files}) + "\n").encode()
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(f".{target.name}.merging")
+
+
+def _stage(staging: Path, num_bytes: int) -> None:
+    require_space(staging.parent, num_bytes)
     os.mkdir(staging)
     write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
+    os.mkdir(staging / _FOLDER)
+
+
+def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[Path], None]) -> list[str]:
+    """Make the folder ``target`` of what ``write`` puts into the folder that it is given; the names of the files."""
+    staging = _staging(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _take_over(staging, "", 0, False, [])
+    _stage(staging, num_bytes)
+    folder = staging / _FOLDER
     try:
-        write(staging)
-        names = sorted(path.name for path in staging.iterdir() if path.name != _LEASE)
+        write(folder)
+        names = sorted(path.name for path in folder.iterdir())
         for name in names if fsync else ():
-            descriptor = os.open(staging / name, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
@@ -187,7 +222,7 @@ def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[P
     return names
 
 
-def _fingerprint(plan: Transfer) -> str:
+def _fingerprint(plan: Transfer, digests: bool) -> str:
     """Of everything that decides the result's bytes: to resume only the same merge."""
     sources = sorted({part.path for output in plan.outputs for part in output.parts})
     # Times only ever make two states of a source differ; equal ones are not trusted on their account.
@@ -195,7 +230,7 @@ def _fingerprint(plan: Transfer) -> str:
     headers = {name: digest(header.text) for name, header in plan.headers.items()}
     small = {name: digest(content) for name, content in plan.small.items()}
     # The jobs follow from the outputs.
-    hasher = xxhash.xxh3_128(json.dumps([stats, headers, small]).encode())
+    hasher = xxhash.xxh3_128(json.dumps([stats, headers, small, digests]).encode())
     for output in plan.outputs:
         hasher.update(repr(output).encode())
     fingerprint: str = hasher.hexdigest()
@@ -212,27 +247,31 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _write_small(staging: Path, files: Mapping[str, bytes]) -> None:
+def _write_small(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
-        (staging / name).unlink(missing_ok=True)
-        write_bytes(staging / name, content)
+        (folder / name).unlink(missing_ok=True)
+        write_bytes(folder / name, content)
 
 
 def _copy(
     jobs: list[Job],
+    done: set[int],
     copier: Copier,
     journal: _Journal | None,
+    hashes: list[str] | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    done = set(journal.done) if journal is not None else set()
+    """Copy what is not ``done``; ``hashes`` gets those of the jobs."""
     total = sum(job.count for job in jobs)
     copied = sum(jobs[index].count for index in done)
     lock = threading.Lock()
 
-    def finished(index: int, job: Job) -> None:
+    def finished(index: int, job: Job, value: str) -> None:
         nonlocal copied
+        if hashes is not None:
+            hashes[index] = value
         if journal is not None:
-            journal.add(index, job.count)
+            journal.add(index, value, job.count)
         with lock:
             copied += job.count
             if progress is not None:
@@ -249,24 +288,23 @@ def _copy(
 
 
 class _Journal:
-    """Which jobs are on the disk: a line per sync, written after the data."""
+    """Which jobs are on the disk, with the digests of their bytes: a line per sync, written after the data."""
 
-    def __init__(self, path: Path, fingerprint: str, done: set[int], targets: Mapping[str, int]) -> None:
-        self.done = done
+    def __init__(self, path: Path, fingerprint: str, targets: Mapping[str, int], *, new: bool) -> None:
         self._path = path
         self._targets = targets
-        self._new: list[int] = []
+        self._new: list[tuple[int, str]] = []
         self._bytes = 0
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        if not done:
+        if new:
             path.unlink(missing_ok=True)
             write_bytes(path, (json.dumps({"merge": fingerprint}) + "\n").encode())
 
-    def add(self, index: int, count: int) -> None:
+    def add(self, index: int, value: str, count: int) -> None:
         """Note a finished job; every GiB, make all of them durable."""
         with self._lock:
-            self._new.append(index)
+            self._new.append((index, value))
             self._bytes += count
             due = self._bytes >= _JOURNAL_EVERY
             if due:
@@ -287,61 +325,57 @@ class _Journal:
                 os.fsync(file.fileno())
 
 
-def _take_over(staging: Path, fingerprint: str, num_jobs: int, resume: bool, notes: list[str]) -> set[int]:
+def _take_over(staging: Path, fingerprint: str, num_jobs: int, resume: bool, notes: list[str]) -> dict[int, str]:
     """The finished jobs of an interrupted merge to the same place, or none after its folder is removed."""
     if not os.path.lexists(staging):
         if resume:
             notes.append("nothing to resume: started from zero")
-        return set()
+        return {}
     if lease_state(staging / _LEASE) != "dead":
         raise FileExistsError(
-            f"another process is merging to the same destination (its folder is {staging}); wait for it, or "
-            "remove that "
-            "folder if it is not running"
+            f"another process is merging to the same destination (its folder is {staging}); wait for it, or remove "
+            "that folder if it is not running"
         )
     if resume:
         done = _journalled(staging / _JOURNAL, fingerprint, num_jobs)
-        if done is not None and (staging / _LEASE).is_file():
+        if done and (staging / _LEASE).is_file() and (staging / _FOLDER).is_dir():
             (staging / _LEASE).unlink()
             write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
             return done
         notes.append("the interrupted merge was of another source or with other arguments: started from zero")
     remove(staging)
-    return set()
+    return {}
 
 
-def _journalled(path: Path, fingerprint: str, num_jobs: int) -> set[int] | None:
-    """Job numbers of a journal; None where it is of another merge or nothing was finished."""
+def _journalled(path: Path, fingerprint: str, num_jobs: int) -> dict[int, str]:
+    """Digests of finished jobs by number; none where the journal is of another merge."""
     try:
         lines = read_file(path, _MAX_JOURNAL_BYTES).split(b"\n")
         if json.loads(lines[0]) != {"merge": fingerprint}:
-            return None
-    except (FileNotFoundError, ValueError):
-        return None
-    done: set[int] = set()
-    # The last line is empty, or was cut off by what interrupted the merge.
-    for line in lines[1:-1]:
-        row = parse_json(line, str(path))
-        if not isinstance(row, list) or not all(type(index) is int and 0 <= index < num_jobs for index in row):
-            return None
-        done.update(row)
-    return done or None
+            return {}
+        # The last line is empty, or was cut off by what interrupted the merge.
+        done = {index: value for line in lines[1:-1] for index, value in json.loads(line)}
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+    known = all(type(index) is int and 0 <= index < num_jobs and type(value) is str for index, value in done.items())
+    return done if known else {}
 
 
 def _publish(staging: Path, target: Path, fsync: bool) -> None:
-    (staging / _LEASE).unlink()
-    (staging / _JOURNAL).unlink(missing_ok=True)
+    folder = staging / _FOLDER
     if fsync:
-        fsync_directory(staging)
-    if target.exists() and any(target.iterdir()):
-        if _exchange(staging, target):
-            fsync_directory(target.parent)
-            remove(staging)
-            return
-        remove(target)
-    os.rename(staging, target)
+        fsync_directory(folder)
+    filled = target.exists() and any(target.iterdir())
+    if not (filled and _exchange(folder, target)):
+        if filled:
+            remove(target)
+        os.rename(folder, target)
     if fsync:
         fsync_directory(target.parent)
+        # With the lease, and what was in the way.
+        remove(staging)
+    else:
+        shutil.rmtree(staging)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -1,0 +1,75 @@
+"""``merge(digest=True)``: what every byte of the result must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch.distributed.checkpoint import FileSystemWriter
+
+import am_ckpt
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tensors = {f"layers.{index}.weight": torch.randn(300 + index, 1000) for index in range(6)}
+    # Fortran order, so that it is put together in tiles.
+    tensors["turned"] = torch.randn(700, 500).t()
+    dcp.save({"model": tensors}, storage_writer=FileSystemWriter(tmp_path / "source"))
+    return tmp_path / "source"
+
+
+def digests_of(folder: Path) -> dict[str, list[tuple[int, int, str]]]:
+    """The ranges of every file, checked against its bytes and for holes."""
+    content = json.loads((folder / "am_ckpt_digests.json").read_bytes())
+    assert sorted(content["files"]) == sorted(path.name for path in folder.glob("*.safetensors"))
+    for name, record in content["files"].items():
+        data = (folder / name).read_bytes()
+        assert record["bytes"] == len(data)
+        position = 8 + int.from_bytes(data[:8], "little")
+        assert record["header_xxh3_128"] == xxhash.xxh3_128_hexdigest(data[:position])
+        for begin, end, value in record["ranges_xxh3_64"]:
+            assert begin == position
+            assert value == xxhash.xxh3_64_hexdigest(data[begin:end])
+            position = end
+        assert position == len(data)
+    return {name: record["ranges_xxh3_64"] for name, record in content["files"].items()}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_every_byte_is_in_exactly_one_digest(source: Path, dtype: str | None, tmp_path: Path) -> None:
+    report = am_ckpt.merge(source, tmp_path / "merged", digest=True, dtype=dtype, max_shard_size="2MB")
+    assert "am_ckpt_digests.json" in report.files
+    assert len(digests_of(tmp_path / "merged")) > 1
+
+
+def test_digests_of_what_was_copied_before_an_interruption_are_kept(source: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done > total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        am_ckpt.merge(source, tmp_path / "merged", digest=True, dtype="bfloat16", progress=interrupt, threads=1)
+    # Without digests, it is another merge.
+    with pytest.raises(KeyboardInterrupt):
+        am_ckpt.merge(source, tmp_path / "other", dtype="bfloat16", progress=interrupt, threads=1)
+    assert am_ckpt.merge(source, tmp_path / "other", dtype="bfloat16", digest=True, resume=True).resumed_bytes == 0
+    resumed = am_ckpt.merge(source, tmp_path / "merged", digest=True, dtype="bfloat16", resume=True)
+    assert resumed.resumed_bytes > 0
+    assert digests_of(tmp_path / "merged") == digests_of(tmp_path / "other")
+
+
+def test_digests_are_not_carried_to_another_model(source: Path, tmp_path: Path) -> None:
+    am_ckpt.merge(source, tmp_path / "merged", digest=True)
+    am_ckpt.merge(tmp_path / "merged", tmp_path / "again", max_shard_size="1MB")
+    assert not (tmp_path / "again" / "am_ckpt_digests.json").exists()
