@@ -473,16 +473,12 @@ def test_links_and_pipes_instead_of_files(make: Callable[[Path], Path], what: st
     assert (code, str(file) in error) == (4, True)
 
 
-def test_an_index_cannot_lead_elsewhere_and_pickled_weights_are_not_read(tmp_path: Path, capsys: Any) -> None:
+def test_an_index_cannot_lead_elsewhere(tmp_path: Path, capsys: Any) -> None:
     source = plain(tmp_path / "plain")
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm": "../secret.safetensors"}}))
     code, error = merge(capsys, source)
     assert (code, "../secret.safetensors" in error) == (4, True)
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "pytorch_model.bin").touch()
-    code, error = merge(capsys, tmp_path / "pickled")
-    assert (code, "convert them to safetensors first" in error) == (4, True)
 
 
 # Input and output errors: 5. Conflicts: 6.

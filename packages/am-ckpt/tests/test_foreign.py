@@ -124,8 +124,9 @@ def test_names_of_wrappers_are_taken_off(tmp_path: Path, capsys: Any) -> None:
     [
         (["zero_pp_rank_0_mp_rank_00_model_states.pt"], 4, "DeepSpeed ZeRO"),
         (["pytorch_model_fsdp_rank0.bin"], 4, "SHARDED_STATE_DICT"),
-        (["pytorch_model_fsdp.bin"], 4, "SHARDED_STATE_DICT"),
-        (["pytorch_model.bin"], 4, "convert them to safetensors first"),
+        (["pytorch_model_fsdp.bin"], 2, "pytorch_model_fsdp.bin is damaged: File is not a zip file"),
+        (["pytorch_model.bin"], 2, "pytorch_model.bin is damaged: File is not a zip file"),
+        (["model.pt"], 4, "pickles of unknown content"),
         (["iter_0000100/x", "latest_checkpointed_iteration.txt"], 1, "several checkpoints; give one of them"),
         (["epoch=0-step=10.ckpt/x"], 1, "several checkpoints; give one of them"),
     ],

@@ -1,158 +1,33 @@
 """torch's ``.distcp`` checkpoints without torch, and without running what their pickles say.
 
-``.metadata`` is a pickle of dataclasses. It is read by an unpickler that knows the globals such a file needs and maps
-each to an inert stand-in; any other global is refused by name. Every tensor chunk is an archive of ``torch.save`` (a
-zip file whose members are stored, not compressed) inside a ``.distcp`` file; its ``data.pkl``, read in the same way,
-says which bytes of the member ``data/0`` are the tensor's. Format: metadata.py and filesystem.py in torch's
-``distributed/checkpoint`` folder.
+``.metadata`` is a pickle of dataclasses. Every tensor chunk is an archive of ``torch.save`` inside a ``.distcp`` file.
+Format: metadata.py and filesystem.py in torch's ``distributed/checkpoint`` folder.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import re
-import struct
-import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
-from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
+from am_ckpt._archive import StateDict
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._errors import IncompleteError, UnsafeError
-from am_ckpt._format import ITEM_BYTES, element_count
-from am_ckpt._io import open_for_reading, read_exactly
+from am_ckpt._io import open_for_reading
 from am_ckpt._layout import read_file
+from am_ckpt._pickles import DTYPE_NAMES, joined_text, torch_size, unpickle
 from am_ckpt._sources import Chunk, Source
 
 METADATA = ".metadata"
 _RANK_METADATA = re.compile(r"__(\d+)\.metadata")
 _MAX_METADATA_BYTES = 512 * 2**20
-_MAX_TENSOR_PICKLE_BYTES = 2**20
-
-# torch's dtype names, and those of its older typed storages, to safetensors' names.
-_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "complex64": "C64",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
-_STORAGES = {
-    "BoolStorage": "BOOL",
-    "ByteStorage": "U8",
-    "CharStorage": "I8",
-    "ShortStorage": "I16",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "IntStorage": "I32",
-    "FloatStorage": "F32",
-    "ComplexFloatStorage": "C64",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-}
 _CHECKPOINT = "torch.distributed.checkpoint."
 # Where TensorProperties was until torch 2.2.
 _SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"
-
-
-# Elements of a tuple and of those in it. A few bytes can name a tuple of tuples that takes years to hash.
-_MAX_TUPLE = 1000
-
-
-class _Unpickler(pickle._Unpickler):
-    """Knows ``allowed`` globals and no other. The Python class: the C one allocates what a memo index claims."""
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, content: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
-        super().__init__(io.BytesIO(content))
-        self._allowed = allowed
-        self._where = where
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            raise UnsafeError(
-                f"{self._where}: the pickle refers to {module}.{name}, which a checkpoint does not need; nothing was "
-                "executed. Do not load this file with torch either unless you trust who wrote it"
-            )
-        return self._allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-    def get_extension(self, code: int) -> None:
-        raise UnsafeError(f"{self._where}: the pickle uses extension code {code}; nothing was executed")
-
-
-def _build(self: Any) -> None:
-    """The step of an unpickler that sets attributes, which must not be those of our own functions and classes."""
-    if isinstance(self.stack[-2], type | FunctionType):
-        raise UnsafeError(f"{self._where}: the pickle changes {self.stack[-2].__name__}; nothing was executed")
-    pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
-
-
-def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The step of an unpickler that makes a tuple, held to ``_MAX_TUPLE``."""
-
-    def load_tuple(self: Any) -> None:
-        load(self)
-        count = 0
-        left = [self.stack[-1]]
-        while left:
-            item = left.pop()
-            count += len(item)
-            if count > _MAX_TUPLE:
-                raise ValueError(f"tuples of more than {_MAX_TUPLE} elements")
-            left += [inner for inner in item if type(inner) is tuple]
-
-    return load_tuple
-
-
-_Unpickler.dispatch[pickle.BUILD[0]] = _build
-# Byte arrays are allocated before they are read.
-del _Unpickler.dispatch[pickle.BYTEARRAY8[0]]
-for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-    _Unpickler.dispatch[_code[0]] = _bounded(_Unpickler.dispatch[_code[0]])
-
-
-def _unpickle(content: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> Any:
-    try:
-        return _Unpickler(content, allowed, where).load()
-    except UnsafeError:
-        raise
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-        RecursionError,
-        struct.error,
-    ) as error:
-        raise ValueError(f"{where} is damaged: its pickle cannot be read ({error or type(error).__name__})") from error
 
 
 class _Properties:
@@ -160,26 +35,6 @@ class _Properties:
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__["state"] = state
-
-
-def _text(*values: str | int) -> str:
-    if not all(isinstance(value, str | int) for value in values):
-        raise ValueError("a path or device of something else than text and numbers")
-    return "/".join(map(str, values))
-
-
-def _size(values: Any = ()) -> Shape:
-    return tuple(values)
-
-
-@dataclass
-class Distcp:
-    """What ``.metadata`` says. ``paths``: name -> keys of the nested state dict; ``others``: other entries."""
-
-    tensors: dict[str, Source] = field(default_factory=dict)
-    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -200,15 +55,15 @@ def metadata_files(folder: Path) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def read_metadata(folder: Path) -> Distcp:
-    """Read the :func:`metadata_files` of a folder; headers of archives are not read yet: see :func:`locate`.
+def read_metadata(folder: Path) -> StateDict:
+    """Read the :func:`metadata_files` of a folder; archives are not read yet.
 
     Where every rank has metadata of its own, a part that several ranks have written is taken from the first.
 
     Raises :class:`UnsafeError` for pickles that refer to anything a checkpoint does not need and for paths that lead
     out of the folder, ``ValueError`` where it is damaged, :class:`IncompleteError` where files are missing.
     """
-    result = Distcp()
+    result = StateDict()
     files: dict[str, _File] = {}
     found = metadata_files(folder)
     for where in found:
@@ -237,7 +92,7 @@ def read_metadata(folder: Path) -> Distcp:
     return result
 
 
-def _read_one(where: Path, files: dict[str, _File], result: Distcp) -> None:
+def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
     """Add what one metadata file says."""
     # New classes each time: a pickle can set attributes of those it is given.
     kinds = {
@@ -254,22 +109,22 @@ def _read_one(where: Path, files: dict[str, _File], result: Distcp) -> None:
     info = type("_StorageInfo", (), {})
     properties = type("TensorProperties", (_Properties,), {})
     allowed: dict[tuple[str, str], Any] = {(_CHECKPOINT + "metadata", name): kind for name, kind in kinds.items()}
-    allowed |= {("torch", name): dtype for name, dtype in _DTYPES.items()}
+    allowed |= {("torch", name): dtype for name, dtype in DTYPE_NAMES.items()}
     allowed |= {("torch", name): f"torch.{name}" for name in ("complex32", "complex128")}
-    allowed |= {(module, "PosixPath"): _text for module in ("pathlib", "pathlib._local")}
-    allowed |= {(module, "WindowsPath"): _text for module in ("pathlib", "pathlib._local")}
+    allowed |= {(module, "PosixPath"): joined_text for module in ("pathlib", "pathlib._local")}
+    allowed |= {(module, "WindowsPath"): joined_text for module in ("pathlib", "pathlib._local")}
     allowed |= {
         (_CHECKPOINT + "metadata", "TensorProperties"): properties,
-        (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): _text,
+        (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): joined_text,
         (_SHARDED_TENSOR, "TensorProperties"): properties,
-        (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): _text,
+        (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): joined_text,
         (_CHECKPOINT + "filesystem", "_StorageInfo"): info,
-        ("torch", "Size"): _size,
-        ("torch", "device"): _text,
-        ("torch.serialization", "_get_layout"): _text,
+        ("torch", "Size"): torch_size,
+        ("torch", "device"): joined_text,
+        ("torch.serialization", "_get_layout"): joined_text,
         ("collections", "OrderedDict"): OrderedDict,
     }
-    root = _unpickle(read_file(where, _MAX_METADATA_BYTES), allowed, str(where))
+    root = unpickle(read_file(where, _MAX_METADATA_BYTES), allowed, str(where))
     if type(root) is not kinds["Metadata"]:
         raise ValueError(f"{where} is damaged: it holds {type(root).__name__} instead of torch's Metadata")
     fields = vars(root)
@@ -384,140 +239,3 @@ def _tensor(
             raise IncompleteError(f"{where} says nowhere in which file {name!r} from {list(box.offset)} on is")
         source.chunks.append(Chunk(place[0], place[1], box, archive_bytes=place[2]))
     return source
-
-
-class _Window(io.RawIOBase):
-    """A range of a file as a file of its own."""
-
-    def __init__(self, descriptor: int, begin: int, size: int, path: Path) -> None:
-        self._descriptor, self._begin, self._size, self._path = descriptor, begin, size, path
-        self._position = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise OSError(f"{self._path}: seek before the start")
-        self._position = start + offset
-        return self._position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        buffer = bytearray(left if size is None or size < 0 else min(size, left))
-        read_exactly(self._descriptor, buffer, self._begin + self._position, self._path)
-        self._position += len(buffer)
-        return bytes(buffer)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """A pickled tensor: where in a storage it lies, in elements."""
-
-    storage: Any
-    offset: int
-    size: Shape
-    strides: Shape
-    dtype: str | None
-
-
-def _rebuild_v2(
-    storage: Any, offset: Any, size: Any, strides: Any, grad: Any = None, hooks: Any = None, extra: Any = None
-) -> _Saved:
-    if extra:
-        raise ValueError(f"a tensor with {brief(extra)} is not supported")
-    return _Saved(storage, offset, size, strides, None)
-
-
-def _rebuild_v3(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    strides: Any,
-    grad: Any = None,
-    hooks: Any = None,
-    dtype: Any = None,
-    extra: Any = None,
-) -> _Saved:
-    if extra:
-        raise ValueError(f"a tensor with {brief(extra)} is not supported")
-    return _Saved(storage, offset, size, strides, dtype)
-
-
-_TENSOR_GLOBALS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch.storage", "UntypedStorage"): None,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): _size,
-    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
-}
-
-
-def locate(name: str, dtype: str, chunk: Chunk, descriptor: int) -> Chunk:
-    """The chunk with the first byte (and strides) of its values, read from its archive; others are returned as is."""
-    if chunk.archive_bytes is None:
-        return chunk
-    where = f"{chunk.path}, {name!r} in the archive at byte {chunk.begin}"
-    window = _Window(descriptor, chunk.begin, chunk.archive_bytes, chunk.path)
-    try:
-        with zipfile.ZipFile(window) as archive:
-            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        saved = _unpickle(_member(window, members, "data.pkl", where), _TENSOR_GLOBALS, where)
-        if "byteorder" in members and _member(window, members, "byteorder", where) != b"little":
-            raise ValueError(f"{where} was written by a big-endian machine")
-    except (zipfile.BadZipFile, OSError, NotImplementedError, struct.error) as error:
-        raise ValueError(f"{where} is damaged: {error}") from error
-    if type(saved) is not _Saved or not isinstance(saved.storage, tuple) or len(saved.storage) != 5:
-        raise ValueError(f"{where}: a plain tensor was expected, found {type(saved).__name__}")
-    kind, stored_dtype, key = saved.storage[0], saved.storage[1] or saved.dtype, saved.storage[2]
-    size, strides = (tuple(x) if isinstance(x, tuple) else None for x in (saved.size, saved.strides))
-    if kind != "storage" or stored_dtype != dtype or size != chunk.box.size or strides is None:
-        raise ValueError(
-            f"{where} holds {brief(stored_dtype)} {brief(size)}, {METADATA} describes {dtype} {list(chunk.box.size)}; "
-            "one of them is damaged or of another save"
-        )
-    if len(strides) != len(size) or not all(type(x) is int and x >= 0 for x in (saved.offset, *strides)):
-        raise ValueError(f"{where} is damaged: strides {brief(saved.strides)}, offset {brief(saved.offset)}")
-    begin, count = _data(window, members, f"data/{key}" if isinstance(key, str) else "data", where)
-    last = saved.offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-    if (last + 1) * ITEM_BYTES[dtype] > count:
-        raise ValueError(f"{where} is truncated: its storage has {count} bytes, element {last} is outside")
-    row_major = tuple(element_count(size[dim + 1 :]) for dim in range(len(size)))
-    same = all(n == 1 or a == b for n, a, b in zip(size, strides, row_major, strict=True))
-    first = chunk.begin + begin + saved.offset * ITEM_BYTES[dtype]
-    return Chunk(chunk.path, first, chunk.box, None if same else strides)
-
-
-def _data(window: _Window, members: dict[str, zipfile.ZipInfo], name: str, where: str) -> tuple[int, int]:
-    """First byte, from the archive's start, and size of a stored member."""
-    info = members.get(name)
-    if info is None:
-        raise ValueError(f"{where} is damaged: the archive has no {name}")
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise ValueError(f"{where}: {name} is compressed or encrypted, torch.save stores it plainly")
-    window.seek(info.header_offset)
-    header = window.read(30)
-    if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise ValueError(f"{where} is damaged: no local header of {name}")
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    begin = info.header_offset + 30 + name_bytes + extra_bytes
-    if begin + info.file_size > window.seek(0, os.SEEK_END):
-        raise ValueError(f"{where} is truncated: {name} ends outside the archive")
-    return begin, info.file_size
-
-
-def _member(window: _Window, members: dict[str, zipfile.ZipInfo], name: str, where: str) -> bytes:
-    begin, count = _data(window, members, name, where)
-    if count > _MAX_TENSOR_PICKLE_BYTES:
-        raise ValueError(f"{where}: {name} has {count} bytes, more than {_MAX_TENSOR_PICKLE_BYTES}")
-    window.seek(begin)
-    return window.read(count)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from am_ckpt._archive import PICKLED, StateDict, read_pickled_weights
 from am_ckpt._boxes import Box, describe, require_exact_cover
 from am_ckpt._distcp import METADATA, metadata_files, read_metadata
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
@@ -43,10 +44,10 @@ class Inventory:
     """What a checkpoint folder holds: see :func:`inspect`.
 
     ``kind``: ``"am-ckpt"``, ``"dcp"`` (``.distcp`` files), ``"dcp-safetensors"`` (shards of torch's Hugging Face
-    writer), ``"huggingface"`` or ``"adapter"``. ``tensors`` are those of the model by name; ``sections`` those of every
-    part, ``section`` the part that is the model. ``others``: entries that are no tensors. ``files``: small files that
-    belong to the model. ``problems``: everything by which the model's tensors are not whole. ``notes``: what a reader
-    should know and cannot be checked.
+    writer), ``"huggingface"``, ``"torch"`` (``pytorch_model.bin``) or ``"adapter"``. ``tensors`` are those of the model
+    by name; ``sections`` those of every part, ``section`` the part that is the model. ``others``: entries that are no
+    tensors. ``files``: small files that belong to the model. ``problems``: everything by which the model's tensors are
+    not whole. ``notes``: what a reader should know and cannot be checked.
     """
 
     path: Path
@@ -173,7 +174,11 @@ def _open(folder: Path, section: str | None) -> Inventory:
     own = step_folder(folder)
     if own is None and metadata_files(folder):
         _refuse_megatron(folder)
-        return _distcp(folder, section)
+        return _state_dict(folder, "dcp", read_metadata(folder), section)
+    safe = own is not None or (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    pickled = None if safe else read_pickled_weights(folder)
+    if pickled is not None:
+        return _state_dict(folder, "torch", pickled, section)
     if section is not None:
         raise ArgumentError(f"section={section!r}: only .distcp folders have sections; {folder} is none")
     if own is not None:
@@ -227,7 +232,7 @@ def _unrecognised(folder: Path, there: list[str]) -> ValueError:
             f"{folder} is a checkpoint of DeepSpeed ZeRO, whose pickles can run code when loaded; where you trust "
             f"them, `python zero_to_fp32.py {folder} OUTPUT --safe_serialization` makes a Hugging Face folder of them"
         )
-    if any(re.fullmatch(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin|pytorch_model_fsdp\.bin", name) for name in there):
+    if any(re.fullmatch(r"pytorch_model_fsdp(_\d+)?_rank\d+\.bin", name) for name in there):
         return UnsafeError(
             f"{folder} is a checkpoint of accelerate in pickles, which can run code when loaded ({found}): save with "
             "fsdp_state_dict_type SHARDED_STATE_DICT, whose folder pytorch_model_fsdp_0 can be merged"
@@ -236,8 +241,8 @@ def _unrecognised(folder: Path, there: list[str]) -> ValueError:
         return ArgumentError(f"{folder} holds several checkpoints; give one of them, such as {folder / steps[-1]}")
     if any(name.endswith((".bin", ".pt", ".pth", ".pkl")) for name in there):
         return UnsafeError(
-            f"{folder} holds pickled weights, which can run code when loaded ({found}); convert them to "
-            "safetensors first"
+            f"{folder} holds pickles of unknown content, which can run code when loaded ({found}); of state dicts, "
+            f"{PICKLED[0]} and its index are read without running anything: give the file that name"
         )
     return ArgumentError(
         f"{folder} is no checkpoint of a known kind: neither {MANIFEST} (am-ckpt), {METADATA} with .distcp "
@@ -296,7 +301,7 @@ def _own(folder: Path) -> Inventory:
         section, _, name = record["path"].partition("/")
         require_file_name(name, f"{folder / MANIFEST}:")
         path = folder / section / name
-        if section == "model" and not name.endswith(".safetensors"):
+        if section == "model" and not name.endswith(".safetensors") and name != INDEX:
             files[name] = path
         if section in sections and "header_xxh3_128" in record:
             require_recorded_size(path, record)
@@ -406,8 +411,7 @@ def _adapter(folder: Path) -> Inventory:
     return Inventory(folder, "adapter", "model", sections, adapter=True, files=files, follow_symlinks=True)
 
 
-def _distcp(folder: Path, section: str | None) -> Inventory:
-    found = read_metadata(folder)
+def _state_dict(folder: Path, kind: str, found: StateDict, section: str | None) -> Inventory:
     sections: dict[str, dict[str, Source]] = {}
     optimizers: set[str] = set()
     for name, source in found.tensors.items():
@@ -427,7 +431,9 @@ def _distcp(folder: Path, section: str | None) -> Inventory:
     notes = list(found.notes)
     sections[chosen] = _unwrapped(sections[chosen], notes)
     files = _small_files(folder)
-    inventory = Inventory(folder, "dcp", chosen, sections, others=found.others, files=files, notes=notes)
+    inventory = Inventory(folder, kind, chosen, sections, others=found.others, files=files, notes=notes)
+    # As in the Hugging Face cache.
+    inventory.follow_symlinks = kind == "torch"
     flat = [name for name in sections[chosen] if name.endswith(("_flat_param", "flat_param_0"))]
     if flat:
         inventory.problems.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._errors import UnsafeError
 from am_ckpt._format import Header, parse_json, read_header
+from am_ckpt._layout import read_file
 from am_ckpt._names import INDEX, SINGLE
 
 _MAX_INDEX_BYTES = 256 * 2**20
@@ -67,23 +68,28 @@ def hf_sources(folder: Path) -> dict[str, Source]:
     )
 
 
-def _indexed_sources(folder: Path) -> dict[str, Source]:
-    where = folder / INDEX
-    if where.stat().st_size > _MAX_INDEX_BYTES:
-        raise ValueError(f"{where} has {where.stat().st_size} bytes, more than the {_MAX_INDEX_BYTES} allowed")
-    index = parse_json(where.read_bytes(), str(where))
+def read_weight_map(where: Path, suffix: str) -> dict[str, str]:
+    """Tensor -> file of an index of a Hugging Face folder; every file is in the folder and ends in ``suffix``."""
+    index = parse_json(read_file(where, _MAX_INDEX_BYTES, follow_symlinks=True), str(where))
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{where} has no weight_map of names to file names")
-    files: dict[str, dict[str, Source]] = {}
-    for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(".safetensors"):
-            raise UnsafeError(f"{where} names {name!r}; only safetensors files of the folder itself are read")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing; {INDEX} expects {len(set(weight_map.values()))} files"
-            )
-        files[name] = whole_sources(folder / name, read_header(folder / name, follow_symlinks=True))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(suffix):
+            raise UnsafeError(f"{where} names {name!r}; only {suffix[1:]} files of the folder itself are read")
+        if not (where.parent / name).is_file():
+            raise FileNotFoundError(f"{where.parent / name} is missing; {where.name} expects {len(names)} files")
+    return weight_map
+
+
+def _indexed_sources(folder: Path) -> dict[str, Source]:
+    where = folder / INDEX
+    weight_map = read_weight_map(where, ".safetensors")
+    files = {
+        name: whole_sources(folder / name, read_header(folder / name, follow_symlinks=True))
+        for name in sorted(set(weight_map.values()))
+    }
     absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name]]
     if absent:
         raise ValueError(

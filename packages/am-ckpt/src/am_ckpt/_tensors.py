@@ -9,9 +9,9 @@ from types import TracebackType
 
 import numpy
 
+from am_ckpt._archive import locate
 from am_ckpt._boxes import Box, split
 from am_ckpt._copy import TILE_BYTES, Buffers, fill, parts_of
-from am_ckpt._distcp import locate
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
 from am_ckpt._mapping import Record, output_shape, whole_record
