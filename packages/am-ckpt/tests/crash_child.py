@@ -1,8 +1,8 @@
 """Run by test_crash.py as a process of its own: saves steps 2 and 3, and is killed on the way.
 
-``python crash_child.py DIRECTORY N`` kills itself with SIGKILL just before its N-th system call that changes the file
-system while saving (0: never, prints how many there were). The interpreter's profiling hook sees every call of ``os``,
-so nothing in the library is replaced.
+``python crash_child.py DIRECTORY N LAYOUT`` kills itself with SIGKILL just before its N-th system call that changes the
+file system while saving (0: never, prints how many there were). The interpreter's profiling hook sees every call of
+``os``, so nothing in the library is replaced.
 """
 
 import os
@@ -48,7 +48,7 @@ def main() -> None:
             if count == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints = am_ckpt.Checkpointer(directory, keep_last=2)
+    checkpoints = am_ckpt.Checkpointer(directory, layout=sys.argv[3], keep_last=2)
     states = [state(2), state(3)]
     sys.setprofile(watch)
     for value, entry in zip((2, 3), states, strict=True):

@@ -73,9 +73,9 @@ class Forks:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def start(self, directory: Path, last: int) -> int:
+    def start(self, directory: Path, last: int, layout: str = "sharded") -> int:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{CHILD}\t{directory}\t{last}\n")
+        self.process.stdin.write(f"{CHILD}\t{directory}\t{last}\t{layout}\n")
         self.process.stdin.flush()
         return int(self.line().removeprefix("pid "))
 
@@ -97,9 +97,10 @@ def forks() -> Any:
     server.close()
 
 
-def test_killed_before_every_change_to_the_file_system(forks: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["sharded", "direct"])
+def test_killed_before_every_change_to_the_file_system(layout: str, forks: Forks, tmp_path: Path) -> None:
     am_ckpt.Checkpointer(tmp_path / "all").save(1, state(1))
-    forks.start(tmp_path / "all", 0)
+    forks.start(tmp_path / "all", 0, layout)
     status, printed = forks.finish()
     assert status == 0
     total = int(printed)
@@ -108,7 +109,7 @@ def test_killed_before_every_change_to_the_file_system(forks: Forks, tmp_path: P
     for last in range(1, total + 1):
         directory = tmp_path / str(last)
         am_ckpt.Checkpointer(directory).save(1, state(1))
-        forks.start(directory, last)
+        forks.start(directory, last, layout)
         assert forks.finish()[0] == signal.SIGKILL
         seen.add(require_whole(directory))
         if last % 10 == 0:

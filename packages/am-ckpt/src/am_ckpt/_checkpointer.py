@@ -20,13 +20,13 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from am_ckpt._background import Background
 from am_ckpt._contents import SECTIONS, Contents, Description, Plan, collect, make_plan, owned_pieces
-from am_ckpt._format import ITEM_BYTES, element_count
+from am_ckpt._format import ITEM_BYTES, Header, element_count
 from am_ckpt._io import digest, fsync_directory
 from am_ckpt._layout import (
     FORMAT,
@@ -39,16 +39,17 @@ from am_ckpt._layout import (
     step_name,
     steps,
 )
-from am_ckpt._names import ADAPTER
+from am_ckpt._names import ADAPTER, INDEX, byte_count
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import restore
 from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
-from am_ckpt._save import Job, TensorFile, discard, run, stage
+from am_ckpt._save import Job, TensorFile, discard, file_metadata, join_records, run, stage
+from am_ckpt._shards import Piece
 from am_ckpt._staging import Buffers, Versions, require_unchanged, versions
+from am_ckpt._weight_files import FileShare, WeightFiles
 
 # What of a manifest says what was saved, beside the bytes.
-_CONTENT = ("fingerprints", "mapping", "model", "aliases", "tensors", "optimizers", "state")
-
+_CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
 
 class Checkpointer:
     """Checkpoints of one run under ``directory``. Every rank builds one with equal arguments and calls every method.
@@ -65,6 +66,13 @@ class Checkpointer:
 
     ``timeout``: seconds that ranks wait, while files are written, for one that does not report.
 
+    ``layout``: of the model in a step. ``"sharded"``: every rank writes files of its own, on any number of machines.
+    ``"direct"``: all ranks, on one machine, write into the files of a Hugging Face folder, so that ``model/`` is one,
+    which transformers opens without a merge where ``files`` has config and tokenizer; ``mapping`` is applied, files
+    hold at most ``max_shard_size`` (bytes, or text such as ``"5GB"``). Tensors sharded along later dims (tensor
+    parallel) are written row by row there, which is slower. Both are resumed by any number of ranks; optimizers are
+    sharded in both.
+
     ``files``: more files for ``model/`` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
     a file to copy; :func:`am_ckpt.hf_files` lists those of a Hugging Face folder. ``mapping``: records of how the
     module's parameters relate to the published files (see :func:`am_ckpt.load_hf`), stored for tools that export later.
@@ -79,6 +87,8 @@ class Checkpointer:
         keep_every: int | None = None,
         keep_best: tuple[str, str, int] | None = None,
         asynchronous: bool = False,
+        layout: Literal["sharded", "direct"] = "sharded",
+        max_shard_size: int | str = "5GB",
         timeout: float = 1800.0,
         files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
         mapping: Sequence[Mapping[str, Any]] | None = None,
@@ -86,10 +96,14 @@ class Checkpointer:
     ) -> None:
         if keep_best is not None and (keep_best[1] not in ("min", "max") or keep_best[2] < 1):
             raise ValueError(f"keep_best={keep_best!r} must be (metric name, 'min' or 'max', count of at least 1)")
+        if layout not in ("sharded", "direct"):
+            raise ValueError(f"layout={layout!r} must be 'sharded' or 'direct'")
         if timeout <= 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds")
         self.directory = Path(directory).absolute()
         self._keep = Keep(keep_last, keep_every, Best(*keep_best) if keep_best is not None else None)
+        self._layout = layout
+        self._max_shard_bytes = byte_count(max_shard_size)
         self._timeout = timeout
         self._background = Background() if asynchronous else None
         self._buffers = Buffers()
@@ -97,7 +111,7 @@ class Checkpointer:
         self._files = dict(files or {})
         for name in self._files:
             require_file_name(name, "files:")
-            if name.endswith(".safetensors") or name.startswith("shard-"):
+            if name.endswith(".safetensors") or name.startswith("shard-") or name == INDEX:
                 raise ValueError(f"files: {name!r}: weights in model/ are written from the state, not copied")
         self._mapping = [dict(record) for record in mapping] if mapping is not None else None
         self._fingerprints = dict(fingerprints or {})
@@ -136,15 +150,20 @@ class Checkpointer:
         plan = compute(context, lambda: make_plan(described))
         exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
         rank, size = rank_and_size()
-        files = list(_tensor_files(contents, plan, rank))
-        manifest = self._manifest(step, save_id, scores, contents, described, plan) if rank == 0 else {}
+        metadata = file_metadata(save_id, rank, size)
+        weights = compute(context, lambda: self._weight_files(described, plan))
+        headers = weights.headers({name: metadata[name] for name in ("format", "am_ckpt_save_id")}) if weights else {}
+        files = list(_tensor_files(contents, plan, rank, metadata, weights, headers))
+        manifest = self._manifest(step, save_id, scores, contents, described, plan, weights) if rank == 0 else {}
         if exists:
-            found = agree(context, lambda: _data_digests(files, contents, rank))
+            found = agree(context, lambda: _data_records(files, contents, rank))
             rank_zero(context, lambda: self._require_same(step, manifest, found))
             return
         texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
+        if rank == 0 and weights is not None and len(headers) > 1:
+            texts[f"model/{INDEX}"] = weights.index(headers)
         self._stop = threading.Event()
-        job = Job(self.directory, step, save_id, rank, size, files, texts, manifest, self._timeout, self._stop)
+        job = Job(self.directory, step, save_id, rank, size, files, headers, texts, manifest, self._timeout, self._stop)
         try:
             job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
         except BaseException:
@@ -234,20 +253,16 @@ class Checkpointer:
             return False
         return True
 
-    def _require_same(self, step: int, manifest: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    def _require_same(self, step: int, manifest: dict[str, Any], found: list[list[dict[str, Any]]]) -> None:
         path = self.directory / step_name(step)
         saved = read_manifest(path)
-        copied = {f"model/{name}" for name in self._files}
-        there = {
-            record["path"]: record.get("blocks_xxh3_128", record.get("xxh3_128"))
-            for record in saved["files"]
-            if record["path"] not in copied
-        }
-        here = {name: value for part in found for name, value in part.items()}
+        copied = {f"model/{name}" for name in (*self._files, INDEX)}
+        there = [_content_of(record) for record in saved["files"] if record["path"] not in copied]
+        here = [_content_of(record) for record in join_records(record for part in found for record in part)]
         keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] else [])]
         # As JSON gives it back.
-        described = json.loads(json.dumps({key: manifest[key] for key in keys}))
-        if (here, described) != (there, {key: saved[key] for key in keys}):
+        described = json.loads(json.dumps({key: manifest.get(key) for key in keys}))
+        if (here, described) != (there, {key: saved.get(key) for key in keys}):
             raise FileExistsError(
                 f"{path} exists with other content, metrics or number of ranks and is never overwritten; delete it, "
                 "save another step, or use another directory"
@@ -268,9 +283,22 @@ class Checkpointer:
         if self._background is None:
             return job
         copies = iter(self._buffers.copy([tensor for file in job.files for tensor in file.tensors.values()]))
-        files = [replace(file, tensors={name: next(copies) for name in file.tensors}) for file in job.files]
+        files = [file.copied(copies) for file in job.files]
         require_unchanged(before, contents.tensors)
         return replace(job, files=files)
+
+    def _weight_files(self, described: list[Description], plan: Plan) -> WeightFiles | None:
+        """The files that the ranks write the model to together, or None where each writes its own."""
+        if self._layout != "direct" or not plan.merged["model"]:
+            return None
+        for rank, description in enumerate(described):
+            if description.machine != described[0].machine:
+                raise ValueError(
+                    f"layout='direct' needs all ranks on one machine, ranks 0 and {rank} are on two: over a network, "
+                    "ranges of one file that several machines write are not safe; use layout='sharded' and am-ckpt "
+                    "merge"
+                )
+        return WeightFiles(plan.merged["model"], self._mapping, self._max_shard_bytes)
 
     def _texts(self, contents: Contents) -> dict[str, bytes]:
         """The files of the step that hold no tensors."""
@@ -285,8 +313,22 @@ class Checkpointer:
         contents: Contents,
         described: list[Description],
         plan: Plan,
+        weights: WeightFiles | None,
     ) -> dict[str, Any]:
+        tensors = {
+            section: {name: {"dtype": held.dtype, "shape": list(held.shape)} for name, held in named.items()}
+            for section, named in plan.merged.items()
+        }
+        mapped: dict[str, Any] = {"mapping": self._mapping}
+        if weights is not None and self._mapping:
+            mapped = {"mapping": None, "published": {"mapping": self._mapping, "parameters": tensors["model"]}}
+            tensors["model"] = {
+                name: {"dtype": dtype, "shape": list(shape)}
+                for group in weights.files.values()
+                for name, (dtype, shape) in group.items()
+            }
         return {
+            **mapped,
             "format": FORMAT,
             "version": VERSION,
             "step": step,
@@ -298,13 +340,9 @@ class Checkpointer:
             # JSON has no NaN; float() reads both forms.
             "metrics": {name: value if math.isfinite(value) else str(value) for name, value in scores.items()},
             "fingerprints": self._fingerprints,
-            "mapping": self._mapping,
             "model": "module" if contents.adapter is None else "adapter",
             "aliases": contents.aliases,
-            "tensors": {
-                section: {name: {"dtype": held.dtype, "shape": list(held.shape)} for name, held in tensors.items()}
-                for section, tensors in plan.merged.items()
-            },
+            "tensors": tensors,
             "optimizers": contents.optimizers,
             "state": sorted(contents.state),
         }
@@ -349,36 +387,61 @@ class Checkpointer:
         return path
 
 
-def _tensor_files(contents: Contents, plan: Plan, rank: int) -> Iterator[TensorFile]:
-    """The safetensors files that ``rank`` writes."""
+def _tensor_files(
+    contents: Contents,
+    plan: Plan,
+    rank: int,
+    metadata: Mapping[str, str],
+    weights: WeightFiles | None,
+    headers: Mapping[str, Header],
+) -> Iterator[TensorFile | FileShare]:
+    """What ``rank`` writes to safetensors files."""
     for section in SECTIONS:
-        parts = owned_pieces(contents, plan, section, rank)
-        for index, part in enumerate(parts, start=1):
+        owned = owned_pieces(contents, plan, section, rank)
+        if section == "model" and weights is not None:
+            for share in weights.shares(headers, ((name, piece) for name, parts in owned for piece in parts)):
+                yield replace(share, path=f"model/{share.path}")
+            continue
+        # One dict per file: a name occurs once in a safetensors file.
+        groups: list[dict[str, Piece]] = []
+        for name, parts in owned:
+            groups += [{} for _ in range(len(groups), len(parts))]
+            for group, piece in zip(groups, parts, strict=False):
+                group[name] = piece
+        for index, group in enumerate(groups, start=1):
             yield TensorFile(
-                f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(parts):05d}.safetensors",
-                {name: piece.values for name, piece in part.items()},
+                f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(groups):05d}.safetensors",
+                metadata,
+                {name: piece.values for name, piece in group.items()},
                 {
                     name: {
                         "saved_offsets": list(piece.box.offset),
                         "global_shape": list(plan.merged[section][name].shape),
                     }
-                    for name, piece in part.items()
+                    for name, piece in group.items()
                 },
             )
     if rank == 0:
         if contents.adapter is not None:
-            yield TensorFile(f"model/{ADAPTER}", contents.adapter, None)
+            yield TensorFile(f"model/{ADAPTER}", metadata, contents.adapter, None)
         for entry, (_, tensors) in contents.state.items():
             if tensors:
-                yield TensorFile(f"state/{entry}.safetensors", tensors, None)
+                yield TensorFile(f"state/{entry}.safetensors", metadata, tensors, None)
 
 
-def _data_digests(files: list[TensorFile], contents: Contents, rank: int) -> dict[str, Any]:
+def _data_records(files: list[TensorFile | FileShare], contents: Contents, rank: int) -> list[dict[str, Any]]:
     """What this rank would write, by file: digests of the data after the headers."""
-    digests: dict[str, Any] = {file.path: file.digests() for file in files}
+    records = [{"path": file.path, "rank": rank, **file.digests()} for file in files]
     if rank == 0:
-        digests |= {f"state/{entry}.json": digest(text) for entry, (text, _) in contents.state.items()}
-    return digests
+        for entry, (text, _) in contents.state.items():
+            records.append({"path": f"state/{entry}.json", "rank": rank, "xxh3_128": digest(text)})
+    return records
+
+
+def _content_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record is equal for equal content."""
+    keys = ("path", "blocks_xxh3_128", "boxes_xxh3_128", "xxh3_128")
+    return {key: record[key] for key in keys if key in record}
 
 
 def _file_bytes(source: str | bytes | os.PathLike[str]) -> bytes:

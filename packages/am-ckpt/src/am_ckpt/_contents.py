@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from am_ckpt._codec import encode
+from am_ckpt._io import own_lease
 from am_ckpt._layout import require_file_name
 from am_ckpt._model import mesh_axes, stored_tensors
 from am_ckpt._optimizer import optimizer_contents
@@ -61,6 +62,7 @@ class Description:
     state_digests: dict[str, str]
     state_bytes: int
     axes: dict[str, int]
+    machine: str
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,9 @@ def _describe(contents: Contents) -> Description:
                 hasher.update(block)
         digests[entry] = hasher.hexdigest()
         size += len(text) + sum(tensor.nbytes for tensor in tensors.values())
-    return Description(
-        held, digests, size, mesh_axes([t for tensors in contents.tensors.values() for t in tensors.values()])
-    )
+    axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
+    lease = own_lease()
+    return Description(held, digests, size, axes, lease["boot_id"] or lease["host"])
 
 
 def make_plan(described: Sequence[Description]) -> Plan:
@@ -190,13 +192,8 @@ def make_plan(described: Sequence[Description]) -> Plan:
     return Plan(merged, shares)
 
 
-def owned_pieces(contents: Contents, plan: Plan, section: str, rank: int) -> list[dict[str, Piece]]:
-    """What ``rank`` writes of a section, one dict per file: a name occurs once in a safetensors file."""
-    files: list[dict[str, Piece]] = []
+def owned_pieces(contents: Contents, plan: Plan, section: str, rank: int) -> Iterator[tuple[str, list[Piece]]]:
+    """What ``rank`` writes of a section, by tensor."""
     for name, boxes in plan.shares[section][rank].items():
         here = {piece.box: piece for piece in pieces(contents.tensors[section][name], name)}
-        for index, box in enumerate(boxes):
-            if index == len(files):
-                files.append({})
-            files[index][name] = here[box]
-    return files
+        yield name, [here[box] for box in boxes]

@@ -13,12 +13,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
 
 
 def _is_metric(value: Any) -> bool:
@@ -29,21 +29,36 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, dict) and value.get("dtype") in (*ITEM_BYTES,) and is_sizes(value.get("shape"))
 
 
+def _is_digested_box(value: Any) -> bool:
+    fits = isinstance(value, list) and len(value) == 3 and is_sizes(value[0]) and is_sizes(value[1])
+    return fits and len(value[0]) == len(value[1]) and _is_text(value[2])
+
+
+def _lists(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
 def _maps(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _is_published(value: Any) -> bool:
+    fits = isinstance(value, dict) and set(value) == {"mapping", "parameters"}
+    return fits and _lists(_is_object)(value["mapping"]) and _maps(_is_tensor)(value["parameters"])
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "model": lambda value: value in ("module", "adapter"),
-    "state": _is_texts,
-    "optimizers": _is_texts,
+    "state": _lists(_is_text),
+    "optimizers": _lists(_is_text),
     "aliases": _maps(_is_text),
     "metrics": _maps(_is_metric),
-    "fingerprints": lambda value: isinstance(value, dict),
-    "mapping": lambda value: value is None or (isinstance(value, list) and all(isinstance(x, dict) for x in value)),
+    "fingerprints": _is_object,
+    "mapping": lambda value: value is None or _lists(_is_object)(value),
+    "published": _is_published,
     "tensors": lambda value: _maps(_maps(_is_tensor))(value) and {"model", "optim"} <= set(value),
-    "files": lambda value: isinstance(value, list) and all(isinstance(x, dict) for x in value),
+    "files": _lists(_is_object),
 }
 _RECORD: dict[str, Callable[[Any], bool]] = {
     "path": _is_text,
@@ -51,21 +66,22 @@ _RECORD: dict[str, Callable[[Any], bool]] = {
     "rank": _is_count,
     "xxh3_128": _is_text,
     "header_xxh3_128": _is_text,
-    "blocks_xxh3_128": _is_texts,
+    "blocks_xxh3_128": _lists(_is_text),
+    "boxes_xxh3_128": _maps(_lists(_is_digested_box)),
 }
-# Of a file of tensors, and of any other.
-_DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"xxh3_128"})
+# Of a file of tensors, of one that several ranks wrote, and of any other.
+_DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"header_xxh3_128", "boxes_xxh3_128"}, {"xxh3_128"})
 
 
 def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
     """Raise ``ValueError`` unless every field has its type, ``UnsafeError`` where a path leads out of the step."""
-    _require(manifest, _FIELDS, set(), where)
+    _require(manifest, _FIELDS, {"published"}, where)
     seen: set[str] = set()
     for number, record in enumerate(manifest["files"]):
         _require(record, _RECORD, set().union(*_DIGESTS), f"{where}, files[{number}]")
         path = record["path"]
         if set(record) & set().union(*_DIGESTS) not in _DIGESTS:
-            raise ValueError(f"{where}, files[{number}]: {path} needs either {' and '.join(_DIGESTS[0])} or xxh3_128")
+            raise ValueError(f"{where}, files[{number}]: {path} has the digests of no kind of file")
         parts = path.split("/")
         plain = len(parts) == 2 and not any(part in ("", ".", "..") or not part.isprintable() for part in parts)
         if not plain:

@@ -12,17 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+import numpy
 import torch
 
-from am_ckpt._boxes import Box, describe, require_exact_cover, runs, split
+from am_ckpt._boxes import Box, describe, require_exact_cover, split
+from am_ckpt._copy import Buffers, fill, parts_of
 from am_ckpt._format import ITEM_BYTES
-from am_ckpt._io import open_for_reading, read_exactly
+from am_ckpt._io import open_for_reading
+from am_ckpt._mapping import whole_record
 from am_ckpt._shards import DTYPES, Piece, as_bytes, cut, is_direct
 from am_ckpt._sources import Source
-
-# Shorter runs that lie this close together are read as one: a page comes from the disk anyway.
-_SMALL_RUN = 4096
-_MAX_JOINED = 2**20
 
 
 def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
@@ -31,6 +30,13 @@ def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
         parts = [part for chunk in source.chunks if (part := chunk.box.intersect(box)) is not None]
         shifted = [Box(tuple(a - b for a, b in zip(p.offset, box.offset, strict=True)), p.size) for p in parts]
         require_exact_cover(f"{name!r}, part {describe(box)}", box.size, shifted)
+
+
+class _OwnBuffers(threading.local):
+    """Each thread has its own."""
+
+    def __init__(self) -> None:
+        self.buffers = Buffers()
 
 
 class Reader:
@@ -43,6 +49,7 @@ class Reader:
         self._follow_symlinks = follow_symlinks
         self._descriptors: dict[Path, int] = {}
         self._opening = threading.Lock()
+        self._own = _OwnBuffers()
 
     def __enter__(self) -> Reader:
         return self
@@ -68,37 +75,10 @@ class Reader:
             cut(target, part).copy_(buffer)
 
     def _fill(self, source: Source, box: Box, memory: memoryview) -> None:
-        item = ITEM_BYTES[source.dtype]
-        for chunk in source.chunks:
-            region = chunk.box.intersect(box)
-            if region is None:
-                continue
-            ranges = ((chunk.begin + a * item, b * item, n * item) for a, b, n in runs(region, chunk.box, box))
-            self._read_ranges(chunk.path, ranges, memory)
-
-    def _read_ranges(self, path: Path, ranges: Iterable[tuple[int, int, int]], memory: memoryview) -> None:
-        """Read (file offset, memory offset, bytes) ranges in rising file order, joining short neighbours."""
-        descriptor = self._open(path)
-        joined: list[tuple[int, int, int]] = []
-        for begin, target, count in ranges:
-            if count >= _SMALL_RUN:
-                read_exactly(descriptor, memory[target : target + count], begin, path)
-                continue
-            if joined:
-                end = joined[-1][0] + joined[-1][2]
-                if begin - end > _SMALL_RUN or begin + count - joined[0][0] > _MAX_JOINED:
-                    self._read_joined(descriptor, path, joined, memory)
-                    joined = []
-            joined.append((begin, target, count))
-        if joined:
-            self._read_joined(descriptor, path, joined, memory)
-
-    def _read_joined(self, descriptor: int, path: Path, ranges: list[tuple[int, int, int]], memory: memoryview) -> None:
-        first = ranges[0][0]
-        buffer = memoryview(bytearray(ranges[-1][0] + ranges[-1][2] - first))
-        read_exactly(descriptor, buffer, first, path)
-        for begin, target, count in ranges:
-            memory[target : target + count] = buffer[begin - first : begin - first + count]
+        if not box.count:
+            return
+        block = numpy.frombuffer(memory, f"u{ITEM_BYTES[source.dtype]}").reshape(box.size)
+        fill(block, box, parts_of(whole_record("", source.shape), source), self._open, self._own.buffers)
 
     def _open(self, path: Path) -> int:
         with self._opening:

@@ -24,6 +24,7 @@ from am_ckpt._io import block_digests, digest
 from am_ckpt._layout import MANIFEST, read_file, read_manifest, seal
 from am_ckpt._mapping import Record, output_shape, whole_record
 from am_ckpt._merge import MergeReport
+from am_ckpt._names import INDEX
 from am_ckpt._sources import Source, whole_sources
 from am_ckpt._tensors import TensorReader
 from am_ckpt._transfer import Transfer, require_free, transfer
@@ -222,8 +223,14 @@ def _step(inventory: Inventory, layout: _Layout) -> Transfer:
             found = _shards(filled, layout, f"{section}/", metadata, reader, placed_as)
             headers |= found[0]
             outputs += found[1]
-    cut = tuple(f"{section}/shard-" for section in inventory.sections)
-    kept = [{**record, "rank": 0} for record in old["files"] if not record["path"].startswith(cut)]
+    replaced = {
+        record["path"]
+        for record in old["files"]
+        if "header_xxh3_128" in record and record["path"].partition("/")[0] in inventory.sections
+    }
+    # Of a model that was not in shards; what is written is.
+    replaced.add(f"model/{INDEX}")
+    kept = [{**record, "rank": 0} for record in old["files"] if record["path"] not in replaced]
     small: dict[str, bytes] = {}
     shards = dict(headers)
     for record in kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,11 @@ from torch.optim import Optimizer
 from am_ckpt._boxes import Box
 from am_ckpt._codec import decode
 from am_ckpt._contents import MODEL, parameter_names, require_entries
-from am_ckpt._format import Header, parse_json
+from am_ckpt._copy import row_major
+from am_ckpt._format import parse_json
+from am_ckpt._inventory import inspect
 from am_ckpt._layout import checked_header, read_file, read_manifest
+from am_ckpt._mapping import Record, dropped_dims, output_shape, records_by_parameter, whole_record
 from am_ckpt._model import stored_tensors
 from am_ckpt._names import ADAPTER
 from am_ckpt._optimizer import apply, match_groups, new_slot
@@ -52,12 +54,14 @@ class _Step:
         self._reader = reader
         self._manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
+        self._sections: dict[str, dict[str, Source]] = {}
 
     def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
         """Compare ``state`` with the checkpoint and return what must be done, in order."""
         require_entries(state)
         self._manifest = read_manifest(self._folder)
         self._records = {record["path"]: record for record in self._manifest["files"]}
+        self._sections = inspect(self._folder).sections
         saved = self._manifest["fingerprints"]
         different = {
             key: (saved[key], value) for key, value in fingerprints.items() if key in saved and saved[key] != value
@@ -88,31 +92,25 @@ class _Step:
                     actions.append(_load_state(value, data))
         return actions
 
-    def _sources(self, section: str) -> dict[str, Source]:
-        """The sharded tensors of a section with all their chunks; the manifest says which there must be."""
-        sources = {
-            name: Source(item["dtype"], tuple(item["shape"]))
-            for name, item in self._manifest["tensors"][section].items()
+    def _model_sources(self) -> dict[str, Source]:
+        """The model's tensors by the names that they have in the module."""
+        sources = self._sections["model"]
+        if "published" not in self._manifest:
+            return sources
+        parameters = self._manifest["published"]["parameters"]
+        shapes = {name: tuple(item["shape"]) for name, item in parameters.items()}
+        records = records_by_parameter(self._manifest["published"]["mapping"], shapes)
+        return {
+            name: _parameter_source(
+                item["dtype"], shapes[name], records.get(name, [whole_record(name, shapes[name])]), sources
+            )
+            for name, item in parameters.items()
         }
-        for record in self._manifest["files"]:
-            if record["path"].startswith(f"{section}/shard-"):
-                path = self._folder / record["path"]
-                self._add_chunks(sources, path, checked_header(path, record))
-        return sources
-
-    def _add_chunks(self, sources: dict[str, Source], path: Path, header: Header) -> None:
-        info = json.loads(header.metadata["DCP_SHARDING_INFO"])
-        for name, entry in header.entries.items():
-            box = Box(tuple(info[name]["saved_offsets"]), entry.shape)
-            source = sources[name]
-            if entry.dtype != source.dtype or tuple(info[name]["global_shape"]) != source.shape:
-                raise ValueError(f"{path}: {name!r} is not the tensor that the manifest describes")
-            source.chunks.append(Chunk(path, entry.begin, box))
 
     def _module(self, model: nn.Module) -> Callable[[], None]:
         if self._manifest["model"] != "module":
             raise ValueError("the checkpoint holds an adapter; give the adapter as state['model'], over its base model")
-        sources = self._sources("model")
+        sources = self._model_sources()
         stored = stored_tensors(model)
         aliases = self._manifest["aliases"]
         known = {name: aliases.get(name, name) for name in [*sources, *aliases]}
@@ -152,7 +150,7 @@ class _Step:
         if self._manifest["model"] != "adapter":
             raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
         path = self._folder / "model" / ADAPTER
-        sources = whole_sources(path, checked_header(path, self._records[f"model/{ADAPTER}"]))
+        sources = self._sections["model"]
         now = model.state_dict()
         problems = _name_differences(
             [n for n in now if n not in sources], [n for n in sources if n not in now], now, sources
@@ -170,7 +168,7 @@ class _Step:
     def _optimizer(self, entry: str, optimizer: Optimizer, names: dict[int, str], saved: Any) -> Callable[[], None]:
         options = match_groups(entry, optimizer, names, saved)
         by_parameter: dict[str, dict[str, Source]] = {}
-        for key, source in self._sources("optim").items():
+        for key, source in self._sections["optim"].items():
             slot, _, name = key.partition("/")
             by_parameter.setdefault(name, {})[slot] = source
         plan: list[tuple[torch.Tensor, str, dict[str, Any], dict[str, Source]]] = []
@@ -219,6 +217,27 @@ def _whole_tensors(path: Path, record: Mapping[str, Any], reader: Reader) -> dic
         tensors[key] = torch.empty(source.shape, dtype=DTYPES[source.dtype])
         reader.read(source, Piece(source.chunks[0].box, tensors[key]))
     return tensors
+
+
+def _parameter_source(
+    dtype: str, shape: tuple[int, ...], records: Iterable[Record], published: Mapping[str, Source]
+) -> Source:
+    """A parameter of the module, put together from the published tensors that are its parts."""
+    source = Source(dtype, shape)
+    for record in records:
+        there = published.get(record.file)
+        if there is None or (there.dtype, there.shape) != (dtype, output_shape(record, shape)):
+            raise ValueError(f"{record.file!r} is not the part of {record.parameter!r} that the manifest describes")
+        dropped = dropped_dims(record, shape)
+        for chunk in there.chunks:
+            dims = zip(chunk.box.offset, chunk.box.size, row_major(chunk.box.size, 1), strict=True)
+            rows = [(0, 1, 0) if dim in dropped else next(dims) for dim in range(len(shape))]
+            if record.transpose:
+                rows[-1], rows[-2] = rows[-2], rows[-1]
+            offset = tuple(a + row[0] for a, row in zip(record.box.offset, rows, strict=True))
+            box = Box(offset, tuple(row[1] for row in rows))
+            source.chunks.append(Chunk(chunk.path, chunk.begin, box, tuple(row[2] for row in rows)))
+    return source
 
 
 def _load_state(value: Any, data: Any) -> Callable[[], None]:

@@ -17,21 +17,23 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from am_ckpt._box_digests import require_digested
 from am_ckpt._contents import SECTIONS
 from am_ckpt._format import Header, build_header, parse_json
 from am_ckpt._io import BlockDigests, fsync_directory, require_space, write_bytes, write_file
-from am_ckpt._layout import MANIFEST, STAGING, read_file, seal, step_name
+from am_ckpt._layout import MANIFEST, STAGING, checked_header, read_file, seal, step_name
 from am_ckpt._lease import clean_stale, release, sign
 from am_ckpt._ranks import Failure, describe, rebuild
 from am_ckpt._shards import byte_blocks, dtype_name
+from am_ckpt._weight_files import FileShare, create_files
 
 # Of what a rank reports: a record of some hundred bytes a file, and digests of every 16 MiB.
 _MAX_REPORT_BYTES = 2**30
@@ -41,36 +43,55 @@ _READ_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file: its place, its tensors and, for shards, where in the global tensors they are."""
+    """One safetensors file: its place, metadata and tensors and, for shards, where in the global tensors they are."""
 
     path: str
+    metadata: Mapping[str, str]
     tensors: Mapping[str, torch.Tensor]
     boxes: Mapping[str, Mapping[str, list[int]]] | None = None
 
-    def header(self, metadata: Mapping[str, str]) -> Header:
+    def write(self, folder: Path, give_up: Callable[[], None]) -> dict[str, Any]:
+        """Write the file durably; its record. ``give_up`` is called between tensors, and may raise."""
+        metadata = self.metadata
         if self.boxes is not None:
             # Read by torch's HuggingFaceStorageReader; torch ignores global_shape.
             metadata = {**metadata, "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(self.boxes)}
+        header = self._header(metadata)
+        return write_file(folder / self.path, header.text, header.file_bytes, self._blocks(header, give_up))
+
+    def digests(self) -> dict[str, Any]:
+        """``blocks_xxh3_128`` of the record, which alone is equal for equal content."""
+        digests = BlockDigests()
+        for block in self._blocks(self._header({}), lambda: None):
+            digests.update(block)
+        return {"blocks_xxh3_128": digests.hexdigests()}
+
+    def copied(self, copies: Iterator[torch.Tensor]) -> TensorFile:
+        """The same file with the next of ``copies`` for each of its tensors."""
+        return replace(self, tensors={name: next(copies) for name in self.tensors})
+
+    def _header(self, metadata: Mapping[str, str]) -> Header:
         described = {name: (dtype_name(t.dtype, name), tuple(t.shape)) for name, t in self.tensors.items()}
         return build_header(described, metadata)
 
-    def blocks(self, header: Header) -> Iterator[memoryview]:
+    def _blocks(self, header: Header, give_up: Callable[[], None]) -> Iterator[memoryview]:
         for name in header.entries:
-            yield from byte_blocks(self.tensors[name])
+            for block in byte_blocks(self.tensors[name]):
+                give_up()
+                yield block
 
-    def digests(self) -> list[str]:
-        """Of what follows the header, which alone is equal for equal content."""
-        digests = BlockDigests()
-        for block in self.blocks(self.header({})):
-            digests.update(block)
-        return digests.hexdigests()
+
+def file_metadata(save_id: str, rank: int, size: int) -> dict[str, str]:
+    """What every safetensors file of a rank says about itself."""
+    return {"format": "pt", "am_ckpt_save_id": save_id, "rank": str(rank), "world_size": str(size)}
 
 
 @dataclass(frozen=True)
 class Job:
     """What one rank writes of a step, and what rank 0 publishes: nothing in it changes while training goes on.
 
-    ``texts``: other files of this rank by path; ``manifest``: all of it but the files, on rank 0.
+    ``headers``: of the files that ranks write together, by name in ``model/``; rank 0 makes them. ``texts``: other
+    files of this rank by path; ``manifest``: all of it but the files, on rank 0.
     ``timeout``: seconds that ranks wait for each other. ``stop`` is set to give up.
     """
 
@@ -79,7 +100,8 @@ class Job:
     save_id: str
     rank: int
     size: int
-    files: list[TensorFile]
+    files: Sequence[TensorFile | FileShare]
+    headers: Mapping[str, Header]
     texts: Mapping[str, bytes]
     manifest: Mapping[str, Any]
     timeout: float
@@ -106,6 +128,7 @@ def stage(job: Job, planned_bytes: int) -> None:
     create_staging(job.staging, planned_bytes, STAGING, held=True)
     for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
         os.mkdir(job.staging / name)
+    create_files(job.staging / "step" / "model", job.headers)
 
 
 def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool) -> None:
@@ -207,7 +230,7 @@ def _given_up() -> TimeoutError:
 
 def _write(job: Job, require_unchanged: Callable[[], None]) -> list[dict[str, Any]]:
     folder = job.staging / "step"
-    records = write_files(folder, job.save_id, job.rank, job.size, job.files, job.texts, job.stop)
+    records = write_files(folder, job.rank, job.files, job.texts, job.stop)
     if job.rank:
         # Rank 0 does so when it has seen all files.
         for name in sorted({record["path"].partition("/")[0] for record in records}):
@@ -218,34 +241,40 @@ def _write(job: Job, require_unchanged: Callable[[], None]) -> list[dict[str, An
 
 def write_files(
     folder: Path,
-    save_id: str,
     rank: int,
-    size: int,
-    files: Iterable[TensorFile],
+    files: Iterable[TensorFile | FileShare],
     texts: Mapping[str, bytes],
     stop: threading.Event,
 ) -> list[dict[str, Any]]:
-    """Write the files of one rank of ``size`` into ``folder``, durably, and return their records."""
-    records: list[dict[str, Any]] = []
-    metadata = {"format": "pt", "am_ckpt_save_id": save_id, "rank": str(rank), "world_size": str(size)}
-    for file in files:
-        header = file.header(metadata)
-        record = write_file(folder / file.path, header.text, header.file_bytes, _until(stop, file.blocks(header)))
-        records.append({"path": file.path, "rank": rank, **record})
+    """Write the files of one rank into ``folder``, durably, and return their records."""
+
+    def give_up() -> None:
+        if stop.is_set():
+            raise _given_up()
+
+    records = [{"path": file.path, "rank": rank, **file.write(folder, give_up)} for file in files]
     for path, content in texts.items():
         records.append({"path": path, "rank": rank, **write_bytes(folder / path, content)})
     return records
 
 
-def _until(stop: threading.Event, blocks: Iterator[memoryview]) -> Iterator[memoryview]:
-    for block in blocks:
-        if stop.is_set():
-            raise _given_up()
-        yield block
+def join_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each file, by path, of those of all ranks: what ranks wrote of the same file becomes one."""
+    joined: dict[str, dict[str, Any]] = {}
+    for record in records:
+        shared: dict[str, Any] = {"boxes_xxh3_128": {}} if "boxes_xxh3_128" in record else {}
+        boxes = joined.setdefault(record["path"], {**record, **shared}).get("boxes_xxh3_128", {})
+        for name, rows in record.get("boxes_xxh3_128", {}).items():
+            boxes[name] = sorted([*boxes.get(name, []), *rows])
+    return [joined[path] for path in sorted(joined)]
 
 
-def seal_step(folder: Path, manifest: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
-    """Check that this process sees what all ranks wrote into ``folder``, and write the manifest."""
+def seal_step(folder: Path, manifest: Mapping[str, Any], parts: list[dict[str, Any]]) -> None:
+    """Check that this process sees what all ranks wrote into ``folder``, and write the manifest.
+
+    ``parts``: the records of all ranks.
+    """
+    records = join_records(parts)
     for record in records:
         path = folder / record["path"]
         if not path.exists():
@@ -255,7 +284,9 @@ def seal_step(folder: Path, manifest: Mapping[str, Any], records: list[dict[str,
             )
         if path.stat().st_size != record["bytes"]:
             raise OSError(f"{path} has {path.stat().st_size} bytes, rank {record['rank']} wrote {record['bytes']}")
-    write_bytes(folder / MANIFEST, seal({**manifest, "files": sorted(records, key=lambda record: record["path"])}))
+        if "boxes_xxh3_128" in record:
+            require_digested(path, checked_header(path, record), record["boxes_xxh3_128"])
+    write_bytes(folder / MANIFEST, seal({**manifest, "files": records}))
     for path in sorted(folder.iterdir()):
         if path.is_dir():
             fsync_directory(path)

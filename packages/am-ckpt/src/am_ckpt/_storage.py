@@ -42,7 +42,7 @@ from am_ckpt._io import fsync_directory
 from am_ckpt._layout import FORMAT, STAGING, VERSION, check_step
 from am_ckpt._read import Reader
 from am_ckpt._restore import read_state
-from am_ckpt._save import TensorFile, create_staging, discard, seal_step, write_files
+from am_ckpt._save import TensorFile, create_staging, discard, file_metadata, seal_step, write_files
 from am_ckpt._shards import DTYPES, Piece, dtype_name
 from am_ckpt._sources import Source
 
@@ -157,9 +157,11 @@ class StorageWriter(dcp.StorageWriter):
                 groups[section].append(group)
             where = {"saved_offsets": list(box.offset), "global_shape": list(_described(item)[1])}
             group[key] = (tensor.detach(), where)
+        metadata = file_metadata(shared["save_id"], rank, shared["size"])
         tensor_files = [
             TensorFile(
                 f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(files):05d}.safetensors",
+                metadata,
                 {key: tensor for key, (tensor, _) in group.items()},
                 {key: where for key, (_, where) in group.items()},
             )
@@ -171,9 +173,9 @@ class StorageWriter(dcp.StorageWriter):
             text, tensors = encoded_state(values, _entry(rank))
             texts[f"state/{_entry(rank)}.json"] = text
             if tensors:
-                tensor_files.append(TensorFile(f"state/{_entry(rank)}.safetensors", tensors))
+                tensor_files.append(TensorFile(f"state/{_entry(rank)}.safetensors", metadata, tensors))
         folder = Path(shared["staging"]) / "step"
-        records = write_files(folder, shared["save_id"], rank, shared["size"], tensor_files, texts, threading.Event())
+        records = write_files(folder, rank, tensor_files, texts, threading.Event())
         for section in (*SECTIONS, "state"):
             fsync_directory(folder / section)
         done: Future[list[WriteResult]] = Future()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +78,21 @@ class FileShare:
         was written here. ``give_up`` is called between blocks, and may raise.
         """
         with open_file(folder / self.path) as descriptor:
-            boxes = self.digests(descriptor, give_up)
-        return {"bytes": self.header.file_bytes, "header_xxh3_128": digest(self.header.text), "boxes_xxh3_128": boxes}
+            digests = self.digests(descriptor, give_up)
+        return {"bytes": self.header.file_bytes, "header_xxh3_128": digest(self.header.text), **digests}
 
-    def digests(
-        self, descriptor: int | None = None, give_up: Callable[[], None] = lambda: None
-    ) -> dict[str, list[list[Any]]]:
-        """Of the boxes by tensor; written on the way where a descriptor is given."""
+    def copied(self, copies: Iterator[torch.Tensor]) -> FileShare:
+        """The same with the next of ``copies`` for each of its tensors."""
+        return replace(self, tensors={key: next(copies) for key in self.tensors})
+
+    def digests(self, descriptor: int | None = None, give_up: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """``boxes_xxh3_128`` alone; written on the way where a descriptor is given."""
         found: dict[str, list[list[Any]]] = {}
         for (name, box), values in self.tensors.items():
             for block, hexdigest in _blocks(self.header.entries[name], Piece(box, values), descriptor):
                 found.setdefault(name, []).append([list(block.offset), list(block.size), hexdigest])
                 give_up()
-        return found
+        return {"boxes_xxh3_128": found}
 
 
 def create_files(folder: Path, headers: Mapping[str, Header]) -> None:
