@@ -28,7 +28,17 @@ def crash_matrix() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("writer", "sample"), [("am_ckpt_save", 15), ("am_ckpt_async", 5), ("am_ckpt_ranks", 4)])
+@pytest.mark.parametrize(
+    ("writer", "sample"),
+    [
+        ("am_ckpt_save", 15),
+        ("am_ckpt_async", 5),
+        ("am_ckpt_ranks", 4),
+        ("am_ckpt_retention", 5),
+        ("am_ckpt_merge", 5),
+        ("am_ckpt_merge_resumed", 5),
+    ],
+)
 def test_the_old_checkpoint_or_the_new_one_and_never_a_lie(
     crash_matrix: ModuleType, writer: str, sample: int, tmp_path: Path
 ) -> None:

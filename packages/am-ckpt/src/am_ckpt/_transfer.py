@@ -1,8 +1,8 @@
 """Copies planned beforehand, into a folder that appears complete or not at all, and that can be resumed.
 
-Beside the destination stands a staging folder, signed by its process::
+Beside the destination stands a staging folder::
 
-    .NAME.merging/lease.json      the process
+    .NAME.merging/lock            held by the process that writes here, with flock()
     .NAME.merging/journal.jsonl   which copies are on the disk
     .NAME.merging/folder/         what is written; fsynced, then renamed to NAME
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,6 @@ from am_ckpt._io import (
     create,
     digest,
     fsync_directory,
-    lease_state,
-    own_lease,
     remove,
     require_space,
     write_all,
@@ -41,7 +40,7 @@ from am_ckpt._io import (
 from am_ckpt._layout import read_file
 from am_ckpt._names import ADAPTER_CONFIG, DIGESTS, INDEX, hf_files
 
-_LEASE = "lease.json"
+_LOCK = "lock"
 _JOURNAL = "journal.jsonl"
 _FOLDER = "folder"
 _MAX_JOURNAL_BYTES = 256 * 2**20
@@ -119,18 +118,47 @@ def transfer(
         raise ArgumentError(f"threads={threads} must be at least 1")
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
-    staging = _staging(target)
-    folder = staging / _FOLDER
     fingerprint = _fingerprint(plan, digests)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folders = sorted({name.partition("/")[0] for name in (*plan.headers, *plan.small) if "/" in name})
-    done = _take_over(staging, fingerprint, len(jobs), resume, plan.notes)
-    hashes = [done.get(index, "") for index in range(len(jobs))] if digests else None
-    before = sum(jobs[index].count for index in done)
+    with _staging(target) as staging:
+        done = _finished(staging, plan.headers, fingerprint, len(jobs)) if resume else {}
+        if resume and not done:
+            plan.notes.append("nothing to resume, or of another source or with other arguments: started from zero")
+        try:
+            hashes = _write(plan, staging, jobs, done, fingerprint, threads, fsync, progress, digests)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        except ValueError:
+            # A source that changed or ended while it was read.
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        folder = staging / _FOLDER
+        if digests:
+            _write_small(folder, {DIGESTS: _digests_json(plan.headers, jobs, hashes)})
+        if plan.seal is not None:
+            _write_small(folder, plan.seal(folder))
+        _publish(staging, target, fsync)
+    return sum(jobs[index].count for index in done)
+
+
+def _write(
+    plan: Transfer,
+    staging: Path,
+    jobs: list[Job],
+    done: Mapping[int, str],
+    fingerprint: str,
+    threads: int | None,
+    fsync: bool,
+    progress: Callable[[int, int], None] | None,
+    digests: bool,
+) -> list[str]:
+    """Write the files of ``plan`` but for the jobs that are ``done``; return the digests of all jobs."""
+    folder = staging / _FOLDER
     if not done:
-        total = sum(header.file_bytes for header in plan.headers.values()) + sum(map(len, plan.small.values()))
-        _stage(staging, total)
-        for name in folders:
+        small_bytes = sum(map(len, plan.small.values()))
+        _empty(staging, small_bytes + sum(header.file_bytes for header in plan.headers.values()))
+        for name in {name.partition("/")[0] for name in (*plan.headers, *plan.small) if "/" in name}:
             os.mkdir(folder / name)
     _allow_open_files(len(plan.headers) + len({part.path for output in plan.outputs for part in output.parts}))
     targets: dict[str, int] = {}
@@ -145,31 +173,15 @@ def transfer(
         journal = _Journal(staging / _JOURNAL, fingerprint, targets, new=not done) if fsync else None
         threads = threads or min(os.cpu_count() or 1, 8)
         copier = Copier(targets, threads=threads, follow_symlinks=plan.follow_symlinks, digest=digests)
-        _copy(jobs, set(done), copier, journal, hashes, progress)
+        hashes = _copy(jobs, done, copier, journal, progress)
         if fsync:
             for descriptor in targets.values():
                 os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
-    except ValueError:
-        # A source that changed or ended while it was read.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     finally:
         for descriptor in targets.values():
             os.close(descriptor)
     _write_small(folder, plan.small)
-    if hashes is not None:
-        _write_small(folder, {DIGESTS: _digests_json(plan.headers, jobs, hashes)})
-    if plan.seal is not None:
-        _write_small(folder, plan.seal(folder))
-    if fsync:
-        for name in folders:
-            fsync_directory(folder / name)
-    _publish(staging, target, fsync)
-    return before
+    return hashes
 
 
 def _digests_json(headers: Mapping[str, Header], jobs: list[Job], hashes: list[str]) -> bytes:
@@ -188,37 +200,65 @@ def _digests_json(headers: Mapping[str, Header], jobs: list[Job], hashes: list[s
     return (json.dumps({"format": "am-ckpt digests", "version": 1, "files": files}) + "\n").encode()
 
 
-def _staging(target: Path) -> Path:
-    return target.with_name(f".{target.name}.merging")
+@contextlib.contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """The staging folder of ``target``, held by this process alone; ``FileExistsError`` while another has it.
+
+    What a process that died left in it is there still.
+    """
+    staging = target.with_name(f".{target.name}.merging")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        staging.mkdir(exist_ok=True)
+        try:
+            lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            # Whoever had the folder has just removed it.
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(staging / _LOCK)):
+                break
+        except BlockingIOError as error:
+            os.close(lock)
+            raise FileExistsError(
+                f"another process is merging to the same destination (its folder is {staging}); wait for it"
+            ) from error
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+    try:
+        yield staging
+    finally:
+        os.close(lock)
 
 
-def _stage(staging: Path, num_bytes: int) -> None:
-    require_space(staging.parent, num_bytes)
-    os.mkdir(staging)
-    write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
+def _empty(staging: Path, num_bytes: int) -> None:
+    """Make room in the staging folder for ``num_bytes``."""
+    (staging / _JOURNAL).unlink(missing_ok=True)
+    if os.path.lexists(staging / _FOLDER):
+        shutil.rmtree(staging / _FOLDER)
+    require_space(staging, num_bytes)
     os.mkdir(staging / _FOLDER)
 
 
 def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[Path], None]) -> list[str]:
     """Make the folder ``target`` of what ``write`` puts into the folder that it is given; the names of the files."""
-    staging = _staging(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _take_over(staging, "", 0, False, [])
-    _stage(staging, num_bytes)
-    folder = staging / _FOLDER
-    try:
-        write(folder)
-        names = sorted(path.name for path in folder.iterdir())
-        for name in names if fsync else ():
-            descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    _publish(staging, target, fsync)
+    with _staging(target) as staging:
+        try:
+            _empty(staging, num_bytes)
+            write(staging / _FOLDER)
+            names = sorted(path.name for path in (staging / _FOLDER).iterdir())
+            for name in names if fsync else ():
+                descriptor = os.open(staging / _FOLDER / name, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _publish(staging, target, fsync)
     return names
 
 
@@ -255,21 +295,20 @@ def _write_small(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _copy(
     jobs: list[Job],
-    done: set[int],
+    done: Mapping[int, str],
     copier: Copier,
     journal: _Journal | None,
-    hashes: list[str] | None,
     progress: Callable[[int, int], None] | None,
-) -> None:
-    """Copy what is not ``done``; ``hashes`` gets those of the jobs."""
+) -> list[str]:
+    """Copy what is not ``done``; the digests of all jobs."""
     total = sum(job.count for job in jobs)
     copied = sum(jobs[index].count for index in done)
+    hashes = [done.get(index, "") for index in range(len(jobs))]
     lock = threading.Lock()
 
     def finished(index: int, job: Job, value: str) -> None:
         nonlocal copied
-        if hashes is not None:
-            hashes[index] = value
+        hashes[index] = value
         if journal is not None:
             journal.add(index, value, job.count)
         with lock:
@@ -285,6 +324,7 @@ def _copy(
             with contextlib.suppress(OSError):
                 journal.write()
         raise
+    return hashes
 
 
 class _Journal:
@@ -325,32 +365,13 @@ class _Journal:
                 os.fsync(file.fileno())
 
 
-def _take_over(staging: Path, fingerprint: str, num_jobs: int, resume: bool, notes: list[str]) -> dict[int, str]:
-    """The finished jobs of an interrupted merge to the same place, or none after its folder is removed."""
-    if not os.path.lexists(staging):
-        if resume:
-            notes.append("nothing to resume: started from zero")
-        return {}
-    if lease_state(staging / _LEASE) != "dead":
-        raise FileExistsError(
-            f"another process is merging to the same destination (its folder is {staging}); wait for it, or remove "
-            "that folder if it is not running"
-        )
-    if resume:
-        done = _journalled(staging / _JOURNAL, fingerprint, num_jobs)
-        if done and (staging / _LEASE).is_file() and (staging / _FOLDER).is_dir():
-            (staging / _LEASE).unlink()
-            write_bytes(staging / _LEASE, json.dumps(own_lease()).encode())
-            return done
-        notes.append("the interrupted merge was of another source or with other arguments: started from zero")
-    remove(staging)
-    return {}
-
-
-def _journalled(path: Path, fingerprint: str, num_jobs: int) -> dict[int, str]:
-    """Digests of finished jobs by number; none where the journal is of another merge."""
+def _finished(staging: Path, headers: Mapping[str, Header], fingerprint: str, num_jobs: int) -> dict[int, str]:
+    """Digests of the finished jobs of an interrupted run by number; none where it was of another plan."""
     try:
-        lines = read_file(path, _MAX_JOURNAL_BYTES).split(b"\n")
+        for name, header in headers.items():
+            if (staging / _FOLDER / name).lstat().st_size != header.file_bytes:
+                return {}
+        lines = read_file(staging / _JOURNAL, _MAX_JOURNAL_BYTES).split(b"\n")
         if json.loads(lines[0]) != {"merge": fingerprint}:
             return {}
         # The last line is empty, or was cut off by what interrupted the merge.
@@ -364,6 +385,8 @@ def _journalled(path: Path, fingerprint: str, num_jobs: int) -> dict[int, str]:
 def _publish(staging: Path, target: Path, fsync: bool) -> None:
     folder = staging / _FOLDER
     if fsync:
+        for inner in [path for path in folder.iterdir() if path.is_dir()]:
+            fsync_directory(inner)
         fsync_directory(folder)
     filled = target.exists() and any(target.iterdir())
     if not (filled and _exchange(folder, target)):
@@ -372,10 +395,8 @@ def _publish(staging: Path, target: Path, fsync: bool) -> None:
         os.rename(folder, target)
     if fsync:
         fsync_directory(target.parent)
-        # With the lease, and what was in the way.
-        remove(staging)
-    else:
-        shutil.rmtree(staging)
+    # With the lock, and with what was in the way.
+    shutil.rmtree(staging)
 
 
 def _exchange(one: Path, other: Path) -> bool:
