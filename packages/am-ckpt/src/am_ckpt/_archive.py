@@ -140,7 +140,7 @@ class StateDict:
 
 
 def read_pickled_weights(folder: Path) -> StateDict | None:
-    """The tensors of ``pytorch_model.bin``, of its index's files or of accelerate's full state dict; None without any."""
+    """The tensors of ``pytorch_model.bin``, its index's files or accelerate's full state dict; None without any."""
     where = folder / f"{PICKLED[0]}.index.json"
     if not where.is_file():
         there = [folder / name for name in PICKLED if (folder / name).is_file()]
@@ -150,7 +150,7 @@ def read_pickled_weights(folder: Path) -> StateDict | None:
     result = StateDict()
     for tensor, name in weight_map.items():
         if tensor not in parts[name].tensors:
-            raise ValueError(f"{where} places {tensor!r} in {name}, which lacks it")
+            raise ValueError(f"{where} places {tensor!r} in {name}, which lacks it; copy both again")
         result.tensors[tensor] = parts[name].tensors[tensor]
         result.paths[tensor] = parts[name].paths[tensor]
     return result
@@ -207,7 +207,7 @@ class _Archive:
             with zipfile.ZipFile(self._window) as archive:
                 self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         except (zipfile.BadZipFile, OSError, NotImplementedError, struct.error) as error:
-            raise ValueError(f"{where} is damaged: {error}") from error
+            raise ValueError(f"{where} is damaged: {error}; copy the file again or take another step") from error
         if "byteorder" in self._members and self.member("byteorder", 16) != b"little":
             raise ValueError(f"{where} was written by a big-endian machine")
 

@@ -203,7 +203,8 @@ def _place(where: Path, fields: dict[str, Any], name: str, files: dict[str, _Fil
     found.end = max(found.end, begin + count)
     if found.size is not None and found.end > found.size:
         raise ValueError(
-            f"{path} is truncated: it has {found.size} bytes, {name!r} is at bytes {begin} to {begin + count}"
+            f"{path} is truncated: it has {found.size} bytes, {name!r} is at bytes {begin} to {begin + count}; copy it "
+            "again or take another step"
         )
     return path, begin, count
 

@@ -157,18 +157,23 @@ def read_header(path: Path, *, follow_symlinks: bool = False) -> Header:
     try:
         file_bytes = os.fstat(descriptor).st_size
         if file_bytes < 10:
-            raise ValueError(f"{path}: truncated: {file_bytes} bytes are too few for a safetensors file")
+            raise ValueError(
+                f"{path}: truncated: {file_bytes} bytes are too few for a safetensors file; copy the file again"
+            )
         prefix = bytearray(8)
         read_exactly(descriptor, prefix, 0, path)
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, file_bytes - 8):
             raise ValueError(
                 f"{path}: not a safetensors file or truncated: its header claims {length} bytes, "
-                f"the file has {file_bytes} and the limit is {MAX_HEADER_BYTES}"
+                f"the file has {file_bytes} and the limit is {MAX_HEADER_BYTES}; copy the file again"
             )
         text = bytearray(8 + length)
         read_exactly(descriptor, text, 0, path)
-        return parse_header(bytes(text), file_bytes, str(path))
+        try:
+            return parse_header(bytes(text), file_bytes, str(path))
+        except ValueError as error:
+            raise ValueError(f"{error}; copy the file again, or write it again") from error
     finally:
         os.close(descriptor)
 

@@ -370,7 +370,10 @@ def _add_shard(
             if end != source.shape:
                 source.shape = tuple(map(max, source.shape, end))
         if part.dtype != tensors[name].dtype:
-            raise ValueError(f"{path}: {name!r} is {part.dtype}, the others say {tensors[name].dtype}")
+            raise ValueError(
+                f"{path}: {name!r} is {part.dtype}, the others say {tensors[name].dtype}; the file is damaged or of "
+                "another save: copy it again"
+            )
         if box.count:
             tensors[name].chunks.append(Chunk(path, part.chunks[0].begin, box))
     return exact

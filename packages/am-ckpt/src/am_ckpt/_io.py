@@ -63,11 +63,13 @@ def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UnsafeError(f"{path} is a symbolic link; checkpoints consist of regular files") from error
+            raise UnsafeError(
+                f"{path} is a symbolic link; checkpoints consist of regular files: put the file itself there (cp -L)"
+            ) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UnsafeError(f"{path} is not a regular file")
+        raise UnsafeError(f"{path} is not a regular file; put the file itself there")
     return descriptor
 
 
@@ -79,7 +81,8 @@ def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, p
         count = os.preadv(descriptor, [view[done : done + _MAX_WRITE]], offset + done)
         if count == 0:
             raise ValueError(
-                f"{path}: truncated: it ends at byte {offset + done}, byte {offset + len(view)} was needed"
+                f"{path}: truncated: it ends at byte {offset + done}, byte {offset + len(view)} was needed; copy the "
+                "file again"
             )
         done += count
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from am_ckpt._errors import UnsafeError
 from am_ckpt._format import Header, parse_json, read_header
 from am_ckpt._io import block_digests, digest, file_digest, open_for_reading, read_exactly
 from am_ckpt._manifest import require_manifest
@@ -74,13 +75,22 @@ def read_manifest(step: Path) -> dict[str, Any]:
         raise ValueError(
             f"{step} is not a checkpoint: it has no {MANIFEST} (an unfinished or foreign folder)"
         ) from error
+    except UnsafeError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}; copy it again or take another step") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a manifest of {FORMAT}")
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {manifest.get('version')!r}; this release reads version {VERSION}")
+        raise ValueError(
+            f"{path} has format version {manifest.get('version')!r}; this release reads version {VERSION}: take the "
+            "release that wrote it"
+        )
     found = manifest.pop("xxh3_128", None)
     if digest(_text(manifest)) != found:
-        raise ValueError(f"{path} is damaged: its content does not have the digest it carries")
+        raise ValueError(
+            f"{path} is damaged: its content does not have the digest it carries; copy it again or take another step"
+        )
     require_manifest(manifest, str(path))
     return manifest
 

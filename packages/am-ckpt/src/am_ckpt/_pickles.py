@@ -132,7 +132,10 @@ def unpickle(content: bytes, allowed: Mapping[tuple[str, str], Any], where: str)
         RecursionError,
         struct.error,
     ) as error:
-        raise ValueError(f"{where} is damaged: its pickle cannot be read ({error or type(error).__name__})") from error
+        raise ValueError(
+            f"{where} is damaged: its pickle cannot be read ({error or type(error).__name__}); copy it again or take "
+            "another step"
+        ) from error
 
 
 def joined_text(*values: str | int) -> str:

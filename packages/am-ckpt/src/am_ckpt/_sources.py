@@ -70,10 +70,15 @@ def hf_sources(folder: Path) -> dict[str, Source]:
 
 def read_weight_map(where: Path, suffix: str) -> dict[str, str]:
     """Tensor -> file of an index of a Hugging Face folder; every file is in the folder and ends in ``suffix``."""
-    index = parse_json(read_file(where, _MAX_INDEX_BYTES, follow_symlinks=True), str(where))
+    try:
+        index = parse_json(read_file(where, _MAX_INDEX_BYTES, follow_symlinks=True), str(where))
+    except UnsafeError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{error}; copy the file again or write it again") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{where} has no weight_map of names to file names")
+        raise ValueError(f"{where} has no weight_map of names to file names; copy it again or write it again")
     names = sorted(set(weight_map.values()))
     for name in names:
         if name != os.path.basename(name) or name in ("", ".", "..") or not name.endswith(suffix):
@@ -93,6 +98,7 @@ def _indexed_sources(folder: Path) -> dict[str, Source]:
     absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name]]
     if absent:
         raise ValueError(
-            f"{where} places {absent[0]!r} in {weight_map[absent[0]]}, which lacks it ({len(absent)} such)"
+            f"{where} places {absent[0]!r} in {weight_map[absent[0]]}, which lacks it ({len(absent)} such); copy both "
+            "again"
         )
     return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
