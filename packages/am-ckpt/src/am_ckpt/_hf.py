@@ -100,14 +100,17 @@ def _fill(
     recompute_buffers(model, buffers, initialiser)
     # Before the weights: initialisation code may touch more than the parameter it is asked for.
     initialise_parameters(model, plan.patterns, seed, initialiser)
-    with torch.no_grad():
-        for stored in stored_tensors(model):
-            for record, source in plan.reads(stored):
-                for piece in pieces(stored.tensor, stored.name):
-                    part = file_piece(record, piece)
-                    if part is not None:
-                        reader.read(source, part)
-            _require_equal_ties(stored, plan, reader)
+    tensors = stored_tensors(model)
+    wanted = [
+        (source, part)
+        for stored in tensors
+        for record, source in plan.reads(stored)
+        for piece in pieces(stored.tensor, stored.name)
+        if (part := file_piece(record, piece)) is not None
+    ]
+    reader.read_all(wanted)
+    for stored in tensors:
+        _require_equal_ties(stored, plan, reader)
 
 
 def _require_equal_ties(stored: Stored, plan: _LoadPlan, reader: Reader) -> None:

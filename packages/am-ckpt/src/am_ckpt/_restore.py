@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +135,7 @@ class _Step:
         problems += [line for name, source, tensor in pairs for line in _shape_difference(name, source, tensor)]
         _raise_differences("the model", problems)
         ready = [(source, piece) for name, source, tensor in pairs for piece in _readable(name, source, tensor)]
-        return lambda: self._fill(ready)
-
-    def _fill(self, ready: Iterable[tuple[Source, Piece]]) -> None:
-        # Reading is copying from the page cache: it takes the cores that the ranks of this machine leave.
-        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-        with ThreadPoolExecutor(max(1, min(4, cores))) as threads:
-            for reading in [threads.submit(self._reader.read, source, piece) for source, piece in ready]:
-                reading.result()
+        return lambda: self._reader.read_all(ready)
 
     def _adapter(self, model: Any) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":
@@ -189,13 +180,14 @@ class _Step:
             # The old state goes first: both at once would double the optimizer's memory.
             optimizer.state.clear()
             values: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in saved["values"].items()}
+            wanted: list[tuple[Source, Piece]] = []
             with torch.no_grad():
                 for parameter, name, chosen, slots in plan:
                     for slot, source in slots.items():
                         tensor = new_slot(slot, parameter, source.shape, DTYPES[source.dtype], chosen)
-                        for piece in _readable(f"{slot}/{name}", source, tensor):
-                            self._reader.read(source, piece)
+                        wanted += [(source, piece) for piece in _readable(f"{slot}/{name}", source, tensor)]
                         values.setdefault(name, {})[slot] = tensor
+            self._reader.read_all(wanted)
             apply(optimizer, names, options, values)
 
         return load
