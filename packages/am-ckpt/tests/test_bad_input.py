@@ -442,6 +442,57 @@ def test_a_source_that_is_deleted_while_it_is_read(whole: Path, tmp_path: Path) 
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_destination_that_appears_while_merging_is_not_replaced(whole: Path, tmp_path: Path) -> None:
+    def appear(done: int, total: int) -> None:
+        (tmp_path / "merged").mkdir(exist_ok=True)
+        (tmp_path / "merged" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match="was made by someone else in the meantime"):
+        am_ckpt.merge(whole / "shards", tmp_path / "merged", progress=appear)
+    assert names_in(tmp_path / "merged") == ["thesis.txt"]
+    (tmp_path / "merged" / "thesis.txt").unlink()
+    # And whoever comes next does not have to wait for anything.
+    am_ckpt.merge(whole / "shards", tmp_path / "merged")
+    assert names_in(tmp_path) == ["merged"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_merge_that_could_not_be_published_blocks_nobody(resume: bool, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="merged"):
+        am_ckpt.merge(whole / "shards", tmp_path / "merged", progress=lambda done, total: (tmp_path / "merged").touch())
+    (tmp_path / "merged").unlink()
+    am_ckpt.merge(whole / "shards", tmp_path / "merged", resume=resume)
+    assert names_in(tmp_path) == ["merged"]
+
+
+def test_values_that_a_cast_makes_infinite_are_counted_and_named(tmp_path: Path, capsys: Any) -> None:
+    large = torch.ones(3, 5)
+    large[1, 2], large[2, 4], large[0, 0] = 7e4, -1e30, torch.inf
+    (tmp_path / "source").mkdir()
+    save_file({"large": large, "small": torch.full((4,), 65504.0)}, tmp_path / "source" / "model.safetensors")
+    assert main(["merge", str(tmp_path / "source"), str(tmp_path / "merged"), "--dtype", "float16"]) == 0
+    assert "note: 2 values of 1 tensors are too large for the new dtype and are infinite now: large (2)" in (
+        capsys.readouterr().out
+    )
+    assert main(["merge", str(tmp_path / "source"), str(tmp_path / "again"), "--dtype", "bfloat16"]) == 0
+    assert "infinite" not in capsys.readouterr().out
+
+
+def test_a_like_of_other_shapes_throughout(whole: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "like").mkdir()
+    (tmp_path / "like" / "config.json").write_text("{}")
+    save_file({"a": torch.ones(6, 5), "b": torch.ones(6, 5)}, tmp_path / "like" / "model.safetensors")
+    arguments = ["merge", str(whole / "distcp"), str(tmp_path / "merged"), "--like", str(tmp_path / "like")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "is of another shape: 'a' is [6, 4], there [6, 5]; 'b' is" in error
+    assert "give the folder of the model that was trained" in error
+    # One that was enlarged is not another model.
+    save_file({"a": torch.ones(6, 5), "b": torch.ones(6, 4)}, tmp_path / "like" / "model.safetensors")
+    assert main(arguments) == 0
+    assert "note: 1 tensors of other shape than in" in capsys.readouterr().out
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Any:
     """A folder in which nothing can be written, whoever asks."""

@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,8 @@ class Copier:
         self._stopped = threading.Event()
         # What is not read cannot be hashed.
         self._clones = sys.platform == "linux" and not digest
+        # Values that a cast made infinite, by tensor.
+        self.overflowed: Counter[str] = Counter()
 
     def run(self, jobs: Iterator[tuple[int, Job]], finished: Callable[[int, Job, str], None]) -> None:
         """Copy every job; ``finished`` is called after each, by the thread that did it, with the xxh3_64 of its bytes.
@@ -264,7 +267,10 @@ class Copier:
         fill(block, box, output.parts, self._open, buffers)
         data = block.reshape(-1).view(numpy.uint8).data
         if cast:
-            data = _cast(data, output.source_dtype, output.dtype)
+            data, num_lost = _cast(data, output.source_dtype, output.dtype)
+            if num_lost:
+                with self._lock:
+                    self.overflowed[output.name] += num_lost
         write_all(self._targets[output.file], data, target)
         return xxhash.xxh3_64_hexdigest(data) if self._digest else ""
 
@@ -400,11 +406,14 @@ def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffe
             _read(descriptor, begin + start * strides[0], strides, rows, buffers, path)
 
 
-def _cast(data: memoryview, source_dtype: str, dtype: str) -> memoryview:
-    """The values of ``data`` in another floating-point type, rounded to nearest even."""
+def _cast(data: memoryview, source_dtype: str, dtype: str) -> tuple[memoryview, int]:
+    """The values of ``data`` in another floating-point type, rounded to nearest even; how many became infinite."""
     # The one thing here that needs torch: numpy has no bfloat16.
     import torch
 
     from am_ckpt._shards import DTYPES, as_bytes
 
-    return as_bytes(torch.frombuffer(data, dtype=DTYPES[source_dtype]).to(DTYPES[dtype]))
+    values = torch.frombuffer(data, dtype=DTYPES[source_dtype])
+    cast = values.to(DTYPES[dtype])
+    infinite = cast.isinf()
+    return as_bytes(cast), int((infinite & ~values.isinf()).sum()) if infinite.any() else 0

@@ -130,8 +130,7 @@ class _Plan:
         unknown = sorted({str(item["parameter"]) for item in inventory.mapping or ()} - set(tensors))
         if unknown:
             raise ValueError(
-                f"the mapping of {inventory.path} speaks of {unknown[0]!r} ({len(unknown)} such), which it does "
-                "not hold"
+                f"the mapping of {inventory.path} speaks of {unknown[0]!r} ({len(unknown)} such), which is not in it"
             )
         self._check_config(files, tensors)
         described: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -203,15 +202,14 @@ class _Plan:
         if problems:
             raise IncompleteError(
                 f"{self.inventory.path} does not fit {files['config.json']}: {'; '.join(problems)}. Copy the "
-                "files of all "
-                "ranks and stages, or give the config of this model with --like"
+                "files of all ranks and stages, or give the config of this model with --like"
             )
         tied = config.get("tie_word_embeddings")
         if tied is False and HEAD in self.inventory.aliases:
             raise ValueError(
-                f"{HEAD} is tied to {self.inventory.aliases[HEAD]} in {self.inventory.path}, "
-                f"{files['config.json']} says "
-                "tie_word_embeddings=false: it would be lost; give the config of this model with --like"
+                f"{HEAD} is tied to {self.inventory.aliases[HEAD]} in {self.inventory.path}, but "
+                f"{files['config.json']} says tie_word_embeddings=false: it would be lost; give the config of this "
+                "model with --like"
             )
         embedding = tied_embedding(config, tensors)
         if embedding is not None and self.inventory.mapping is None:
@@ -241,14 +239,19 @@ class _Plan:
         if shapes and not self.inventory.exact_shapes:
             raise IncompleteError(
                 f"{self.inventory.path} does not fit {like}: {'; '.join(shapes[:3])} ({len(shapes)} such): the "
-                "files of "
-                "the last ranks are missing; copy them too"
+                "files of the last ranks are missing; copy them too"
             )
-        if theirs and not any(name in described for name in theirs):
+        common = [name for name in theirs if name in described]
+        if theirs and not common:
             raise ValueError(
                 f"no tensor of {self.inventory.path} has a name that {like} has ({next(iter(described))!r} here, "
                 f"{next(iter(theirs))!r} there): they are of different models, or the names are of a training "
                 "framework's own; give the folder of the model that was trained"
+            )
+        if len(shapes) == len(common) > 1:
+            raise ValueError(
+                f"every tensor of {self.inventory.path} that {like} has too is of another shape: "
+                f"{'; '.join(shapes[:3])}: they are of different models; give the folder of the model that was trained"
             )
         missing = [name for name in theirs if name not in described and name != HEAD]
         extra = [name for name in described if name not in theirs and name != HEAD]

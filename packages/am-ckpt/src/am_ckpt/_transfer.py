@@ -32,7 +32,6 @@ from am_ckpt._io import (
     create,
     digest,
     fsync_directory,
-    remove,
     require_space,
     write_all,
     write_bytes,
@@ -119,6 +118,7 @@ def transfer(
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
     fingerprint = _fingerprint(plan, digests)
+    replace = _is_filled(target)
     with _staging(target) as staging:
         done = _finished(staging, plan.headers, fingerprint, len(jobs)) if resume else {}
         if resume and not done:
@@ -138,7 +138,7 @@ def transfer(
             _write_small(folder, {DIGESTS: _digests_json(plan.headers, jobs, hashes)})
         if plan.seal is not None:
             _write_small(folder, plan.seal(folder))
-        _publish(staging, target, fsync)
+        _publish(staging, target, fsync, replace=replace)
     return sum(jobs[index].count for index in done)
 
 
@@ -174,6 +174,14 @@ def _write(
         threads = threads or min(os.cpu_count() or 1, 8)
         copier = Copier(targets, threads=threads, follow_symlinks=plan.follow_symlinks, digest=digests)
         hashes = _copy(jobs, done, copier, journal, progress)
+        if done and any(output.dtype != output.source_dtype for output in plan.outputs):
+            plan.notes.append("values too large for the new dtype were counted in what this run copied alone")
+        if copier.overflowed:
+            listed = ", ".join(f"{name} ({count})" for name, count in copier.overflowed.most_common(5))
+            plan.notes.append(
+                f"{copier.overflowed.total()} values of {len(copier.overflowed)} tensors are too large for the new "
+                f"dtype and are infinite now: {listed}"
+            )
         if fsync:
             for descriptor in targets.values():
                 os.fsync(descriptor)
@@ -258,7 +266,7 @@ def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[P
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _publish(staging, target, fsync)
+        _publish(staging, target, fsync, replace=False)
     return names
 
 
@@ -382,16 +390,23 @@ def _finished(staging: Path, headers: Mapping[str, Header], fingerprint: str, nu
     return done if known else {}
 
 
-def _publish(staging: Path, target: Path, fsync: bool) -> None:
+def _is_filled(target: Path) -> bool:
+    return target.exists() and any(target.iterdir())
+
+
+def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None:
+    """Give the folder its name; one that came there in the meantime is replaced only where there was one before."""
     folder = staging / _FOLDER
     if fsync:
         for inner in [path for path in folder.iterdir() if path.is_dir()]:
             fsync_directory(inner)
         fsync_directory(folder)
-    filled = target.exists() and any(target.iterdir())
+    filled = _is_filled(target)
+    if filled and not replace:
+        raise FileExistsError(f"{target} was made by someone else in the meantime; what was to be there is in {folder}")
     if not (filled and _exchange(folder, target)):
         if filled:
-            remove(target)
+            os.rename(target, staging / "replaced")
         os.rename(folder, target)
     if fsync:
         fsync_directory(target.parent)
