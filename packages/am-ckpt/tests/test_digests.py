@@ -12,6 +12,7 @@ import xxhash
 from torch.distributed.checkpoint import FileSystemWriter
 
 import am_ckpt
+from am_ckpt._cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -73,3 +74,45 @@ def test_digests_are_not_carried_to_another_model(source: Path, tmp_path: Path) 
     am_ckpt.merge(source, tmp_path / "merged", digest=True)
     am_ckpt.merge(tmp_path / "merged", tmp_path / "again", max_shard_size="1MB")
     assert not (tmp_path / "again" / "am_ckpt_digests.json").exists()
+
+
+def flip(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 4
+    path.write_bytes(content)
+
+
+def test_verify_finds_what_changed_since(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merged = Path(am_ckpt.merge(source, tmp_path / "merged", digest=True, max_shard_size="2MB").destination)
+    (merged / "config.json").write_text("{}")
+    assert am_ckpt.verify(merged, full=True).problems == []
+    first = merged / "model-00001-of-00007.safetensors"
+    (chunk,) = am_ckpt.inspect(merged).tensors["layers.0.weight"].chunks
+    assert chunk.path == first
+    flip(first, chunk.begin + 5000)
+    # Without --full, no data is read.
+    assert main(["verify", str(merged)]) == 0
+    assert main(["verify", str(merged), "--full"]) == 2
+    shown = capsys.readouterr().out
+    assert f"problem: {first} is damaged: bytes " in shown
+    assert "they hold 'layers.0.weight'" in shown
+    flip(first, chunk.begin + 5000)
+    # The header: a name.
+    content = first.read_bytes()
+    first.write_bytes(content.replace(b'"format":"pt"', b'"format":"pT"'))
+    assert "its header is not the one of am_ckpt_digests.json" in am_ckpt.verify(merged).problems[0]
+    first.write_bytes(content)
+    digests = merged / "am_ckpt_digests.json"
+    text = digests.read_text()
+    digests.write_text(text.replace("00001-of", "00009-of"))
+    missing, other = am_ckpt.verify(merged).problems
+    assert "has digests of 'model-00009-of-00007.safetensors', which is not there" in missing
+    assert "has no digests of 'model-00001-of-00007.safetensors'" in other
+    for damaged in (
+        text.replace('"version": 1', '"version": 2'),
+        text.replace("[[", "[[[", 1).replace("]]", "]]]", 1),
+        "{}",
+    ):
+        digests.write_text(damaged)
+        with pytest.raises(ValueError, match=r"digests\.json is damaged or of another release; copy it again"):
+            am_ckpt.verify(merged)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import xxhash
 
 from am_ckpt._box_digests import changed_boxes, require_digested
 from am_ckpt._boxes import describe
@@ -21,16 +22,18 @@ from am_ckpt._config import (
     tied_embedding,
     uneven_layers,
 )
+from am_ckpt._copy import file_pieces
 from am_ckpt._errors import IncompleteError
-from am_ckpt._format import ITEM_BYTES, Header, read_header
+from am_ckpt._format import ITEM_BYTES, Header, is_sizes, parse_json, read_header
 from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size, step_folder
 from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
-from am_ckpt._layout import MANIFEST, read_manifest
-from am_ckpt._names import ADAPTER_CONFIG, INDEX
+from am_ckpt._layout import MANIFEST, read_file, read_manifest
+from am_ckpt._names import ADAPTER_CONFIG, DIGESTS, INDEX
 from am_ckpt._sources import Source
 from am_ckpt._tensors import TensorReader
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+_MAX_DIGESTS_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -66,9 +69,9 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     and those of headers; of Hugging Face folders what config.json says against the tensors that are there (layers,
     vocabulary, experts, ties, dtypes), what one layer lacks and all others have, files and tensors that the index does
     not name, and whether tokenizer and chat template are there. ``full`` reads all tensors: of our steps against the
-    digests in the manifest, so that any changed bit is found, and of every kind each floating-point tensor for NaN,
-    infinities and nothing but zeros, and a tied head against its embedding. What is no tensor in a ``.distcp`` folder
-    is a pickle and is not read.
+    digests in the manifest and of ``merge(digest=True)`` against its own, so that any changed bit is found, and of
+    every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
+    embedding. What is no tensor in a ``.distcp`` folder is a pickle and is not read.
 
     Returns what was found. Raises as :func:`inspect` where the folder cannot be read at all.
     """
@@ -90,6 +93,8 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
                 report.add(problem_there)
     report.warnings += inventory.notes
     report.num_not_read = len(inventory.others) if own is None else 0
+    if os.path.lexists(inventory.path / DIGESTS):
+        _check_digests(inventory, report)
     with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
         _check_files(inventory, report)
         config = inventory.files.get("config.json")
@@ -139,14 +144,7 @@ def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report:
     for start, expected, found in zip(starts, blocks, block_digests(path, header.data_start), strict=True):
         end = min(start + BLOCK_BYTES, record["bytes"])
         if found != expected:
-            inside = [name for name, entry in header.entries.items() if entry.begin < end and start < entry.end]
-            named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
-            report.add(
-                ValueError(
-                    f"{path} is damaged: bytes {start} to {end} have digest {found} instead of {expected}; they hold "
-                    f"{named}: copy the file again or take another step"
-                )
-            )
+            report.add(_changed(path, header, start, end, found, expected))
 
 
 def _check_files(inventory: Inventory, report: VerifyReport) -> None:
@@ -166,6 +164,54 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
         report.warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS[:3])}, ...) was found")
     elif "chat_template.jinja" not in files and not _has_template(files):
         report.warnings.append("no chat template was found")
+
+
+def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
+    """Hold weight files against what ``merge(digest=True)`` wrote, all of their data with ``full``."""
+    where = inventory.path / DIGESTS
+    said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
+    files = said.get("files") if isinstance(said, dict) and said.get("version") == 1 else None
+    if not isinstance(files, dict) or not all(map(_is_digested, files.values())):
+        raise ValueError(f"{where} is damaged or of another release; copy it again, or remove it to do without")
+    used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    for name in sorted(files.keys() - used.keys()):
+        report.add(IncompleteError(f"{where} has digests of {name!r}, which is not there or not used; copy it again"))
+    for name in sorted(used.keys() - files.keys()):
+        report.add(ValueError(f"{where} has no digests of {name!r}: it is of another merge"))
+    for name in sorted(files.keys() & used.keys()):
+        header = read_header(used[name], follow_symlinks=inventory.follow_symlinks)
+        ranges = sorted(files[name]["ranges_xxh3_64"])
+        starts, ends = (
+            [header.data_start, *(row[1] for row in ranges)],
+            [*(row[0] for row in ranges), header.file_bytes],
+        )
+        if digest(header.text) != files[name].get("header_xxh3_128") or starts != ends:
+            report.add(ValueError(f"{used[name]}: its header is not the one of {DIGESTS}; copy both again"))
+            continue
+        for begin, end, expected in ranges if report.full else ():
+            hasher = xxhash.xxh3_64()
+            # The target of a link, as in the Hugging Face cache.
+            for piece in file_pieces(used[name].resolve(), begin, end):
+                hasher.update(piece)
+            if hasher.hexdigest() != expected:
+                report.add(_changed(used[name], header, begin, end, hasher.hexdigest(), expected))
+
+
+def _is_digested(record: Any) -> bool:
+    rows = record.get("ranges_xxh3_64") if isinstance(record, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 3 and is_sizes(row[:2]) and isinstance(row[2], str) for row in rows
+    )
+
+
+def _changed(path: Path, header: Header, begin: int, end: int, found: str, expected: str) -> ValueError:
+    """What to say of bytes that are not those that were written."""
+    inside = [name for name, entry in header.entries.items() if entry.begin < end and begin < entry.end]
+    named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
+    return ValueError(
+        f"{path} is damaged: bytes {begin} to {end} have digest {found} instead of {expected}; they hold {named}: copy "
+        "the file again or take another step"
+    )
 
 
 def _check_index(inventory: Inventory, report: VerifyReport) -> None:
