@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections import Counter, OrderedDict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -250,6 +253,220 @@ def test_links_are_hints_only(tmp_path: Path) -> None:
     os.unlink(tmp_path / "latest")
     os.symlink("step_000001", tmp_path / "latest")
     assert checkpoints.load({"model": model_of()}) == 2
+
+
+def test_steps_that_are_links_are_loaded_and_never_deleted(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    am_ckpt.Checkpointer(there).save(3, {"model": model_of(3)})
+    here.mkdir()
+    (here / "step_000003").symlink_to(there / "step_000003")
+    checkpoints = am_ckpt.Checkpointer(here, keep_last=1)
+    model = model_of()
+    assert checkpoints.load({"model": model}) == 3
+    assert model.weight[0, 0] == 3
+    checkpoints.save(4, {"model": model_of(4)})
+    assert names(here) == ["latest", "step_000003", "step_000004"]
+    assert names(there) == ["latest", "step_000003"]
+
+
+def test_a_link_to_nowhere_is_not_a_fresh_start(tmp_path: Path) -> None:
+    (tmp_path / "step_000003").symlink_to(tmp_path / "moved")
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    with pytest.raises(RuntimeError, match=r"none of the 1 checkpoints is whole: .*step_000003 is not a checkpoint"):
+        checkpoints.load({"model": model_of()})
+    with pytest.warns(UserWarning, match="set a damaged checkpoint aside"):
+        checkpoints.save(3, {"model": model_of(3)})
+    assert checkpoints.load({"model": model_of()}) == 3
+
+
+def test_one_broken_step_stops_neither_saving_nor_loading(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1)
+    checkpoints.save(1, {"model": model_of(1)})
+    checkpoints.save(5, {"model": model_of(5)})
+    broken = tmp_path / "step_000005"
+    moved = tmp_path / "moved"
+    (broken / "model").rename(moved)
+    (broken / "model").write_text("a file")
+    (tmp_path / "step_000007").write_text("a file")
+    checkpoints.save(2, {"model": model_of(2)})
+    with pytest.warns(UserWarning, match="SKIPPED a damaged checkpoint, going back to step_000002") as warnings:
+        assert checkpoints.load({"model": model_of()}) == 2
+    assert len(warnings) == 2
+    assert names(tmp_path) == ["latest", "moved", "step_000002", "step_000005", "step_000007"]
+
+
+def test_a_step_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1)
+    checkpoints.save(1, {"model": model_of(1)})
+    path = tmp_path / "step_000001" / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"was written by a newer am_ckpt: it has format version 2"):
+        checkpoints.save(1, {"model": model_of(1)})
+    with pytest.raises(ValueError, match=r"was written by a newer am_ckpt"):
+        checkpoints.load({"model": model_of(1)})
+    checkpoints.save(2, {"model": model_of(2)})
+    assert path.read_bytes() == before
+
+
+def test_a_step_is_named_by_number_and_found_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, value in (("here", 1), ("there", 2)):
+        am_ckpt.Checkpointer(tmp_path / folder).save(5, {"model": model_of(value)})
+    # A process that runs in a folder with a step of the same name.
+    monkeypatch.chdir(tmp_path / "there")
+    for which in (5, "step_000005"):
+        model = model_of(9)
+        assert am_ckpt.Checkpointer(tmp_path / "here").load({"model": model}, which) == 5
+        assert model.weight[0, 0] == 1
+    with pytest.raises(FileNotFoundError, match="step_000006 is not a checkpoint folder"):
+        am_ckpt.Checkpointer(tmp_path / "here").load({"model": model}, 6)
+
+
+class WithExtraState(nn.Linear):
+    """A module with state of its own kind, as fp8 layers have."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__(3, 2)
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_state_of_modules_comes_back(tmp_path: Path) -> None:
+    def build(scale: float) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), WithExtraState({"scale": torch.full((4,), scale), "history": (1, scale)}))
+
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    checkpoints.save(1, {"model": build(2.0)})
+    loaded = build(0.0)
+    assert checkpoints.load({"model": torch.compile(loaded)}) == 1
+    assert torch.equal(loaded[1].extra["scale"], torch.full((4,), 2.0))
+    assert loaded[1].extra["history"] == (1, 2.0)
+    with pytest.raises(ValueError, match=r"1 only in the checkpoint: 1\._extra_state"):
+        checkpoints.load({"model": nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))})
+    with pytest.raises(TypeError, match=r"model\['1._extra_state'\] has type builtins.object"):
+        checkpoints.save(2, {"model": nn.Sequential(nn.Linear(3, 3), WithExtraState(object()))})
+
+
+def test_optimizer_state_of_no_parameter_is_refused(tmp_path: Path) -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["global"]["step"] = 3
+    with pytest.raises(ValueError, match=r"state\['optimizer'\].state has an entry for 'global', which is in none"):
+        am_ckpt.Checkpointer(tmp_path).save(1, {"model": model, "optimizer": optimizer})
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_conjugated_and_negated_views_are_stored_as_what_they_show(asynchronous: bool, tmp_path: Path) -> None:
+    values = torch.randn(5, 3, dtype=torch.complex64)
+    model = nn.Module()
+    model.register_buffer("conjugate", values.conj())
+    model.register_buffer("negative", values.conj().imag)
+    assert model.conjugate.is_conj()
+    assert model.negative.is_neg()
+    checkpoints = am_ckpt.Checkpointer(tmp_path, asynchronous=asynchronous)
+    checkpoints.save(1, {"model": model, "state": Holder(values.conj())})
+    loaded = nn.Module()
+    # Read into such views too.
+    loaded.register_buffer("conjugate", torch.zeros(5, 3, dtype=torch.complex64).conj())
+    loaded.register_buffer("negative", torch.zeros(5, 3))
+    holder = Holder()
+    assert checkpoints.load({"model": loaded, "state": holder}) == 1
+    assert torch.equal(loaded.conjugate, torch.conj_physical(values))
+    assert torch.equal(loaded.negative, -values.imag)
+    assert torch.equal(holder.value, torch.conj_physical(values))
+
+
+def test_tensors_without_values_are_refused(tmp_path: Path) -> None:
+    meta = torch.ones(2, device="meta")
+    module = nn.Module()
+    module.register_buffer("there", meta)
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight]["momentum_buffer"] = meta
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    for state in ({"model": module}, {"model": model, "optimizer": optimizer}, {"data": Holder(meta)}):
+        with pytest.raises(ValueError, match="is on the meta device and has no values to store"):
+            checkpoints.save(1, state)
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": model})
+    with torch.device("meta"):
+        other = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="weight is on the meta device: give it memory first"):
+        checkpoints.load({"model": other})
+
+
+def test_inference_tensors_are_loaded_in_inference_mode(tmp_path: Path) -> None:
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": model_of(3)})
+    with torch.inference_mode():
+        model = nn.Module()
+        # Transposed, so that it cannot be read in place.
+        model.register_buffer("weight", torch.zeros(3, 2).T)
+        model.register_buffer("bias", torch.zeros(2))
+        assert am_ckpt.Checkpointer(tmp_path).load({"model": model}) == 1
+        assert model.weight.unique().tolist() == [3.0]
+
+
+def test_a_digest_tells_what_was_restored(tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, Any]:
+        model = model_of(value)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=value)
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer, "data": Holder(value)}
+
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    saved, loaded = state(1.0), state(2.0)
+    expected = checkpoints.digest(saved)
+    assert expected.keys() == {"tensors", "bytes", "xxh3_128"}
+    assert (expected["tensors"], expected["bytes"]) == (2 + 6, 3 * 8 * 4 + 2 * 4)
+    assert checkpoints.digest(loaded) != expected
+    checkpoints.save(1, saved)
+    checkpoints.load(loaded)
+    assert checkpoints.digest(loaded) == expected
+    # A single bit, and what is no tensor.
+    with torch.no_grad():
+        loaded["model"].bias[1:].view(torch.int32).bitwise_xor_(1)
+    assert checkpoints.digest(loaded) != expected
+    checkpoints.load(loaded)
+    loaded["data"].value = 3.0
+    assert checkpoints.digest(loaded) != expected
+
+
+@pytest.mark.parametrize("entries", [("model",), ("model", "optimizer")])
+def test_a_step_that_is_deleted_while_it_is_loaded(entries: tuple[str, ...], tmp_path: Path) -> None:
+    def state(value: float) -> dict[str, Any]:
+        model = model_of(value)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=value)
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer}
+
+    saved, loaded = state(1.0), state(2.0)
+    am_ckpt.Checkpointer(tmp_path).save(1, saved)
+    readers = set()
+
+    def delete(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_call" and function is os.preadv and not readers:
+            readers.add(threading.current_thread())
+            shutil.rmtree(tmp_path / "step_000001")
+
+    threading.setprofile(delete)
+    chosen = {entry: loaded[entry] for entry in entries}
+    try:
+        if "optimizer" in entries:
+            # Its file was not open yet.
+            with pytest.raises(FileNotFoundError, match=r"step_000001 was loaded in part, .*optim/shard-00001"):
+                am_ckpt.Checkpointer(tmp_path).load(chosen)
+        else:
+            assert am_ckpt.Checkpointer(tmp_path).load(chosen) == 1
+            assert torch.equal(loaded["model"].weight, saved["model"].weight)
+    finally:
+        threading.setprofile(None)  # type: ignore[arg-type]
+    assert readers
 
 
 def test_an_empty_directory_has_nothing_to_load(tmp_path: Path) -> None:
@@ -537,9 +754,11 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     [
         ({"keep_last": 0}, "keep_last=0 must be at least 1"),
         ({"keep_best": ("loss", "smallest", 1)}, "'min' or 'max'"),
+        ({"keep_best": ("loss", "min")}, r"keep_best=\('loss', 'min'\) must be \(metric name, 'min' or 'max', count"),
         ({"files": {"../x": ""}}, "not a plain file name"),
         ({"files": {"model.safetensors": b""}}, "weights in model/ are written from the state"),
         ({"files": {"shard-1.json": b""}}, "weights in model/ are written from the state"),
+        ({"files": {"model.safetensors.index.json": b""}}, "weights in model/ are written from the state"),
     ],
 )
 def test_impossible_arguments_are_refused_at_once(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:

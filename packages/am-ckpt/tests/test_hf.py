@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections import OrderedDict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -408,3 +410,28 @@ def test_a_config_that_would_lose_the_head_is_refused(tmp_path: Path) -> None:
         am_ckpt.save_hf(build("llama", tied=True), tmp_path / "out", files_from=tmp_path / "separate")
     with pytest.raises(ValueError, match="it would be ignored"):
         am_ckpt.save_hf(build("llama", tied=False), tmp_path / "out", files_from=tmp_path / "tied")
+
+
+def test_an_export_is_replaced_without_a_moment_in_which_there_is_none(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    am_ckpt.save_hf(nn.Linear(3, 2), out)
+    before = {path.name for path in out.iterdir()}
+    seen = []
+
+    def look(frame: FrameType, event: str, function: Any) -> None:
+        # Around every call that could change the file system.
+        if event in ("c_call", "c_return") and function.__module__ in ("posix", "_ctypes"):
+            sys.setprofile(None)
+            seen.append({path.name for path in out.iterdir()} if out.exists() else set())
+            sys.setprofile(look)
+
+    second = nn.Linear(3, 2)
+    sys.setprofile(look)
+    try:
+        am_ckpt.save_hf(second, out)
+    finally:
+        sys.setprofile(None)
+    assert len(seen) > 20
+    assert all(names == before for names in seen)
+    assert torch.equal(load_file(out / "model.safetensors")["weight"], second.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

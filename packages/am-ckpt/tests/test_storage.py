@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import am_ckpt
+from am_ckpt._layout import seal
 from am_testing import run_distributed
 
 # torch says so of every save and load without a process group.
@@ -119,7 +123,16 @@ def test_what_needs_pickle_is_refused_by_name(tmp_path: Path) -> None:
     for extra in (numpy.random.default_rng(0), torch.Generator):
         with pytest.raises(CheckpointException, match=r"'progress.extra' has a type which cannot be stored"):
             dcp.save(state_dict(0, extra=extra), storage_writer=am_ckpt.StorageWriter(tmp_path / "step"))
-    assert not (tmp_path / "step").exists()
+    assert os.listdir(tmp_path) == []
+    assert not leases()
+
+
+def leases() -> list[threading.Thread]:
+    """Threads that keep a staging folder from being removed, once those that were told to end have."""
+    for thread in threading.enumerate():
+        if thread.name == "am-ckpt lease":
+            thread.join(1.0)
+    return [thread for thread in threading.enumerate() if thread.name == "am-ckpt lease"]
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
@@ -148,6 +161,33 @@ def failing(directory: str) -> tuple[str, list[str]]:
     dcp.save(state_dict(0, "fsdp"), storage_writer=writer)
     dist.barrier()
     return message, there + sorted(os.listdir(directory))
+
+
+def abandoned(directory: str) -> list[str]:
+    """Only rank 0 creates the folder, only rank 1 fails, and the writer is given up."""
+    # Of values that are no tensors, torch has every rank write those that it alone has.
+    own = {f"rank{dist.get_rank()}": object() if dist.get_rank() == 1 else 1}
+    with pytest.raises(CheckpointException, match="'rank1' has a type which cannot be stored"):
+        dcp.save({**state_dict(0), **own}, storage_writer=am_ckpt.StorageWriter(f"{directory}/step"))
+    gc.collect()
+    assert not leases()
+    dist.barrier()
+    return os.listdir(directory)
+
+
+def test_a_writer_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    assert run_distributed(abandoned, 2, str(tmp_path)) == [[], []]
+
+
+@pytest.mark.parametrize("dcp_entry", [{}, {"prefix": 3, "paths": {}}, {"prefix": "", "paths": {"a": "b"}}, []])
+def test_a_manifest_whose_names_make_no_sense_is_refused(dcp_entry: Any, tmp_path: Path) -> None:
+    dcp.save(state_dict(0), storage_writer=am_ckpt.StorageWriter(tmp_path / "step"))
+    path = tmp_path / "step" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["xxh3_128"]
+    path.write_bytes(seal({**manifest, "dcp": dcp_entry}))
+    with pytest.raises(CheckpointException, match="damaged or of another program: it has dcp="):
+        dcp.load(state_dict(1), storage_reader=am_ckpt.StorageReader(tmp_path / "step"))
 
 
 def test_a_failure_of_one_rank_publishes_nothing(tmp_path: Path) -> None:

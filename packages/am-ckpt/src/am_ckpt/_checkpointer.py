@@ -25,7 +25,17 @@ from typing import Any, Literal
 import torch
 
 from am_ckpt._background import Background
-from am_ckpt._contents import SECTIONS, Contents, Description, Plan, collect, make_plan, owned_pieces
+from am_ckpt._contents import (
+    SECTIONS,
+    Contents,
+    Description,
+    Plan,
+    collect,
+    contents_digest,
+    make_plan,
+    owned_pieces,
+)
+from am_ckpt._errors import NewerError
 from am_ckpt._format import ITEM_BYTES, Header, element_count
 from am_ckpt._io import digest, fsync_directory
 from am_ckpt._layout import (
@@ -50,6 +60,7 @@ from am_ckpt._weight_files import FileShare, WeightFiles
 
 # What of a manifest says what was saved, beside the bytes.
 _CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
+
 
 class Checkpointer:
     """Checkpoints of one run under ``directory``. Every rank builds one with equal arguments and calls every method.
@@ -94,7 +105,7 @@ class Checkpointer:
         mapping: Sequence[Mapping[str, Any]] | None = None,
         fingerprints: Mapping[str, Any] | None = None,
     ) -> None:
-        if keep_best is not None and (keep_best[1] not in ("min", "max") or keep_best[2] < 1):
+        if keep_best is not None and not _is_best(keep_best):
             raise ValueError(f"keep_best={keep_best!r} must be (metric name, 'min' or 'max', count of at least 1)")
         if layout not in ("sharded", "direct"):
             raise ValueError(f"layout={layout!r} must be 'sharded' or 'direct'")
@@ -176,12 +187,13 @@ class Checkpointer:
             unchanged = partial(require_unchanged, before, contents.tensors)
             run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
 
-    def load(self, state: Mapping[str, Any], which: str | os.PathLike[str] = "latest") -> int | None:
+    def load(self, state: Mapping[str, Any], which: int | str | os.PathLike[str] = "latest") -> int | None:
         """Restore ``state`` in place and return its step, or None where the directory has no checkpoint. Collective.
 
-        ``which``: ``"latest"``, ``"best"`` (needs ``keep_best``), the name of a step, or a path. Damaged steps are
-        skipped with a warning where the newest or best is looked for; a named one raises ``ValueError``. Where every
-        step is damaged: ``RuntimeError``. The number of ranks and the layout may differ from those that saved.
+        ``which``: ``"latest"``, ``"best"`` (needs ``keep_best``), a step, the name of its folder, or a path. Damaged
+        steps are skipped with a warning where the newest or best is looked for; a named one raises ``ValueError``, as
+        does any that a newer release wrote. Where every step is damaged: ``RuntimeError``. The number of ranks and the
+        layout may differ from those that saved.
 
         Strict: the entries of ``state`` must be in the checkpoint, with the same parameter names, shapes, dtypes,
         tied weights and optimizer groups; otherwise one ``ValueError`` lists the differences, and nothing has been
@@ -190,10 +202,17 @@ class Checkpointer:
         """
         self.wait()
         found = rank_zero(f"no checkpoint was loaded from {self.directory}", lambda: self._choose(which))
-        if found is None:
-            return None
-        restore(found, state, self._fingerprints)
-        return int(read_manifest(found)["step"])
+        return None if found is None else restore(found, state, self._fingerprints)
+
+    def digest(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank would save of ``state``, in a line: ``tensors``, ``bytes`` and ``xxh3_128``. Collective.
+
+        Of names, places in the whole tensors, and bytes, with the other state: equal before a save and after the load
+        of it by as many ranks in the same layout, so a run can log what it has restored. Reads all of the memory.
+        """
+        contents = Contents()
+        described = agree("the state has no digest", lambda: collect(state, contents))[rank_and_size()[0]]
+        return contents_digest(contents, described)
 
     def wait(self) -> None:
         """Return when every save is durable; raise the error of one that is not. Every rank calls it.
@@ -242,10 +261,12 @@ class Checkpointer:
     def _exists(self, step: int) -> bool:
         """Whether the step is there and whole; a damaged one is moved aside."""
         path = self.directory / step_name(step)
-        if not path.exists():
+        if not os.path.lexists(path):
             return False
         try:
             check_step(path)
+        except NewerError:
+            raise
         except ValueError as error:
             aside = self.directory / f".damaged-{path.name}-{secrets.token_hex(4)}"
             os.rename(path, aside)
@@ -347,7 +368,9 @@ class Checkpointer:
             "state": sorted(contents.state),
         }
 
-    def _choose(self, which: str | os.PathLike[str]) -> Path | None:
+    def _choose(self, which: int | str | os.PathLike[str]) -> Path | None:
+        if isinstance(which, int):
+            return self._named(step_name(which))
         if which not in ("latest", "best"):
             return self._named(which)
         if which == "best" and self._keep.best is None:
@@ -362,7 +385,9 @@ class Checkpointer:
         for _, path in found:
             try:
                 check_step(path)
-            except ValueError as error:
+            except NewerError:
+                raise
+            except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
             for problem in problems:
@@ -376,15 +401,21 @@ class Checkpointer:
         return None
 
     def _named(self, which: str | os.PathLike[str]) -> Path:
-        path = Path(which)
-        if not path.exists() and not path.is_absolute():
-            path = self.directory / path
+        # Of a name that is in both, this directory's step and not that of the folder where the process runs.
+        path = self.directory / which
+        if not path.is_dir():
+            path = Path(which)
         if not path.is_dir():
             there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
             raise FileNotFoundError(f"{which} is not a checkpoint folder; steps in {self.directory}: {there}")
         path = path.resolve()
         check_step(path)
         return path
+
+
+def _is_best(value: Any) -> bool:
+    fits = isinstance(value, tuple | list) and len(value) == 3
+    return fits and isinstance(value[0], str) and value[1] in ("min", "max") and type(value[2]) is int and value[2] > 0
 
 
 def _tensor_files(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from am_ckpt._codec import encode
 from am_ckpt._io import own_lease
 from am_ckpt._layout import require_file_name
-from am_ckpt._model import mesh_axes, stored_tensors
+from am_ckpt._model import extra_states, mesh_axes, stored_tensors
 from am_ckpt._optimizer import optimizer_contents
 from am_ckpt._shards import Held, Piece, assign, byte_blocks, dtype_name, pieces
 
@@ -110,6 +110,9 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
             for stored in stored_tensors(model):
                 contents.tensors["model"][stored.name] = stored.tensor
                 contents.aliases.update(dict.fromkeys(stored.aliases, stored.name))
+            extra = {name: module.get_extra_state() for name, module in extra_states(model).items()}
+            if extra:
+                contents.state[MODEL] = encoded_state(extra, MODEL)
         else:
             contents.adapter = _adapter_tensors(model.state_dict())
     for entry, value in state.items():
@@ -167,6 +170,22 @@ def _describe(contents: Contents) -> Description:
     axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
     lease = own_lease()
     return Description(held, digests, size, axes, lease["boot_id"] or lease["host"])
+
+
+def contents_digest(contents: Contents, description: Description) -> dict[str, Any]:
+    """Number of tensors, bytes and xxh3-128 of what this rank holds."""
+    hasher = xxhash.xxh3_128(json.dumps(description.state_digests, sort_keys=True).encode())
+    sections = [*contents.tensors.items(), ("adapter", contents.adapter or {})]
+    count, size = 0, 0
+    for section, tensors in sections:
+        for name in sorted(tensors):
+            count += 1
+            for piece in pieces(tensors[name], name):
+                size += piece.values.nbytes
+                hasher.update(f"{section} {name} {piece.values.dtype} {piece.box.offset} {piece.box.size}".encode())
+                for block in byte_blocks(piece.values):
+                    hasher.update(block)
+    return {"tensors": count, "bytes": size, "xxh3_128": hasher.hexdigest()}
 
 
 def make_plan(described: Sequence[Description]) -> Plan:

@@ -9,5 +9,9 @@ class IncompleteError(ValueError):
     """Parts of a checkpoint are not there: elements that no file holds, tensors that the config calls for."""
 
 
+class NewerError(ValueError):
+    """A checkpoint of a later format version: nothing is wrong with it, and nothing may be done to it."""
+
+
 class ArgumentError(ValueError):
     """An argument that cannot be honoured, whatever the checkpoint holds."""

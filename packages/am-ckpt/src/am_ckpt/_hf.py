@@ -23,7 +23,7 @@ from torch import nn
 from am_ckpt._boxes import Box
 from am_ckpt._format import Header, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
-from am_ckpt._io import fsync_directory, remove, require_space, write_bytes
+from am_ckpt._io import exchange, fsync_directory, remove, require_space, write_bytes
 from am_ckpt._layout import require_file_name
 from am_ckpt._mapping import Record, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
@@ -362,6 +362,10 @@ def _require_replaceable(target: Path) -> None:
 def _publish(staging: Path, target: Path) -> None:
     fsync_directory(staging)
     if target.exists() and any(target.iterdir()):
+        if exchange(staging, target):
+            fsync_directory(target.parent)
+            remove(staging)
+            return
         remove(target)
     os.rename(staging, target)
     fsync_directory(target.parent)

@@ -7,6 +7,7 @@ an fsync error is final, since the kernel may have dropped the pages.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -30,6 +31,9 @@ _MAX_WRITE = 64 * 2**20
 BLOCK_BYTES = 16 * 2**20
 # Hashed and written or read at once: what the first has brought into the cache, the second finds there.
 PIECE_BYTES = 2**20
+# Of renameat2(2).
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 # What file systems without fallocate answer.
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -244,6 +248,17 @@ def point(link: Path, target: str) -> None:
         os.unlink(temporary)
         raise
     fsync_directory(link.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    try:
+        rename = library.renameat2
+    except AttributeError:
+        return False
+    result: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return result == 0
 
 
 def remove(path: Path) -> None:

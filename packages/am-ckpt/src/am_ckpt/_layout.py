@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._errors import UnsafeError
+from am_ckpt._errors import NewerError, UnsafeError
 from am_ckpt._format import Header, parse_json, read_header
 from am_ckpt._io import block_digests, digest, file_digest, open_for_reading, read_exactly
 from am_ckpt._manifest import require_manifest
@@ -71,7 +71,7 @@ def read_manifest(step: Path) -> dict[str, Any]:
     path = step / MANIFEST
     try:
         manifest = parse_json(read_file(path, _MAX_MANIFEST_BYTES), str(path))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
             f"{step} is not a checkpoint: it has no {MANIFEST} (an unfinished or foreign folder)"
         ) from error
@@ -81,11 +81,14 @@ def read_manifest(step: Path) -> dict[str, Any]:
         raise ValueError(f"{error}; copy it again or take another step") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not a manifest of {FORMAT}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has format version {manifest.get('version')!r}; this release reads version {VERSION}: take the "
-            "release that wrote it"
+    number = manifest.get("version")
+    if type(number) is int and number > VERSION:
+        raise NewerError(
+            f"{path} was written by a newer am_ckpt: it has format version {number}, this release reads {VERSION}; "
+            "take the release that wrote it"
         )
+    if number != VERSION:
+        raise ValueError(f"{path} has format version {number!r}; this release reads version {VERSION}")
     found = manifest.pop("xxh3_128", None)
     if digest(_text(manifest)) != found:
         raise ValueError(
@@ -102,7 +105,7 @@ def read_complete(step: Path) -> dict[str, Any]:
         path = step / record["path"]
         try:
             size = path.lstat().st_size
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"{path} is missing; the checkpoint is incomplete") from error
         if size != record["bytes"]:
             raise ValueError(f"{path} has {size} bytes instead of {record['bytes']}; it is damaged")
@@ -138,12 +141,12 @@ def checked_header(path: Path, record: dict[str, Any]) -> Header:
 
 
 def steps(directory: Path) -> list[tuple[int, Path]]:
-    """All folders named like a step, newest (highest step) first, whole or not."""
+    """Everything named like a step, newest (highest step) first, whole or not: links to folders elsewhere too."""
     found = []
     if directory.is_dir():
         for entry in directory.iterdir():
             match = _STEP.fullmatch(entry.name)
-            if match and entry.name == step_name(int(match[1])) and entry.is_dir() and not entry.is_symlink():
+            if match and entry.name == step_name(int(match[1])):
                 found.append((int(match[1]), entry))
     return sorted(found, reverse=True)
 

@@ -47,6 +47,11 @@ def _is_published(value: Any) -> bool:
     return fits and _lists(_is_object)(value["mapping"]) and _maps(_is_tensor)(value["parameters"])
 
 
+def _is_dcp(value: Any) -> bool:
+    keys = _lists(lambda key: type(key) in (str, int))
+    return isinstance(value, dict) and _is_text(value.get("prefix")) and _maps(keys)(value.get("paths"))
+
+
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "model": lambda value: value in ("module", "adapter"),
@@ -57,6 +62,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "fingerprints": _is_object,
     "mapping": lambda value: value is None or _lists(_is_object)(value),
     "published": _is_published,
+    "dcp": _is_dcp,
     "tensors": lambda value: _maps(_maps(_is_tensor))(value) and {"model", "optim"} <= set(value),
     "files": _lists(_is_object),
 }
@@ -75,7 +81,7 @@ _DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"header_xxh3_128", "boxes_x
 
 def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
     """Raise ``ValueError`` unless every field has its type, ``UnsafeError`` where a path leads out of the step."""
-    _require(manifest, _FIELDS, {"published"}, where)
+    _require(manifest, _FIELDS, {"published", "dcp"}, where)
     seen: set[str] = set()
     for number, record in enumerate(manifest["files"]):
         _require(record, _RECORD, set().union(*_DIGESTS), f"{where}, files[{number}]")

@@ -57,10 +57,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def _bare(prefix: str) -> list[str]:
+    return [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+
+
 def named_places(model: nn.Module) -> Iterator[tuple[Place, torch.Tensor, bool, bool]]:
     """Every name of every parameter and buffer: (place, tensor, is a parameter, is stored in state dicts)."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        base = ".".join(part for part in prefix.split(".") if part and part not in _WRAPPERS)
+        base = ".".join(_bare(prefix))
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield Place(f"{base}.{key}" if base else key, module, key), parameter, True, True
@@ -83,6 +87,15 @@ def stored_tensors(model: nn.Module) -> list[Stored]:
         if all(place.name != other.name for other in found[id(tensor)].places):
             found[id(tensor)].places.append(place)
     return list(found.values())
+
+
+def extra_states(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have state of their own kind (``get_extra_state``), by the names that it has in state dicts."""
+    return {
+        ".".join([*_bare(prefix), "_extra_state"]): module
+        for prefix, module in unwrap(model).named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
 
 
 def mesh_axes(tensors: list[torch.Tensor]) -> dict[str, int]:

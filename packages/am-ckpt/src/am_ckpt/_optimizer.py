@@ -36,6 +36,14 @@ def optimizer_contents(
     ]
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
+    grouped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for key, slots in optimizer.state.items():
+        if id(key) not in grouped and slots:
+            what = f"a tensor of shape {list(key.shape)}" if isinstance(key, torch.Tensor) else repr(key)
+            raise ValueError(
+                f"state[{entry!r}].state has an entry for {what}, which is in none of its parameter groups and would "
+                "be lost; state is stored by parameter: keep it in the groups or per parameter"
+            )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]

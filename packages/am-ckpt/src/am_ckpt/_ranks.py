@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
+from am_ckpt._errors import ArgumentError, IncompleteError, NewerError, UnsafeError
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ _ERRORS: dict[str, type[Exception]] = {
         FileExistsError,
         ArgumentError,
         IncompleteError,
+        NewerError,
         UnsafeError,
     )
 }

@@ -19,7 +19,7 @@ from am_ckpt._format import parse_json
 from am_ckpt._inventory import inspect
 from am_ckpt._layout import checked_header, read_file, read_manifest
 from am_ckpt._mapping import Record, dropped_dims, output_shape, records_by_parameter, whole_record
-from am_ckpt._model import stored_tensors
+from am_ckpt._model import extra_states, stored_tensors
 from am_ckpt._names import ADAPTER
 from am_ckpt._optimizer import apply, match_groups, new_slot
 from am_ckpt._ranks import agree
@@ -30,8 +30,8 @@ from am_ckpt._sources import Chunk, Source, whole_sources
 _MAX_STATE_BYTES = 2**30
 
 
-def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> None:
-    """Load the checkpoint ``folder`` into ``state``; see :meth:`Checkpointer.load`. Collective."""
+def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> int:
+    """Load the checkpoint ``folder`` into ``state`` and return its step; see :meth:`Checkpointer.load`. Collective."""
     with Reader() as reader:
         step = _Step(folder, reader)
         # Per rank: comparing may find differences on one rank only, and must stop all of them before any byte changes.
@@ -42,6 +42,7 @@ def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, A
         agree(
             f"{folder} was loaded in part, the state is not usable", lambda: [action() for action in actions] and None
         )
+        return step.number
 
 
 class _Step:
@@ -53,6 +54,10 @@ class _Step:
         self._manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._sections: dict[str, dict[str, Source]] = {}
+
+    @property
+    def number(self) -> int:
+        return int(self._manifest["step"])
 
     def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
         """Compare ``state`` with the checkpoint and return what must be done, in order."""
@@ -133,9 +138,23 @@ class _Step:
             set(known),
         )
         problems += [line for name, source, tensor in pairs for line in _shape_difference(name, source, tensor)]
+        modules = extra_states(model)
+        extra = read_state(self._folder, self._records, MODEL, self._reader) if MODEL in self._manifest["state"] else {}
+        problems += _name_differences(
+            [name for name in modules if name not in extra],
+            [name for name in extra if name not in modules],
+            modules,
+            extra,
+        )
         _raise_differences("the model", problems)
         ready = [(source, piece) for name, source, tensor in pairs for piece in _readable(name, source, tensor)]
-        return lambda: self._reader.read_all(ready)
+
+        def load() -> None:
+            self._reader.read_all(ready)
+            for name, module in modules.items():
+                module.set_extra_state(extra[name])
+
+        return load
 
     def _adapter(self, model: Any) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":

@@ -48,7 +48,7 @@ def manifests_of(directory: Path, read: Callable[[Path], dict[str, Any]] = read_
     for step, path in steps(directory):
         try:
             manifests[step] = read(path)
-        except ValueError:
+        except (ValueError, OSError):
             # Not counted and not deleted: a person may want to look at it.
             continue
     return manifests
@@ -59,7 +59,11 @@ def tidy(directory: Path, keep: Keep, saved: int) -> None:
 
     ``saved``, just committed, stays. What goes wrong here is a warning: the step is saved.
     """
-    manifests = manifests_of(directory)
+    try:
+        manifests = manifests_of(directory)
+    except OSError as error:
+        warnings.warn(f"step {saved} is saved; {directory} could not be listed: {error}", stacklevel=2)
+        return
     best = rank_best(list(manifests.values()), keep.best) if keep.best is not None else []
     try:
         point(directory / "latest", step_name(max(manifests)))
@@ -69,7 +73,9 @@ def tidy(directory: Path, keep: Keep, saved: int) -> None:
         warnings.warn(f"step {saved} is saved; the links in {directory} could not be set: {error}", stacklevel=2)
     for step in sorted(set(manifests) - keep.chosen(manifests) - {saved}):
         try:
-            if not pin_path(directory, step).exists():
-                remove(directory / step_name(step))
+            path = directory / step_name(step)
+            # What a link leads to is not ours to delete.
+            if not pin_path(directory, step).exists() and not path.is_symlink():
+                remove(path)
         except OSError as error:
             warnings.warn(f"step {saved} is saved; {step_name(step)} could not be deleted: {error}", stacklevel=2)

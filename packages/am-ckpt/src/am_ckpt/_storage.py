@@ -12,7 +12,8 @@ import pickle
 import secrets
 import threading
 import time
-from collections.abc import Sequence, Set
+import weakref
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +66,8 @@ class StorageWriter(dcp.StorageWriter):
         self._path = Path(path).absolute()
         self._step = step
         self._staging: Path | None = None
+        # torch does not tell that another rank has failed: then this happens when the writer is no longer used.
+        self._discard: Callable[[], object] = lambda: None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -74,10 +77,8 @@ class StorageWriter(dcp.StorageWriter):
         # torch tells newer arguments to those who take any.
         if not kwargs.get("use_collectives", True):
             raise ValueError("use_collectives=False would publish each rank's part alone; save with collectives")
-        if self._staging is not None:
-            # Of a save that failed.
-            discard(self._staging)
-            self._staging = None
+        # Of a save that failed.
+        self._discard()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan
@@ -97,12 +98,13 @@ class StorageWriter(dcp.StorageWriter):
             section, key = _place(name, prefix, model)
             tensors[section][key] = {"dtype": dtype, "shape": list(shape)}
         save_id = secrets.token_hex(8)
-        # Saves to other paths may be under way. A failure of another rank is never told to this object, so what it
-        # leaves is not held: the next save to the same path removes it, at the latest.
+        # Saves to other paths may be under way, and what a failed one leaves is not held: the next to the same path
+        # removes it, at the latest.
         prefix_of_folder = f"{STAGING}{self._path.name}-"
         self._staging = self._path.with_name(prefix_of_folder + save_id)
         planned = sum(element_count(shape) * ITEM_BYTES[dtype] for dtype, shape in described.values())
         planned += 2**16 * (1 + len(plans)) + 512 * len(described)
+        self._discard = weakref.finalize(self, discard, self._staging)
         create_staging(self._staging, planned, prefix_of_folder, held=False)
         for name in ("step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
             os.mkdir(self._staging / name)
@@ -136,6 +138,13 @@ class StorageWriter(dcp.StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what ``plan`` gives this rank, durably."""
+        try:
+            return self._write(plan, planner)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         shared = plan.storage_data
         rank, prefix, model = shared["rank"], shared["prefix"], set(shared["model"])
         # By section, one for each file: a name occurs once in a safetensors file.
@@ -188,8 +197,7 @@ class StorageWriter(dcp.StorageWriter):
         seal_step(self._staging / "step", self._manifest, [result.storage_data for part in results for result in part])
         os.rename(self._staging / "step", self._path)
         fsync_directory(self._path.parent)
-        discard(self._staging)
-        self._staging = None
+        self._discard()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
