@@ -18,7 +18,9 @@ from torch import nn
 
 import am_ckpt
 from am_ckpt._cli import main
+from am_ckpt._format import ITEM_BYTES
 from am_ckpt._layout import seal
+from am_ckpt._tensors import TensorReader
 
 
 @pytest.fixture
@@ -341,6 +343,40 @@ def test_every_part_of_a_distcp_folder_is_read(tmp_path: Path, capsys: Any) -> N
     flip(chunk.path, chunk.begin + chunk.archive_bytes - 20, 0)
     report = am_ckpt.verify(tmp_path / "b")
     assert (report.exit_code, "'optimizer.state.w.exp_avg' in the archive" in report.problems[0]) == (2, True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["dcp", "torch"])
+def test_every_flipped_bit_of_a_tensor_that_torch_saved_is_found(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = {
+        "model": {"w": torch.randn(300, 200), "ids": torch.arange(50)},
+        "optimizer": {"state": {"m": torch.ones(9)}},
+    }
+    folder = tmp_path / "step"
+    if kind == "dcp":
+        dcp.save(state, checkpoint_id=folder)
+    else:
+        folder.mkdir()
+        torch.save(state, folder / "pytorch_model.bin")
+    assert am_ckpt.verify(folder, full=True).exit_code == 0
+    chance = random.Random(0)
+    inventory = am_ckpt.inspect(folder)
+    with TensorReader(follow_symlinks=False) as reader:
+        for section, tensors in inventory.sections.items():
+            for name, source in tensors.items():
+                (chunk,) = reader.located(name, source).chunks
+                for _ in range(8):
+                    byte = chunk.begin + chance.randrange(chunk.box.count * ITEM_BYTES[source.dtype])
+                    bit = chance.randrange(8)
+                    flip(chunk.path, byte, bit)
+                    report = am_ckpt.verify(folder, full=True)
+                    assert report.exit_code == 2
+                    assert f"{chunk.path} is damaged: bytes " in report.problems[0]
+                    whole = name if section == "model" else f"{section}.{name}"
+                    assert f"they hold '{whole}'" in report.problems[0]
+                    flip(chunk.path, byte, bit)
+    assert am_ckpt.verify(folder, full=True).exit_code == 0
 
 
 def test_a_manifest_that_lists_a_state_without_its_file(step: Path) -> None:

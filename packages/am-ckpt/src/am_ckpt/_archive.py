@@ -10,6 +10,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from am_ckpt._boxes import Box, Shape
+from am_ckpt._copy import file_pieces
 from am_ckpt._errors import UnsafeError
 from am_ckpt._format import ITEM_BYTES, element_count
 from am_ckpt._io import open_for_reading, read_exactly
@@ -129,6 +131,26 @@ def locate(name: str, dtype: str, chunk: Chunk, descriptor: int) -> Chunk:
     return Chunk(chunk.path, found.begin, chunk.box, found.strides)
 
 
+def changed_ranges(path: Path, begin: int, size: int, where: str) -> list[tuple[int, int]]:
+    """First byte and end of the members of an archive that do not have the CRC-32 that torch noted.
+
+    Where it noted none (``torch.serialization.set_crc32_options(False)``), nothing is found.
+    """
+    descriptor = open_for_reading(path)
+    try:
+        ranges = _Archive(descriptor, begin, size, path, where).ranges()
+    finally:
+        os.close(descriptor)
+    return [(start, end) for start, end, noted in ranges if noted and noted != _crc32(path, start, end)]
+
+
+def _crc32(path: Path, begin: int, end: int) -> int:
+    value = 0
+    for piece in file_pieces(path, begin, end):
+        value = zlib.crc32(piece, value)
+    return value
+
+
 @dataclass
 class StateDict:
     """Tensors of nested dicts by name; ``paths``: name -> the keys that lead to it; ``others``: what is no tensor."""
@@ -233,6 +255,11 @@ class _Archive:
         first = self._begin + begin + saved.offset * ITEM_BYTES[dtype]
         chunk = Chunk(self._path, first, Box((0,) * len(size), size), None if same else strides)
         return Source(dtype, size, [chunk])
+
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """First byte in the file, end and noted CRC-32 of every member."""
+        places = [(*self._place(name), info.CRC) for name, info in self._members.items()]
+        return [(self._begin + begin, self._begin + begin + count, noted) for begin, count, noted in places]
 
     def member(self, name: str, limit: int) -> bytes:
         """The content of a member of at most ``limit`` bytes."""

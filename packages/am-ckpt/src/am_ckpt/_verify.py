@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import xxhash
 
+from am_ckpt._archive import changed_ranges
 from am_ckpt._box_digests import changed_boxes, require_digested
 from am_ckpt._boxes import describe
 from am_ckpt._config import (
@@ -68,8 +69,10 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
     and those of headers; of Hugging Face folders what config.json says against the tensors that are there (layers,
     vocabulary, experts, ties, dtypes), what one layer lacks and all others have, files and tensors that the index does
-    not name, and whether tokenizer and chat template are there. ``full`` reads all tensors: of our steps against the
-    digests in the manifest and of ``merge(digest=True)`` against its own, so that any changed bit is found, and of
+    not name, and whether tokenizer and chat template are there.
+
+    ``full`` reads all tensors: of our steps against the digests in the manifest, of ``merge(digest=True)`` against its
+    own, of files of ``torch.save`` (``.distcp`` too) against their CRC-32, so that any changed bit is found; and of
     every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
     embedding. What is no tensor in a ``.distcp`` folder is a pickle and is not read.
 
@@ -100,6 +103,8 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
         config = inventory.files.get("config.json")
         if config is not None and not inventory.adapter:
             _check_config(inventory, read_config(config), reader, report)
+        if full and inventory.kind == "torch":
+            _check_pickled(inventory, report)
         for section_name in inventory.sections if not report.problems else ():
             _check_values(inventory, section_name, reader, report)
     return report
@@ -267,13 +272,40 @@ def _has_template(files: Mapping[str, Path]) -> bool:
     return "tokenizer_config.json" in files and "chat_template" in read_config(files["tokenizer_config.json"])
 
 
+def _prefix(inventory: Inventory, section: str) -> str:
+    """What names of tensors outside the model begin with in messages."""
+    if section in ("", inventory.section):
+        return ""
+    return section + ("/" if inventory.kind == "am-ckpt" else ".")
+
+
+def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
+    """All bytes of files of ``torch.save`` against the CRC-32 that they carry."""
+    inside: dict[Path, list[tuple[int, str]]] = {}
+    for section, tensors in inventory.sections.items():
+        for name, source in tensors.items():
+            place = source.chunks[0]
+            inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
+    for path, places in inside.items():
+        for begin, end in changed_ranges(path.resolve(), 0, path.stat().st_size, str(path)):
+            names = [repr(name) for start, name in places if begin <= start < end]
+            report.add(_not_as_noted(path, begin, end, ", ".join(names[:5]) or "what describes the tensors"))
+
+
+def _not_as_noted(path: Path, begin: int, end: int, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: bytes {begin} to {end} do not have the CRC-32 that torch noted; they hold {what}: copy "
+        "the file again or take another step"
+    )
+
+
 def _check_values(inventory: Inventory, section: str, reader: TensorReader, report: VerifyReport) -> None:
     """Archives of ``.distcp`` files; with ``full`` every value: what is not finite, tensors of zeros.
 
     Outside the model both may be meant: moments start as zeros, and the best loss as infinity.
     """
     model = section == inventory.section
-    prefix = "" if model or not section else section + ("/" if inventory.kind == "am-ckpt" else ".")
+    prefix = _prefix(inventory, section)
     zeros = []
     for tensor, source in inventory.sections[section].items():
         name = prefix + tensor
@@ -283,6 +315,10 @@ def _check_values(inventory: Inventory, section: str, reader: TensorReader, repo
             elif source.dtype not in ITEM_BYTES:
                 report.warnings.append(f"{name!r} is {source.dtype}: its values were not read")
             else:
+                for chunk in source.chunks:
+                    if chunk.archive_bytes is not None:
+                        for begin, end in changed_ranges(chunk.path, chunk.begin, chunk.archive_bytes, str(chunk.path)):
+                            report.add(_not_as_noted(chunk.path, begin, end, f"{name!r} {describe(chunk.box)}"))
                 bad, only_zeros = _look(name, source, reader)
                 if bad is not None and model:
                     report.add(
