@@ -78,7 +78,13 @@ def test_nemo_automodel_consolidated_and_adapters(tmp_path: Path) -> None:
 
 def test_torchtitan(tmp_path: Path, capsys: Any) -> None:
     # The model's own state is at the top level, everything else below a name.
-    model = {"tok_embeddings.weight": torch.ones(6, 4), "layers.0.attention.wq.weight": torch.ones(4, 4)}
+    queries = torch.arange(16.0).view(4, 4)
+    model = {
+        "tok_embeddings.weight": torch.ones(6, 4),
+        "layers.0.attention_norm.weight": torch.ones(4),
+        "layers.0.attention.wq.weight": queries,
+        "output.weight": torch.ones(6, 4),
+    }
     rest = {"optimizer": {"state.tok_embeddings.weight.exp_avg": torch.ones(6, 4)}, "train_state": {"step": 3}}
     folder = tmp_path / "checkpoint" / "step-3"
     dcp.save({**model, **rest}, checkpoint_id=folder)
@@ -86,9 +92,12 @@ def test_torchtitan(tmp_path: Path, capsys: Any) -> None:
     assert inventory.tensors.keys() == model.keys()
     assert any("torchtitan's own" in note for note in inventory.notes)
     am_ckpt.merge(folder, tmp_path / "merged")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="has torchtitan's names"):
-        am_ckpt.merge(folder, tmp_path / "again")
+    (folder / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 1}')
+    am_ckpt.merge(folder, tmp_path / "again")
+    # Names as they were before release 0.3; pairs of rows become two halves.
+    published = load_file(tmp_path / "again" / "model.safetensors")
+    assert {"model.embed_tokens.weight", "lm_head.weight"} < published.keys()
+    assert torch.equal(published["model.layers.0.self_attn.q_proj.weight"], queries[[0, 2, 1, 3]])
     assert main(["inspect", str(tmp_path / "checkpoint")]) == 1
     assert f"several checkpoints; give one of them, such as {folder}" in capsys.readouterr().err
     shards(tmp_path / "step-4" / "sharded")

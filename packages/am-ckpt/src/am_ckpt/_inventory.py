@@ -25,6 +25,7 @@ from am_ckpt._format import ITEM_BYTES, element_count, is_sizes, parse_json, rea
 from am_ckpt._layout import MANIFEST, checked_header, read_file, read_manifest, require_file_name
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
 from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
+from am_ckpt._torchtitan import is_torchtitan
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # Of a config, a tokenizer or code.
@@ -36,7 +37,6 @@ _BESIDE = ".hf_metadata"
 _STEPS = re.compile(r"(?:step|checkpoint|iter|global_step)[_-]?\d+|epoch_\d+_step_\d+|epoch=\d+-step=\d+\.ckpt")
 # What wrappers of modules put into names; a state dict that torch gathers has none of them.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-TORCHTITAN = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
 
 
 @dataclass
@@ -282,10 +282,10 @@ def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Sou
     changed = [name for name in tensors if name not in plain]
     if changed:
         notes.append(f"the names of {len(changed)} tensors are without those of wrappers, such as {changed[0]}")
-    if all(name in plain for name in TORCHTITAN):
+    if is_torchtitan(plain):
         notes.append(
-            "the names are torchtitan's own, which transformers does not know: for a Hugging Face model, save with "
-            "torchtitan's last_save_in_hf, or use its convert_to_hf.py"
+            "the names are torchtitan's own: merge writes those of transformers where it is given the model's config "
+            "(--like)"
         )
     return plain
 
@@ -459,6 +459,9 @@ def _choose_section(folder: Path, sections: Mapping[str, Any], optimizers: set[s
         return section
     if not sections:
         raise ArgumentError(f"{folder} holds no tensors")
+    if is_torchtitan(sections.get("", ())):
+        # Its model lies at the top, beside the other parts.
+        return ""
     named = [name for name in sections if name.rpartition(".")[2] in ("model", "module", "model_state_dict")]
     if len(named) == 1:
         return named[0]

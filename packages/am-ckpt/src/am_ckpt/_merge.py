@@ -19,11 +19,12 @@ from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
 from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
-from am_ckpt._inventory import TORCHTITAN, Inventory, inspect, paused_collector
+from am_ckpt._inventory import Inventory, inspect, paused_collector
 from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, DIGESTS, INDEX, SINGLE, byte_count, hf_files, weight_files
 from am_ckpt._sources import Source, hf_sources, whole_sources
 from am_ckpt._tensors import TensorReader
+from am_ckpt._torchtitan import as_published, is_torchtitan
 from am_ckpt._transfer import Transfer, require_free, transfer
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -123,6 +124,10 @@ class _Plan:
         files = {**inventory.files, **like_files}
         self.small = inventory.small_files() | {name: path.read_bytes() for name, path in like_files.items()}
         tensors = dict(inventory.tensors)
+        if "config.json" in files and is_torchtitan(tensors):
+            with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
+                where = files["config.json"]
+                tensors = as_published(tensors, read_config(where), where, reader.located)
         for name, item in tensors.items():
             if item.dtype not in ITEM_BYTES:
                 raise ValueError(f"{name!r} is {item.dtype}, which safetensors cannot hold; leave it out of the model")
@@ -193,11 +198,6 @@ class _Plan:
             self.notes.append("no config.json was found: transformers cannot open the result; give --like")
             return
         config = read_config(files["config.json"])
-        if "model_type" in config and all(name in tensors for name in TORCHTITAN):
-            raise ValueError(
-                f"{self.inventory.path} has torchtitan's names, {files['config.json']} is of transformers, which would "
-                "find none of its weights: convert the checkpoint with torchtitan's convert_to_hf.py"
-            )
         problems = config_problems(config, tensors) if self.inventory.mapping is None else []
         if problems:
             raise IncompleteError(
