@@ -1,4 +1,4 @@
-"""Shards of a training run into a folder that transformers, vLLM and peft open: byte ranges from file to file.
+"""Shards of a training run into a Hugging Face folder: byte ranges from file to file.
 
 Planned from headers alone, with every element accounted for, before a byte is written; copied through small buffers
 into a staging folder beside the destination; fsynced and renamed. No model, no GPU, no tensor in memory.
