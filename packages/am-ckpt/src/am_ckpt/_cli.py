@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from am_ckpt._boxes import describe
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
 
 _EXIT_CODES = (
@@ -131,6 +130,7 @@ def _parser() -> _Parser:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from am_ckpt._boxes import describe
     from am_ckpt._inventory import inspect
 
     inventory = inspect(options.path, section=options.section)

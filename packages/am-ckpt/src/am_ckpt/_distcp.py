@@ -168,7 +168,7 @@ def _join(name: str, known: Source, more: Source, where: Path) -> None:
             f"{where}: {name!r} is {more.dtype} {list(more.shape)}, for earlier ranks {known.dtype} "
             f"{list(known.shape)}: the files are of different saves; remove the stale ones"
         )
-    known.chunks += more.chunks
+    known.chunks = [*known.chunks, *more.chunks]
 
 
 def _shape(value: Any, where: Path, name: str) -> Shape:
@@ -223,7 +223,8 @@ def _tensor(
     state = vars(described).get("state")
     if not isinstance(state, tuple) or not state or not isinstance(state[0], str):
         raise ValueError(f"{where} is damaged: {name!r} has no dtype")
-    source = Source(state[0], _shape(fields.get("size"), where, name))
+    shape = _shape(fields.get("size"), where, name)
+    found: list[Chunk] = []
     for chunk in chunks:
         if type(chunk) is not kinds["ChunkStorageMetadata"]:
             raise ValueError(f"{where} is damaged: {name!r} has a chunk of {type(chunk).__name__}")
@@ -231,12 +232,12 @@ def _tensor(
             _shape(vars(chunk).get("offsets"), where, name),
             _shape(vars(chunk).get("sizes"), where, name),
         )
-        if len(box.offset) != len(source.shape) or len(box.size) != len(source.shape):
-            raise ValueError(f"{where} is damaged: {name!r} has {len(source.shape)} dims, a chunk of it has others")
+        if len(box.offset) != len(shape) or len(box.size) != len(shape):
+            raise ValueError(f"{where} is damaged: {name!r} has {len(shape)} dims, a chunk of it has others")
         if not box.count:
             continue
         place = places.get((name, box.offset))
         if place is None:
             raise IncompleteError(f"{where} says nowhere in which file {name!r} from {list(box.offset)} on is")
-        source.chunks.append(Chunk(place[0], place[1], box, archive_bytes=place[2]))
-    return source
+        found.append(Chunk(place[0], place[1], box, archive_bytes=place[2]))
+    return Source(state[0], shape, found)

@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import operator
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from am_ckpt._archive import PICKLED, StateDict, read_pickled_weights
-from am_ckpt._boxes import Box, describe, require_exact_cover
+from am_ckpt._cover import cover_problems
 from am_ckpt._distcp import METADATA, metadata_files, read_metadata
 from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
-from am_ckpt._format import ITEM_BYTES, element_count, is_sizes, parse_json, read_header
-from am_ckpt._layout import MANIFEST, checked_header, read_file, read_manifest, require_file_name
+from am_ckpt._format import ITEM_BYTES, Header, element_count, parse_json, read_header
+from am_ckpt._layout import (
+    FORMAT,
+    MANIFEST,
+    checked_header,
+    read_file,
+    read_manifest,
+    require_file_name,
+)
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
-from am_ckpt._sources import Chunk, Source, hf_sources, whole_sources
+from am_ckpt._shard_files import shard_sources
+from am_ckpt._sources import Source, hf_sources, paths_of, share_tables, whole_sources
 from am_ckpt._torchtitan import is_torchtitan
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
@@ -37,6 +45,7 @@ _BESIDE = ".hf_metadata"
 _STEPS = re.compile(r"(?:step|checkpoint|iter|global_step)[_-]?\d+|epoch_\d+_step_\d+|epoch=\d+-step=\d+\.ckpt")
 # What wrappers of modules put into names; a state dict that torch gathers has none of them.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_FLAT = re.compile(r"flat_param(?:_\d+)?$")
 
 
 @dataclass
@@ -157,17 +166,35 @@ def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inve
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
     with paused_collector():
         inventory = _open(folder, section)
-        for name, source in inventory.tensors.items():
-            problem = cover_problem(name, source)
-            if problem is not None:
-                inventory.problems.append(problem)
+        flat = [name for name in inventory.tensors if _FLAT.search(name)]
+        if flat:
+            inventory.problems.append(
+                ValueError(
+                    f"{flat[0]!r} is a flattened FSDP1 parameter, whose layout is not in the checkpoint: save with "
+                    "StateDictType.SHARDED_STATE_DICT or FSDP2"
+                )
+            )
+        inventory.problems += cover_problems(inventory.tensors)
     return inventory
 
 
 def step_folder(folder: Path) -> Path | None:
     """The step of ours that ``folder`` is, or is the model of; the manifest knows which shards belong together."""
     places = (folder, folder.parent) if folder.name == "model" else (folder,)
-    return next((place for place in places if os.path.lexists(place / MANIFEST)), None)
+    return next((place for place in places if os.path.lexists(place / MANIFEST) and _is_step(place)), None)
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether a manifest.json is ours, damaged or not: other programs have such files too."""
+    try:
+        manifest = json.loads(read_file(folder / MANIFEST, _MAX_SMALL_BYTES))
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
+            return True
+    except (ValueError, OSError, RecursionError):
+        # What is beside it says whose it was.
+        pass
+    weights = sorted((folder / "model").glob("*.safetensors"))
+    return bool(weights) and "am_ckpt_save_id" in read_header(weights[0]).metadata
 
 
 def _open(folder: Path, section: str | None) -> Inventory:
@@ -216,7 +243,7 @@ def _open(folder: Path, section: str | None) -> Inventory:
 
 def _require_no_step(folder: Path, inventory: Inventory) -> None:
     """Refuse the shards of a step of ours without what says how many there must be."""
-    paths = {chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    paths = paths_of(inventory.tensors.values())
     if paths and min(paths).suffix == ".safetensors" and "am_ckpt_save_id" in read_header(min(paths)).metadata:
         raise IncompleteError(
             f"{folder} is a step of am_ckpt without its {MANIFEST}: it was not finished, or not copied whole; take an "
@@ -292,24 +319,30 @@ def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Sou
 
 def _own(folder: Path) -> Inventory:
     manifest = read_manifest(folder)
-    sections: dict[str, dict[str, Source]] = {
-        section: {name: Source(item["dtype"], tuple(item["shape"])) for name, item in tensors.items()}
-        for section, tensors in manifest["tensors"].items()
-    }
+    shards: dict[str, list[dict[str, Any]]] = {section: [] for section in manifest["tensors"]}
     files: dict[str, Path] = {}
+    adapter: dict[str, Source] | None = None
     for record in manifest["files"]:
         section, _, name = record["path"].partition("/")
         require_file_name(name, f"{folder / MANIFEST}:")
         path = folder / section / name
         if section == "model" and not name.endswith(".safetensors") and name != INDEX:
             files[name] = path
-        if section in sections and "header_xxh3_128" in record:
+        if section in shards and "header_xxh3_128" in record:
             require_recorded_size(path, record)
-            header = checked_header(path, record)
             if name == ADAPTER:
-                sections[section] = whole_sources(path, header)
+                adapter = whole_sources(path, checked_header(path, record))
             else:
-                _add_shard(sections[section], path, header.metadata, whole_sources(path, header), known=True)
+                shards[section].append(record)
+    sections = {
+        section: shard_sources(
+            _own_headers(folder, shards[section]),
+            {name: (item["dtype"], tuple(item["shape"])) for name, item in tensors.items()},
+        )[0]
+        for section, tensors in manifest["tensors"].items()
+    }
+    if adapter is not None:
+        sections["model"] = adapter
     aliases = {str(alias): str(name) for alias, name in manifest["aliases"].items()}
     return Inventory(
         folder,
@@ -325,6 +358,13 @@ def _own(folder: Path) -> Inventory:
     )
 
 
+def _own_headers(folder: Path, records: Iterable[dict[str, Any]]) -> Iterator[tuple[Path, Header]]:
+    header = None
+    for record in records:
+        header = checked_header(folder / record["path"], record, like=header)
+        yield folder / record["path"], header
+
+
 def require_recorded_size(path: Path, record: Mapping[str, Any]) -> None:
     """Raise unless a file of the manifest is there with its size."""
     try:
@@ -335,58 +375,17 @@ def require_recorded_size(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} has {size} bytes, {record['bytes']} were written; it is damaged: copy it again")
 
 
-def _add_shard(
-    tensors: dict[str, Source], path: Path, metadata: Mapping[str, str], parts: Mapping[str, Source], *, known: bool
-) -> bool:
-    """Add the parts of a shard file to ``tensors``; whether the file says all global shapes.
-
-    ``known``: the global shapes in ``tensors`` stand. Otherwise they grow with what the files say.
-    """
-    info = parse_json(metadata.get("DCP_SHARDING_INFO", "{}").encode(), f"{path}, DCP_SHARDING_INFO")
-    exact = True
-    for name, part in parts.items():
-        entry = info.get(name, {}) if isinstance(info, dict) else {}
-        offset = entry.get("saved_offsets", [0] * len(part.shape)) if isinstance(entry, dict) else None
-        shape = entry.get("global_shape") if isinstance(entry, dict) else None
-        for row in (offset, shape):
-            if row is not None and not (is_sizes(row) and len(row) == len(part.shape)):
-                raise ValueError(
-                    f"{path}: DCP_SHARDING_INFO of {name!r} is {entry!r}, it needs {len(part.shape)} sizes"
-                )
-        if offset is None:
-            raise ValueError(f"{path}: DCP_SHARDING_INFO of {name!r} is {entry!r}, it needs saved_offsets")
-        box = Box(tuple(offset), part.shape)
-        if known:
-            if name not in tensors:
-                raise ValueError(f"{path} holds {name!r}, which {MANIFEST} does not list")
-        else:
-            end = tuple(shape) if shape is not None else tuple(map(operator.add, box.offset, box.size))
-            source = tensors.get(name)
-            if source is None:
-                source = tensors[name] = Source(part.dtype, end)
-            if len(source.shape) != len(end):
-                raise ValueError(f"{path}: {name!r} has {len(end)} dims, other files say {len(source.shape)}")
-            exact &= shape is not None
-            if end != source.shape:
-                source.shape = tuple(map(max, source.shape, end))
-        if part.dtype != tensors[name].dtype:
-            raise ValueError(
-                f"{path}: {name!r} is {part.dtype}, the others say {tensors[name].dtype}; the file is damaged or of "
-                "another save: copy it again"
-            )
-        if box.count:
-            tensors[name].chunks.append(Chunk(path, part.chunks[0].begin, box))
-    return exact
-
-
 def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
-    tensors: dict[str, Source] = {}
-    exact = True
     saves: dict[str, str] = {}
-    for name in names:
-        header = read_header(folder / name)
-        exact &= _add_shard(tensors, folder / name, header.metadata, whole_sources(folder / name, header), known=False)
-        saves.setdefault(header.metadata.get("am_ckpt_save_id", ""), name)
+
+    def headers() -> Iterator[tuple[Path, Header]]:
+        header = None
+        for name in names:
+            header = read_header(folder / name, like=header)
+            saves.setdefault(header.metadata.get("am_ckpt_save_id", ""), name)
+            yield folder / name, header
+
+    tensors, exact = shard_sources(headers())
     if len(saves) > 1:
         raise ValueError(
             f"{folder} mixes files of {len(saves)} saves: {', '.join(saves.values())}; remove the stale ones"
@@ -415,6 +414,7 @@ def _adapter(folder: Path) -> Inventory:
 
 
 def _state_dict(folder: Path, kind: str, found: StateDict, section: str | None) -> Inventory:
+    share_tables(found.tensors.values())
     sections: dict[str, dict[str, Source]] = {}
     optimizers: set[str] = set()
     for name, source in found.tensors.items():
@@ -437,14 +437,6 @@ def _state_dict(folder: Path, kind: str, found: StateDict, section: str | None) 
     inventory = Inventory(folder, kind, chosen, sections, others=found.others, files=files, notes=notes)
     # As in the Hugging Face cache.
     inventory.follow_symlinks = kind == "torch"
-    flat = [name for name in sections[chosen] if name.endswith(("_flat_param", "flat_param_0"))]
-    if flat:
-        inventory.problems.append(
-            ValueError(
-                f"{flat[0]!r} is a flattened FSDP1 parameter, whose layout is not in the checkpoint: save with "
-                "StateDictType.SHARDED_STATE_DICT or FSDP2"
-            )
-        )
     return inventory
 
 
@@ -473,66 +465,3 @@ def _choose_section(folder: Path, sections: Mapping[str, Any], optimizers: set[s
 
 def _listed(sections: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r} ({len(tensors)} tensors)" for name, tensors in sections.items())
-
-
-def cover_problem(name: str, source: Source) -> ValueError | None:
-    """Why the chunks of a tensor do not hold every element exactly once, with ranges and files; None if they do."""
-    # Empty tensors of plain files have an empty chunk.
-    boxes = [chunk.box for chunk in source.chunks if chunk.box.count]
-    try:
-        require_exact_cover(repr(name), source.shape, boxes)
-    except IncompleteError:
-        hole = _first_hole(source, boxes)
-        missing = element_count(source.shape) - sum(box.count for box in boxes)
-        there = ", ".join(f"{describe(chunk.box)} in {chunk.path.name}" for chunk in source.chunks[:4]) or "no part"
-        return IncompleteError(
-            f"{name!r} {source.dtype} {list(source.shape)}: {describe(hole)} is in no file ({missing} of "
-            f"{element_count(source.shape)} elements missing; found {there}): a rank's file is missing, copy it too or "
-            "take another step"
-        )
-    except ValueError as error:
-        return _overlap(name, source, str(error))
-    return None
-
-
-def _overlap(name: str, source: Source, otherwise: str) -> ValueError:
-    """Name the files of the first chunk that lies outside or of the first two that overlap."""
-    whole = Box((0,) * len(source.shape), source.shape)
-    what = f"{name!r} {source.dtype} {list(source.shape)}"
-    for index, chunk in enumerate(source.chunks):
-        if chunk.box.intersect(whole) != chunk.box:
-            return ValueError(
-                f"{what}: {describe(chunk.box)} in {chunk.path} lies outside; the file is of another save"
-            )
-        for other in source.chunks[:index]:
-            both = chunk.box.intersect(other.box)
-            if both is not None:
-                return ValueError(
-                    f"{what}: {describe(both)} is in two files, {other.path.name} and {chunk.path}: they are of "
-                    "different saves; remove the stale one"
-                )
-    return ValueError(otherwise)
-
-
-def _first_hole(source: Source, boxes: list[Box]) -> Box:
-    left = [Box((0,) * len(source.shape), source.shape)]
-    for box in boxes:
-        left = [rest for part in left for rest in _without(part, box)]
-    return min(left)
-
-
-def _without(part: Box, box: Box) -> list[Box]:
-    """``part`` without ``box``, as boxes."""
-    common = part.intersect(box)
-    if common is None:
-        return [part]
-    rest = []
-    offset, size = list(part.offset), list(part.size)
-    for dim in range(len(size)):
-        before = common.offset[dim] - offset[dim]
-        after = offset[dim] + size[dim] - common.offset[dim] - common.size[dim]
-        for start, count in ((offset[dim], before), (common.offset[dim] + common.size[dim], after)):
-            if count:
-                rest.append(Box((*offset[:dim], start, *offset[dim + 1 :]), (*size[:dim], count, *size[dim + 1 :])))
-        offset[dim], size[dim] = common.offset[dim], common.size[dim]
-    return rest

@@ -132,9 +132,12 @@ def check_step(step: Path) -> dict[str, Any]:
     return manifest
 
 
-def checked_header(path: Path, record: dict[str, Any]) -> Header:
-    """The header of a safetensors file of a checkpoint, if it is the one that was written."""
-    header = read_header(path)
+def checked_header(path: Path, record: dict[str, Any], like: Header | None = None) -> Header:
+    """The header of a safetensors file of a checkpoint, if it is the one that was written.
+
+    ``like``: a header that is likely to describe the same tensors.
+    """
+    header = read_header(path, like=like)
     if digest(header.text) != record["header_xxh3_128"]:
         raise ValueError(f"{path} is damaged: its header does not have the digest in {MANIFEST}")
     return header

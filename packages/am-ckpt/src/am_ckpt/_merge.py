@@ -20,8 +20,18 @@ from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
-from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
-from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, DIGESTS, INDEX, SINGLE, byte_count, hf_files, weight_files
+from am_ckpt._mapping import Record, output_shape, records_by_parameter
+from am_ckpt._names import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    DIGESTS,
+    INDEX,
+    SINGLE,
+    byte_count,
+    hf_files,
+    weight_files,
+    weight_index,
+)
 from am_ckpt._sources import Source, hf_sources, whole_sources
 from am_ckpt._tensors import TensorReader
 from am_ckpt._torchtitan import as_published, is_torchtitan
@@ -29,6 +39,7 @@ from am_ckpt._transfer import Transfer, require_free, transfer
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CASTABLE = {"F16", "BF16", "F32", "F64"}
+_NUMBERS = re.compile(r"(\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -139,18 +150,19 @@ class _Plan:
             )
         self._check_config(files, tensors)
         described: dict[str, tuple[str, tuple[int, ...]]] = {}
-        origin: dict[str, Record] = {}
+        # None: the parameter as it is.
+        origin: dict[str, tuple[str, Record | None]] = {}
         for name in sorted(tensors, key=_natural):
-            shape = tensors[name].shape
-            for record in records.get(name, [whole_record(name, shape)]):
-                if record.file in described:
-                    raise ValueError(f"two tensors of {inventory.path} would be named {record.file!r}")
-                kept = tensors[name].dtype
-                described[record.file] = (
-                    DTYPES[dtype] if dtype is not None and kept in _CASTABLE else kept,
-                    output_shape(record, shape),
+            source = tensors[name]
+            kept = DTYPES[dtype] if dtype is not None and source.dtype in _CASTABLE else source.dtype
+            for record in records.get(name, (None,)):
+                file, shape = (
+                    (name, source.shape) if record is None else (record.file, output_shape(record, source.shape))
                 )
-                origin[record.file] = record
+                if file in described:
+                    raise ValueError(f"two tensors of {inventory.path} would be named {file!r}")
+                described[file] = (kept, shape)
+                origin[file] = (name, record)
         if like is not None:
             self._compare(like, described)
         self._build(tensors, described, origin, limit)
@@ -162,7 +174,7 @@ class _Plan:
         self,
         tensors: Mapping[str, Source],
         described: Mapping[str, tuple[str, tuple[int, ...]]],
-        origin: Mapping[str, Record],
+        origin: Mapping[str, tuple[str, Record | None]],
         limit: int,
     ) -> None:
         groups = {ADAPTER: dict(described)} if self.inventory.adapter else weight_files(described, limit)
@@ -170,23 +182,19 @@ class _Plan:
             name: build_header(group, {"format": "pt"}) for name, group in groups.items()
         }
         if list(groups) != [SINGLE] and not self.inventory.adapter:
-            size = sum(header.file_bytes - header.data_start for header in self.headers.values())
-            home = {tensor: name for name, group in groups.items() for tensor in group}
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
-            self.small[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-        self.outputs: list[Output] = []
+            self.small[INDEX] = weight_index(self.headers)
         with TensorReader(follow_symlinks=self.inventory.follow_symlinks) as reader:
-            located: dict[str, Source] = {}
-            for file, header in self.headers.items():
-                for name, entry in header.entries.items():
-                    record = origin[name]
-                    if record.parameter not in located:
-                        located[record.parameter] = reader.located(record.parameter, tensors[record.parameter])
-                    source = located[record.parameter]
-                    parts = parts_of(record, source)
-                    self.outputs.append(
-                        Output(name, file, entry.begin, entry.shape, entry.dtype, source.dtype, tuple(parts))
-                    )
+            located = reader.all_located(tensors)
+        self.outputs: list[Output] = []
+        for file, header in self.headers.items():
+            columns = header.columns
+            begins = (columns.begins + header.data_start).tolist()
+            for name, dtype, begin in zip(columns.names, columns.dtypes, begins, strict=True):
+                parameter, record = origin[name]
+                source = located[parameter]
+                if record is not None:
+                    source = parts_of(record, source)
+                self.outputs.append(Output(name, file, begin, dtype, source))
 
     def _check_config(self, files: Mapping[str, Path], tensors: dict[str, Source]) -> None:
         """Hold the tensors against config.json; drop a tied head that is the same as its embedding."""
@@ -269,7 +277,9 @@ class _Plan:
 
 def _natural(name: str) -> list[Any]:
     """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    parts: list[Any] = _NUMBERS.split(name)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def _like_files(like: Path, adapter: bool) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from am_ckpt._errors import ArgumentError
-from am_ckpt._format import ITEM_BYTES, element_count
+from am_ckpt._format import ITEM_BYTES, Header, element_count
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,6 +43,14 @@ def byte_count(size: int | str) -> int:
     if match is None:
         raise ArgumentError(f"max_shard_size={size!r} must be a number of bytes, or text such as '5GB' or '500MiB'")
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
+
+
+def weight_index(headers: Mapping[str, Header]) -> bytes:
+    """The content of ``model.safetensors.index.json`` for weight files with these headers."""
+    size = sum(header.file_bytes - header.data_start for header in headers.values())
+    home = {tensor: name for name, header in headers.items() for tensor in header.columns.names}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def weight_files(

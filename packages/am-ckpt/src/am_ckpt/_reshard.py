@@ -22,10 +22,10 @@ from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, rea
 from am_ckpt._inventory import Inventory, inspect, paused_collector
 from am_ckpt._io import block_digests, digest
 from am_ckpt._layout import MANIFEST, read_file, read_manifest, seal
-from am_ckpt._mapping import Record, output_shape, whole_record
+from am_ckpt._mapping import Record
 from am_ckpt._merge import MergeReport
 from am_ckpt._names import INDEX
-from am_ckpt._sources import Source, whole_sources
+from am_ckpt._sources import Source, paths_of, whole_sources
 from am_ckpt._tensors import TensorReader
 from am_ckpt._transfer import Transfer, require_free, transfer
 from am_ckpt._verify import VerifyReport, check_manifest
@@ -152,13 +152,12 @@ def _shards(
 ) -> tuple[dict[str, Header], list[Output]]:
     """The headers of one file a rank, and all that is copied into them."""
     by_rank: list[dict[str, Box]] = [{} for _ in range(layout.size)]
-    located: dict[str, Source] = {}
     for name, source in tensors.items():
         if source.dtype not in ITEM_BYTES:
             raise ValueError(f"{name!r} is {source.dtype}, which safetensors cannot hold; leave it out of the model")
-        located[name] = reader.located(name, source)
         for rank, box in layout.boxes(placed_as(name), source.shape):
             by_rank[rank][name] = box
+    located = reader.all_located(tensors)
     headers: dict[str, Header] = {}
     outputs: list[Output] = []
     for rank, boxes in enumerate(by_rank):
@@ -174,16 +173,15 @@ def _shards(
             {name: (tensors[name].dtype, box.size) for name, box in boxes.items()}, {**metadata, **own}
         )
         for name, entry in headers[file].entries.items():
-            source, record = located[name], Record(name, name, boxes[name], False)
-            shape, parts = output_shape(record, source.shape), tuple(parts_of(record, source))
-            outputs.append(Output(name, file, entry.begin, shape, entry.dtype, source.dtype, parts))
+            part = parts_of(Record(name, name, boxes[name], False), located[name])
+            outputs.append(Output(name, file, entry.begin, entry.dtype, part))
     return headers, outputs
 
 
 def _metadata(inventory: Inventory, layout: _Layout) -> dict[str, str]:
     """Of every file. The same source and layout give the same, so that an interrupted run can be resumed."""
-    files = {str(chunk.path) for tensors in inventory.sections.values() for s in tensors.values() for chunk in s.chunks}
-    times = sorted((path, os.stat(path).st_mtime_ns) for path in files)
+    files = paths_of(source for tensors in inventory.sections.values() for source in tensors.values())
+    times = sorted((str(path), os.stat(path).st_mtime_ns) for path in files)
     save_id = digest(repr((times, layout)).encode())[:16]
     return {"format": "pt", "am_ckpt_save_id": save_id, "world_size": str(layout.size)}
 
@@ -241,9 +239,7 @@ def _step(inventory: Inventory, layout: _Layout) -> Transfer:
         # Tensors of the state can be large: copied as they are.
         headers[path] = read_header(folder / path)
         for name, source in whole_sources(folder / path, headers[path]).items():
-            parts = tuple(parts_of(whole_record(name, source.shape), source))
-            begin = source.chunks[0].begin
-            outputs.append(Output(name, path, begin, source.shape, source.dtype, source.dtype, parts))
+            outputs.append(Output(name, path, source.chunks[0].begin, source.dtype, source))
 
     def finish(staging: Path) -> dict[str, bytes]:
         records = kept + [_record(staging / path, path, header) for path, header in shards.items()]

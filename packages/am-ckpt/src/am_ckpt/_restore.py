@@ -234,7 +234,7 @@ def _parameter_source(
     dtype: str, shape: tuple[int, ...], records: Iterable[Record], published: Mapping[str, Source]
 ) -> Source:
     """A parameter of the module, put together from the published tensors that are its parts."""
-    source = Source(dtype, shape)
+    chunks: list[Chunk] = []
     for record in records:
         there = published.get(record.file)
         if there is None or (there.dtype, there.shape) != (dtype, output_shape(record, shape)):
@@ -247,8 +247,8 @@ def _parameter_source(
                 rows[-1], rows[-2] = rows[-2], rows[-1]
             offset = tuple(a + row[0] for a, row in zip(record.box.offset, rows, strict=True))
             box = Box(offset, tuple(row[1] for row in rows))
-            source.chunks.append(Chunk(chunk.path, chunk.begin, box, tuple(row[2] for row in rows)))
-    return source
+            chunks.append(Chunk(chunk.path, chunk.begin, box, tuple(row[2] for row in rows)))
+    return Source(dtype, shape, chunks)
 
 
 def _load_state(value: Any, data: Any) -> Callable[[], None]:

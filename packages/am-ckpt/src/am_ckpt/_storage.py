@@ -37,8 +37,9 @@ from torch.futures import Future
 from am_ckpt._boxes import Box, require_exact_cover
 from am_ckpt._codec import encode
 from am_ckpt._contents import SECTIONS, encoded_state
+from am_ckpt._cover import cover_problem
 from am_ckpt._format import ITEM_BYTES, element_count
-from am_ckpt._inventory import cover_problem, inspect
+from am_ckpt._inventory import inspect
 from am_ckpt._io import fsync_directory
 from am_ckpt._layout import FORMAT, STAGING, VERSION, check_step
 from am_ckpt._read import Reader

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -14,8 +14,8 @@ from am_ckpt._boxes import Box, split
 from am_ckpt._copy import TILE_BYTES, Buffers, fill, parts_of
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
-from am_ckpt._mapping import Record, output_shape, whole_record
-from am_ckpt._sources import Source
+from am_ckpt._mapping import Record, whole_record
+from am_ckpt._sources import Source, share_tables
 
 # A checkpoint may have more files than a process may open.
 _MAX_OPEN = 256
@@ -48,11 +48,16 @@ class TensorReader:
 
     def located(self, name: str, source: Source) -> Source:
         """``source`` with the places of its values instead of the archives that they are in."""
-        chunks = [
-            locate(name, source.dtype, chunk, self._open(chunk.path)) if chunk.archive_bytes is not None else chunk
-            for chunk in source.chunks
-        ]
+        if source.rows.table.archive_bytes is None:
+            return source
+        chunks = [locate(name, source.dtype, chunk, self._open(chunk.path)) for chunk in source.chunks]
         return Source(source.dtype, source.shape, chunks)
+
+    def all_located(self, tensors: Mapping[str, Source]) -> dict[str, Source]:
+        """:meth:`located` of all tensors."""
+        found = {name: self.located(name, source) for name, source in tensors.items()}
+        share_tables(found.values())
+        return found
 
     def blocks(
         self, name: str, source: Source, record: Record | None = None, block_item_bytes: int | None = None
@@ -66,11 +71,11 @@ class TensorReader:
         source = self.located(name, source)
         item = ITEM_BYTES[source.dtype]
         record = record or whole_record(name, source.shape)
-        parts = list(parts_of(record, source))
-        for box in split(output_shape(record, source.shape), block_item_bytes or item, TILE_BYTES):
+        published = parts_of(record, source)
+        for box in split(published.shape, block_item_bytes or item, TILE_BYTES):
             if box.count:
                 values = self._buffers.block(box.size, item)
-                fill(values, box, parts, self._open, self._buffers)
+                fill(values, box, published, self._open, self._buffers)
                 yield box, values
 
     def equal(self, name: str, source: Source, other_name: str, other: Source) -> bool:

@@ -22,9 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
-from am_ckpt._copy import Copier, Job, Output, plan_jobs
+from am_ckpt._copy import Copier, Job, Jobs, Output, plan_jobs
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import Header
 from am_ckpt._inventory import paused_collector
@@ -67,7 +65,7 @@ class Transfer:
     @property
     def num_bytes(self) -> int:
         """Bytes of tensors."""
-        return sum(output.num_bytes for output in self.outputs)
+        return sum(header.file_bytes - header.data_start for header in self.headers.values())
 
 
 def require_free(target: Path, source: Path, overwrite: bool) -> None:
@@ -117,7 +115,7 @@ def transfer(
         raise ArgumentError(f"threads={threads} must be at least 1")
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
-    fingerprint = _fingerprint(plan, digests)
+    fingerprint = _fingerprint(plan, jobs, digests)
     replace = _is_filled(target)
     with _staging(target) as staging:
         done = _finished(staging, plan.headers, fingerprint, len(jobs)) if resume else {}
@@ -145,7 +143,7 @@ def transfer(
 def _write(
     plan: Transfer,
     staging: Path,
-    jobs: list[Job],
+    jobs: Jobs,
     done: Mapping[int, str],
     fingerprint: str,
     threads: int | None,
@@ -160,7 +158,7 @@ def _write(
         _empty(staging, small_bytes + sum(header.file_bytes for header in plan.headers.values()))
         for name in {name.partition("/")[0] for name in (*plan.headers, *plan.small) if "/" in name}:
             os.mkdir(folder / name)
-    _allow_open_files(len(plan.headers) + len({part.path for output in plan.outputs for part in output.parts}))
+    _allow_open_files(len(plan.headers) + len(jobs.paths))
     targets: dict[str, int] = {}
     try:
         for name, header in plan.headers.items():
@@ -192,7 +190,7 @@ def _write(
     return hashes
 
 
-def _digests_json(headers: Mapping[str, Header], jobs: list[Job], hashes: list[str]) -> bytes:
+def _digests_json(headers: Mapping[str, Header], jobs: Jobs, hashes: list[str]) -> bytes:
     """What every byte of the weight files must be."""
     ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in headers}
     for job, value in zip(jobs, hashes, strict=True):
@@ -270,19 +268,14 @@ def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[P
     return names
 
 
-def _fingerprint(plan: Transfer, digests: bool) -> str:
+def _fingerprint(plan: Transfer, jobs: Jobs, digests: bool) -> str:
     """Of everything that decides the result's bytes: to resume only the same merge."""
-    sources = sorted({part.path for output in plan.outputs for part in output.parts})
     # Times only ever make two states of a source differ; equal ones are not trusted on their account.
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in sources]
+    found = [(str(path), os.stat(path)) for path in jobs.paths]
+    stats = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
     headers = {name: digest(header.text) for name, header in plan.headers.items()}
     small = {name: digest(content) for name, content in plan.small.items()}
-    # The jobs follow from the outputs.
-    hasher = xxhash.xxh3_128(json.dumps([stats, headers, small, digests]).encode())
-    for output in plan.outputs:
-        hasher.update(repr(output).encode())
-    fingerprint: str = hasher.hexdigest()
-    return fingerprint
+    return digest(json.dumps([stats, headers, small, digests, jobs.digest()]).encode())
 
 
 def _allow_open_files(count: int) -> None:
@@ -302,14 +295,14 @@ def _write_small(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _copy(
-    jobs: list[Job],
+    jobs: Jobs,
     done: Mapping[int, str],
     copier: Copier,
     journal: _Journal | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Copy what is not ``done``; the digests of all jobs."""
-    total = sum(job.count for job in jobs)
+    total = int(jobs.num_bytes.sum())
     copied = sum(jobs[index].count for index in done)
     hashes = [done.get(index, "") for index in range(len(jobs))]
     lock = threading.Lock()

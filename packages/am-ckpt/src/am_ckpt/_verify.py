@@ -24,9 +24,10 @@ from am_ckpt._config import (
     uneven_layers,
 )
 from am_ckpt._copy import file_pieces
+from am_ckpt._cover import cover_problem
 from am_ckpt._errors import IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, is_sizes, parse_json, read_header
-from am_ckpt._inventory import Inventory, cover_problem, inspect, require_recorded_size, step_folder
+from am_ckpt._inventory import Inventory, inspect, require_recorded_size, step_folder
 from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
 from am_ckpt._layout import MANIFEST, read_file, read_manifest
 from am_ckpt._names import ADAPTER_CONFIG, DIGESTS, INDEX
