@@ -18,6 +18,7 @@ import collections
 import contextlib
 import encodings.cp437  # noqa: F401 - what zipfile loads when it meets a name of an old archive
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -293,8 +295,13 @@ def attempt(checkpoint: Path, target: Path) -> str:
         shutil.rmtree(target, ignore_errors=True)
 
 
-def mutations(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """``count`` mutations, spread over all kinds of files."""
+def mutations(count: int, seed: str) -> dict[str, Any]:
+    """``count`` mutations, spread over all kinds of files; for a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        return _mutations(Path(name).resolve(), count, seed)
+
+
+def _mutations(folder: Path, count: int, seed: str) -> dict[str, Any]:
     inputs = subjects(folder)
     target = folder / "result"
     for checkpoint in {checkpoint for checkpoint, _, _ in inputs}:
@@ -354,16 +361,27 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that share the mutations")
     options = parser.parse_args()
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        if options.flips:
-            (folder / "flips").mkdir()
-            step, merged = make_step(folder / "flips"), make_folder(folder / "flips")
-            result = flips(step, merged, options.flips, random.Random(options.seed))
-        if options.mutations:
-            result |= mutations(folder, options.mutations, options.seed)
+    if options.flips:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name).resolve()
+            result = flips(make_step(folder), make_folder(folder), options.flips, random.Random(options.seed))
+    if options.mutations:
+        shares = [len(range(index, options.mutations, options.processes)) for index in range(options.processes)]
+        seeds = [f"{options.seed}.{index}" for index in range(options.processes)]
+        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+            parts = list(pool.map(mutations, shares, seeds))
+        outcomes: dict[str, collections.Counter[str]] = {}
+        for part in parts:
+            for kind, counts in part["outcomes"].items():
+                outcomes.setdefault(kind, collections.Counter()).update(counts)
+        result |= {
+            "mutations": sum(part["mutations"] for part in parts),
+            "outcomes": outcomes,
+            "failures": {problem: where for part in parts for problem, where in part["failures"].items()},
+        }
     print(json.dumps(result, indent=1))
     missed = options.flips and result["step"]["found"] != options.flips
     return 1 if missed or result.get("failures") else 0

@@ -1,7 +1,7 @@
 """What a writer of checkpoints leaves behind when any one of its file operations goes wrong, or the power.
 
-``python crash_matrix.py WRITER.py... [--sample N] [--seed S] [--kinds kill,torn,...] [--power-cuts N] [--json FILE]``;
-needs Linux and a C compiler. WRITER.py is any script with
+``python crash_matrix.py WRITER.py... [--sample N] [--seed S] [--kinds kill,torn,...] [--power-cuts N] [--kills N]
+[--json FILE]``; needs Linux and a C compiler. WRITER.py is any script with
 
 - ``save(folder: str, value: int)``: write a checkpoint whose content follows from ``value``, or raise;
 - ``load(folder: str) -> int``: the value of the checkpoint that a restart would take, all of its content checked;
@@ -16,6 +16,8 @@ write and an interrupted call must be absorbed or reported, like any error.
 ``--power-cuts N`` records the operations of a save without a fault, and replays them: after each, the power is cut.
 Then a file holds what it had at its last fsync and a folder the names of its own last fsync (the first of N cuts), or
 any of the changes since, in any order (the others). *lied* is then a save that had returned before the cut.
+
+``--kills N`` kills a save of one process at N random moments, with SIGKILL, beside the points above.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import json
 import os
 import random
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -51,8 +54,8 @@ def compile_shim(folder: Path) -> Path:
     return library
 
 
-def in_child(action: Callable[[], Any]) -> tuple[bool, Any]:
-    """Fork, run ``action``, and tell whether it returned, and what (or why not)."""
+def in_child(action: Callable[[], Any], kill_after: float | None = None) -> tuple[bool, Any]:
+    """Fork, run ``action``, and tell whether it returned, and what (or why not); killed after so many seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -65,6 +68,8 @@ def in_child(action: Callable[[], Any]) -> tuple[bool, Any]:
         os.write(write, json.dumps(answer).encode()[:60000])
         os._exit(0)
     os.close(write)
+    if kill_after is not None and not select.select([read], [], [], kill_after)[0]:
+        os.kill(pid, signal.SIGKILL)
     with os.fdopen(read, "rb") as pipe:
         text = pipe.read()
     _, status = os.waitpid(pid, 0)
@@ -124,6 +129,8 @@ def serve() -> None:
             answer = in_child(lambda folder=folder: writer.get("setup", lambda f: writer["save"](f, 1))(folder))
         elif command == "load":
             answer = in_child(lambda folder=folder: writer["load"](folder))
+        elif command == "killed":
+            answer = in_child(lambda folder=folder: writer["save"](folder, 2), rest[0])
         else:
             answer = save(folder, *rest)
         print(json.dumps(answer), flush=True)
@@ -285,6 +292,30 @@ def cut_power(server: Server, base: Path, work: Path, cuts: int, seed: int) -> d
     return {"points": verdicts.total(), "verdicts": dict(verdicts), "violations": violations}
 
 
+def kill(server: Server, base: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
+    """Kill ``count`` saves at random moments."""
+    chance = random.Random(seed)
+    verdicts: collections.Counter[str] = collections.Counter()
+    violations = []
+    trial = work / "trial"
+    seconds = []
+    for index in range(3 + count):
+        shutil.copytree(base, trial, symlinks=True)
+        begin = time.monotonic()
+        # The first three are not killed: they say how long a save takes.
+        moment = chance.uniform(0, 1.1 * max(seconds)) if index >= 3 else SECONDS
+        returned, text = server.ask("killed", str(trial), moment)
+        if index < 3:
+            seconds.append(time.monotonic() - begin)
+        else:
+            verdict, why = judge(server, trial, returned)
+            verdicts[verdict] += 1
+            if verdict not in ("old", "new"):
+                violations.append({"operation": moment, "kind": "SIGKILL", "verdict": verdict, "why": f"{text}; {why}"})
+        shutil.rmtree(trial)
+    return {"points": count, "verdicts": dict(verdicts), "violations": violations}
+
+
 def judge(server: Server, folder: Path, returned: bool, *, again: bool = True) -> tuple[str, str]:
     """The verdict on what is left in ``folder``: ``old``, ``new``, or a violation, and its description."""
     loaded, value = server.ask("load", str(folder))
@@ -308,6 +339,7 @@ def run_matrix(
     kinds: tuple[str, ...] = KINDS,
     sample: int | None = None,
     power_cuts: int = 0,
+    kills: int = 0,
     seed: int = 0,
     place: Path | None = None,
 ) -> dict[str, Any]:
@@ -352,6 +384,7 @@ def run_matrix(
                     violations.append({"operation": number, "kind": kind, "verdict": verdict, "why": f"{ended}; {why}"})
                 shutil.rmtree(folder)
             power = cut_power(server, base, work, power_cuts, seed) if power_cuts else None
+            killed = kill(server, base, work, kills, seed) if kills and server.ranks == 1 else None
         finally:
             server.close()
     return {
@@ -361,6 +394,7 @@ def run_matrix(
         "verdicts": dict(verdicts),
         "violations": violations,
         "power_cuts": power,
+        "kills": killed,
     }
 
 
@@ -370,6 +404,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--sample", type=int)
     parser.add_argument("--power-cuts", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -378,15 +413,22 @@ def main() -> int:
     for script in options.writers:
         begin = time.monotonic()
         result = run_matrix(
-            script.absolute(), tuple(options.kinds.split(",")), options.sample, options.power_cuts, options.seed
+            script.absolute(),
+            tuple(options.kinds.split(",")),
+            options.sample,
+            options.power_cuts,
+            options.kills,
+            options.seed,
         )
         results.append(result)
-        power = result["power_cuts"] or {"points": 0, "violations": []}
-        print(f"{script.stem}: {result['points']} points: {_told(result['violations'])}")
-        print(f"{script.stem}: {power['points']} power cuts: {_told(power['violations'])}")
-        bad = bad or bool(result["violations"] or power["violations"])
+        violations = []
+        for what, part in (("points", result), ("power cuts", result["power_cuts"]), ("kills", result["kills"])):
+            if part is not None:
+                print(f"{script.stem}: {part['points']} {what}: {_told(part['violations'])}")
+                violations += part["violations"][:2]
+        bad = bad or bool(violations)
         print(f"{script.stem}: {time.monotonic() - begin:.0f} s", flush=True)
-        for violation in [*result["violations"][:2], *power["violations"][:2]]:
+        for violation in violations:
             print("  ", json.dumps(violation)[:600])
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
