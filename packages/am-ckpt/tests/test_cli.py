@@ -107,6 +107,28 @@ def test_help_and_merge_start_without_torch(tmp_path: Path) -> None:
     assert not any(line.split("|")[-1].strip() in ("torch", "numpy") for line in shown.stderr.splitlines())
 
 
+def test_the_minute_of_the_readme(tmp_path: Path, capsys: Any) -> None:
+    model = tensors()
+    model["lm_head.weight"] = model["embed_tokens.weight"]
+    dcp.save({"model": model, "optimizer": {"state": {"m": torch.ones(3)}}}, checkpoint_id=tmp_path / "step_100")
+    base = tmp_path / "base_model"
+    base.mkdir()
+    for name, content in (("config.json", json.dumps(CONFIG)), ("tokenizer.json", "{}"), ("chat_template.jinja", "x")):
+        (base / name).write_text(content)
+    step, merged = str(tmp_path / "step_100"), str(tmp_path / "merged")
+    for arguments in (
+        ["inspect", step],
+        ["merge", step, merged, "--like", str(base)],
+        ["verify", merged, "--full"],
+        ["diff", step, merged],
+    ):
+        assert main(arguments) == 0, arguments
+    shown = capsys.readouterr().out
+    assert "lm_head.weight is tied and equals embed_tokens.weight: written once" in shown
+    assert f"{merged}: huggingface, ok (all tensors read)" in shown
+    assert "5 tensors are equal, 0 are not" in shown
+
+
 def test_inspect_shows_sections_tensors_and_places(tmp_path: Path, capsys: Any) -> None:
     source = distcp(tmp_path / "shards")
     assert main(["inspect", str(source), "--tensors", "layers.0*", "--chunks"]) == 0

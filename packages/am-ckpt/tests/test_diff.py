@@ -168,6 +168,17 @@ def test_bad_arguments_and_broken_checkpoints(tmp_path: Path, capsys: Any) -> No
     assert main(["diff", str(a), str(step)]) == 3
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_the_config_ties_is_there(tied: bool, tmp_path: Path) -> None:
+    weight = torch.randn(9, 4)
+    one = plain(tmp_path / "a", {"embed_tokens.weight": weight, "lm_head.weight": weight})
+    two = plain(tmp_path / "b", {"embed_tokens.weight": weight})
+    (two / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    for pair in ((one, two), (two, one)):
+        report = am_ckpt.diff(*pair)
+        assert (report.num_equal, len(report.differences)) == ((2, 0) if tied else (1, 1))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_section_is_that_of_the_folder_that_has_some(tmp_path: Path, capsys: Any) -> None:
     dcp.save({"student": {"w": torch.ones(3)}, "teacher": {"w": torch.zeros(3)}}, checkpoint_id=tmp_path / "a")

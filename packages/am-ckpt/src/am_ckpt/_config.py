@@ -180,6 +180,12 @@ def head_problem(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> Va
     return None
 
 
+def implied_head(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> str | None:
+    """The embedding that stands for ``lm_head.weight`` too, where config.json ties them and it is stored once."""
+    embeddings = [name for name in tensors if _EMBEDDING.fullmatch(name)]
+    return embeddings[0] if _is_tied(config) is True and HEAD not in tensors and len(embeddings) == 1 else None
+
+
 def _is_tied(config: Mapping[str, Any]) -> Any:
     return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 
 from am_ckpt._boxes import Shape
+from am_ckpt._config import HEAD, implied_head, read_config
 from am_ckpt._distcp import metadata_files
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import ITEM_BYTES
@@ -95,8 +96,8 @@ def diff(
     Elements are different where ``|a - b| > atol + rtol * |b|``, or where one is NaN and the other is not; tensors of
     different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
     as ``optim/<name>``. A mapping that only one of them carries is applied, so that a step compares with what it was
-    merged to; the second name of a tied tensor stands for the first. ``tensors``: a pattern of names, such as
-    ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that are ``.distcp`` folders.
+    merged to; the second name of a tensor that is tied, by config.json too, stands for the first. ``tensors``: a
+    pattern of names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that are ``.distcp`` folders.
 
     Memory: headers and less than 64 MiB. Raises as :func:`inspect`, and ``ValueError`` where one is not whole.
     """
@@ -133,7 +134,12 @@ def _views(inventory: Inventory, other: Inventory) -> dict[str, _View]:
     for name, source in inventory.tensors.items():
         for record in mapped.get(name, [whole_record(name, source.shape)]):
             found[record.file] = _View(record, source)
-    for alias, name in inventory.aliases.items():
+    aliases = dict(inventory.aliases)
+    if "config.json" in inventory.files:
+        embedding = implied_head(read_config(inventory.files["config.json"]), inventory.tensors)
+        if embedding is not None:
+            aliases.setdefault(HEAD, embedding)
+    for alias, name in aliases.items():
         if alias in other.tensors and name in inventory.tensors:
             found.setdefault(alias, _View(whole_record(name, shapes[name]), inventory.tensors[name]))
     if inventory.kind == other.kind == "am-ckpt":
