@@ -21,7 +21,7 @@ BUILT_WITH = {"am-models": ["am-kernels", "am-moe"]}
 FOLDERS = {name: f"packages/{name}" for name in LIBRARIES} | {"am-recipes": "recipes", "am-testing": "tools/am-testing"}
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "tests", "alone", "integration", "docs"]
+nox.options.sessions = ["lint", "types", "tests", "sweep", "alone", "integration", "docs"]
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UV_PYTHON_DOWNLOADS="never"
 )
@@ -58,6 +58,13 @@ def tests(session: nox.Session) -> None:
     """Each package's own tests, in the project's environment."""
     for name in chosen(session, list(FOLDERS)):
         session.run("pytest", "-q", "-m", "not slow", f"{FOLDERS[name]}/tests")
+
+
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """Damage checkpoints in 100,000 ways (or ``-- --mutations N``): nothing crashes, hangs, or takes much memory."""
+    script = ROOT / FOLDERS["am-ckpt"] / "tests" / "corruption_sweep.py"
+    session.run("python", "-W", "ignore", str(script), *session.posargs)
 
 
 @nox.session
@@ -119,7 +126,8 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The benchmarks that run on a CPU, on idle cores; each writes its JSON file under tools/bench/results.
 
-    What every one of them takes may follow ``--``: ``--rounds N`` and ``--threads N``.
+    What every one of them takes may follow ``--``: ``--rounds N``.
     """
-    for script in sorted((ROOT / "tools" / "bench").glob("*_cpu.py")):
+    folder = ROOT / "tools" / "bench"
+    for script in [*sorted(folder.glob("*_cpu.py")), folder / "ckpt.py"]:
         session.run("python", str(script), *session.posargs)
