@@ -290,7 +290,7 @@ ROWS = {
         "step",
         manifest(lambda m: m.update(version=2)),
         2,
-        ("format version 2; this release reads version 1", "release"),
+        ("has format version 2, this release reads 1", "take the release that wrote it"),
     ),
     "manifest of nothing": Row("step", manifest(lambda m: m.update(files=3)), 2, ("it has files=3",)),
     "huge manifest": Row(
@@ -386,7 +386,7 @@ def model_of(value: float) -> dict[str, Any]:
     return {"model": model}
 
 
-MANIFESTS = ["manifest cut", "manifest empty", "manifest changed", "manifest of the future", "huge manifest"]
+MANIFESTS = ["manifest cut", "manifest empty", "manifest changed", "huge manifest"]
 
 
 @pytest.mark.parametrize("name", [*MANIFESTS, "manifest of nothing", "manifest missing", "pipe as manifest"])

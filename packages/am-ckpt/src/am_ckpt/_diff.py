@@ -97,7 +97,7 @@ def diff(
     different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
     as ``optim/<name>``. A mapping that only one of them carries is applied, so that a step compares with what it was
     merged to; the second name of a tensor that is tied, by config.json too, stands for the first. ``tensors``: a
-    pattern of names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that are ``.distcp`` folders.
+    pattern of names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that have any.
 
     Memory: headers and less than 64 MiB. Raises as :func:`inspect`, and ``ValueError`` where one is not whole.
     """

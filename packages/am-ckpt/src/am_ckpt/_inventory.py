@@ -224,8 +224,7 @@ def _open(folder: Path, section: str | None) -> Inventory:
     if num_distcp:
         raise IncompleteError(
             f"{folder} holds {num_distcp} .distcp files but no {METADATA}: the save did not finish, or the file "
-            "(its name "
-            "starts with a dot) was not copied; take an earlier step"
+            "(its name starts with a dot) was not copied; take an earlier step"
         )
     if (folder / "pytorch_model_fsdp_1").is_dir():
         raise ArgumentError(
@@ -273,8 +272,7 @@ def _unrecognised(folder: Path, there: list[str]) -> ValueError:
         )
     return ArgumentError(
         f"{folder} is no checkpoint of a known kind: neither {MANIFEST} (am-ckpt), {METADATA} with .distcp "
-        "files (torch), "
-        f"shard-*.safetensors (torch), {SINGLE} or its index (Hugging Face) nor {ADAPTER} (found {found})"
+        f"files (torch), shard-*.safetensors (torch), {SINGLE} or its index (Hugging Face) nor {ADAPTER}; found {found}"
     )
 
 
@@ -311,8 +309,8 @@ def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Sou
         notes.append(f"the names of {len(changed)} tensors are without those of wrappers, such as {changed[0]}")
     if is_torchtitan(plain):
         notes.append(
-            "the names are torchtitan's own: merge writes those of transformers where it is given the model's config "
-            "(--like)"
+            "the names are torchtitan's own: merge writes those of transformers where it is given the model's config, "
+            "with --like"
         )
     return plain
 
@@ -398,8 +396,7 @@ def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
     if not exact:
         inventory.notes.append(
             "these files do not say how large the whole tensors are: the loss of the files of the last ranks "
-            "shows only "
-            "in shapes, which config.json or --like give"
+            "shows only in shapes, which config.json or --like give"
         )
     return inventory
 
