@@ -32,6 +32,7 @@ from am_ckpt._contents import (
     Plan,
     collect,
     contents_digest,
+    join_optimizers,
     make_plan,
     owned_pieces,
 )
@@ -139,7 +140,9 @@ class Checkpointer:
         an adapter: an object with ``state_dict()`` and ``load_state_dict()`` of full plain tensors and
         ``named_parameters()``. Values that are ``torch.optim.Optimizer`` are stored by parameter name. All others have
         ``state_dict()`` of plain data and tensors, equal on every rank: state that differs between ranks could not be
-        resumed by another number of ranks, and is refused. Plain tensors of the model are taken to be replicas.
+        resumed by another number of ranks, and is refused. Plain tensors of the model are taken to be replicas. Ranks
+        may hold different parts of the model (stages of a pipeline), and its optimizer the parameters of that part, in
+        the same groups.
 
         Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
         content it raises ``FileExistsError``. A damaged folder of that name is set aside as ``.damaged-*``.
@@ -159,6 +162,7 @@ class Checkpointer:
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
         plan = compute(context, lambda: make_plan(described))
+        compute(context, lambda: join_optimizers(contents, described))
         exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)
@@ -362,9 +366,9 @@ class Checkpointer:
             "metrics": {name: value if math.isfinite(value) else str(value) for name, value in scores.items()},
             "fingerprints": self._fingerprints,
             "model": "module" if contents.adapter is None else "adapter",
-            "aliases": contents.aliases,
+            "aliases": {alias: name for description in described for alias, name in description.aliases.items()},
             "tensors": tensors,
-            "optimizers": contents.optimizers,
+            "optimizers": list(contents.optimizers),
             "state": sorted(contents.state),
         }
 

@@ -16,7 +16,7 @@ from am_ckpt._codec import encode
 from am_ckpt._io import own_lease
 from am_ckpt._layout import require_file_name
 from am_ckpt._model import extra_states, mesh_axes, stored_tensors
-from am_ckpt._optimizer import optimizer_contents
+from am_ckpt._optimizer import OptimizerState, joined_groups, optimizer_contents
 from am_ckpt._shards import Held, Piece, assign, byte_blocks, dtype_name, pieces
 
 MODEL = "model"
@@ -51,14 +51,20 @@ class Contents:
     state: dict[str, tuple[bytes, dict[str, torch.Tensor]]] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
-    optimizers: list[str] = field(default_factory=list)
+    optimizers: dict[str, OptimizerState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ranks tell each other about their contents: plain data, no tensors."""
+    """What ranks tell each other about their contents: plain data, no tensors.
+
+    Of optimizers ``groups`` and ``values`` are apart: ranks that are stages of a pipeline have other parameters.
+    """
 
     held: dict[str, dict[str, Held]]
+    aliases: dict[str, str]
+    groups: dict[str, list[list[str]]]
+    values: dict[str, dict[str, dict[str, Any]]]
     state_digests: dict[str, str]
     state_bytes: int
     axes: dict[str, int]
@@ -117,15 +123,17 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
             contents.adapter = _adapter_tensors(model.state_dict())
     for entry, value in state.items():
         if isinstance(value, Optimizer):
-            tensors, rest = optimizer_contents(entry, value, names)
+            tensors, own = optimizer_contents(entry, value, names)
             twice = sorted(set(tensors) & set(contents.tensors["optim"]))
             if twice:
                 raise ValueError(
                     f"state[{entry!r}] and another optimizer both hold {twice[:3]}; give each its own parameters"
                 )
             contents.tensors["optim"].update(tensors)
-            contents.optimizers.append(entry)
-            contents.state[entry] = encoded_state(rest, entry)
+            contents.optimizers[entry] = own
+            # What must be equal on all ranks; join_optimizers adds the rest. Tensors among values are compared here.
+            tensors_of_values = encode(own.values, f"state[{entry!r}].state")[1]
+            contents.state[entry] = encoded_state([own.type, own.options, tensors_of_values], entry)
         elif entry != MODEL:
             contents.state[entry] = encoded_state(value.state_dict(), entry)
     return _describe(contents)
@@ -168,13 +176,36 @@ def _describe(contents: Contents) -> Description:
         digests[entry] = hasher.hexdigest()
         size += len(text) + sum(tensor.nbytes for tensor in tensors.values())
     axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
+    groups = {entry: own.groups for entry, own in contents.optimizers.items()}
+    values = {entry: own.values for entry, own in contents.optimizers.items()}
     lease = own_lease()
-    return Description(held, digests, size, axes, lease["boot_id"] or lease["host"])
+    machine = lease["boot_id"] or lease["host"]
+    return Description(held, contents.aliases, groups, values, digests, size, axes, machine)
+
+
+def join_optimizers(contents: Contents, described: Sequence[Description]) -> None:
+    """Put into ``contents.state`` what is stored of the optimizers, of the parameters of all ranks."""
+    for entry, own in contents.optimizers.items():
+        groups = joined_groups(entry, [description.groups[entry] for description in described])
+        values: dict[str, dict[str, Any]] = {}
+        for rank, description in enumerate(described):
+            for name, slots in description.values[entry].items():
+                # By their text, since NaN is not equal to itself.
+                if repr(values.setdefault(name, slots)) != repr(slots):
+                    raise ValueError(
+                        f"state[{entry!r}]: what is no tensor of {name!r} is {slots!r:.100} on rank {rank} and "
+                        f"{values[name]!r:.100} on another; one copy is stored for all ranks"
+                    )
+        pairs = zip(groups, own.options, strict=True)
+        described_groups = [{"parameters": members, "options": options} for members, options in pairs]
+        saved = {"type": own.type, "groups": described_groups, "values": values}
+        contents.state[entry] = encoded_state(saved, entry)
 
 
 def contents_digest(contents: Contents, description: Description) -> dict[str, Any]:
     """Number of tensors, bytes and xxh3-128 of what this rank holds."""
-    hasher = xxhash.xxh3_128(json.dumps(description.state_digests, sort_keys=True).encode())
+    rest = (sorted(description.state_digests.items()), description.groups, description.values)
+    hasher = xxhash.xxh3_128(repr(rest).encode())
     sections = [*contents.tensors.items(), ("adapter", contents.adapter or {})]
     count, size = 0, 0
     for section, tensors in sections:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +26,42 @@ def named_groups(entry: str, optimizer: Optimizer, names: Mapping[int, str]) -> 
     return groups
 
 
+def joined_groups(entry: str, ranks: Sequence[list[list[str]]]) -> list[list[str]]:
+    """The groups of all ranks as one list: a rank that is a stage of a pipeline has some parameters of each."""
+    for rank, groups in enumerate(ranks):
+        if len(groups) != len(ranks[0]):
+            raise ValueError(
+                f"state[{entry!r}] has {len(ranks[0])} parameter groups on rank 0 and {len(groups)} on rank {rank}; "
+                "give it the same groups on every rank, empty ones too"
+            )
+    joined = [list(dict.fromkeys(name for rank in ranks for name in rank[index])) for index in range(len(ranks[0]))]
+    seen: set[str] = set()
+    for members in joined:
+        if not seen.isdisjoint(members):
+            raise ValueError(
+                f"state[{entry!r}]: {sorted(seen.intersection(members))[:3]} are in another parameter group on another "
+                "rank; group them alike on every rank"
+            )
+        seen.update(members)
+    return joined
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What of an optimizer is no tensor of a parameter: ``values`` by parameter name and slot."""
+
+    type: str
+    groups: list[list[str]]
+    options: list[dict[str, Any]]
+    values: dict[str, dict[str, Any]]
+
+
 def optimizer_contents(
     entry: str, optimizer: Optimizer, names: Mapping[int, str]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by ``<slot>/<parameter name>``, and everything else: type, groups with their options, other values."""
+) -> tuple[dict[str, torch.Tensor], OptimizerState]:
+    """Tensors by ``<slot>/<parameter name>``, and everything else."""
     groups = named_groups(entry, optimizer, names)
-    described = [
-        {"parameters": members, "options": {key: value for key, value in group.items() if key != "params"}}
-        for members, group in zip(groups, optimizer.param_groups, strict=True)
-    ]
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     grouped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -54,13 +82,13 @@ def optimizer_contents(
                     tensors[f"{slot}/{name}"] = value
                 else:
                     values.setdefault(name, {})[slot] = value
-    return tensors, {"type": type(optimizer).__name__, "groups": described, "values": values}
+    return tensors, OptimizerState(type(optimizer).__name__, groups, options, values)
 
 
 def match_groups(
-    entry: str, optimizer: Optimizer, names: Mapping[int, str], saved: dict[str, Any]
+    entry: str, optimizer: Optimizer, groups: Sequence[list[str]], saved: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """For each group of ``optimizer``, the options of the saved group with the same parameters.
+    """For each group of ``optimizer``, the options of the saved group with the same parameters, on all ranks together.
 
     Raises ``ValueError`` where the type or the grouping differs.
     """
@@ -68,7 +96,7 @@ def match_groups(
         raise ValueError(f"state[{entry!r}] is {type(optimizer).__name__}, the checkpoint holds {saved['type']}")
     options = {frozenset(group["parameters"]): group["options"] for group in saved["groups"]}
     result = []
-    for index, members in enumerate(named_groups(entry, optimizer, names)):
+    for index, members in enumerate(groups):
         if frozenset(members) not in options:
             known = {name for group in saved["groups"] for name in group["parameters"]}
             new = [name for name in members if name not in known]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from am_ckpt._layout import checked_header, read_file, read_manifest
 from am_ckpt._mapping import Record, dropped_dims, output_shape, records_by_parameter, whole_record
 from am_ckpt._model import extra_states, stored_tensors
 from am_ckpt._names import ADAPTER
-from am_ckpt._optimizer import apply, match_groups, new_slot
+from am_ckpt._optimizer import apply, joined_groups, match_groups, named_groups, new_slot
 from am_ckpt._ranks import agree
 from am_ckpt._read import Reader, require_readable
 from am_ckpt._shards import DTYPES, Piece, dtype_name, pieces
@@ -33,7 +34,9 @@ _MAX_STATE_BYTES = 2**30
 def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> int:
     """Load the checkpoint ``folder`` into ``state`` and return its step; see :meth:`Checkpointer.load`. Collective."""
     with Reader() as reader:
-        step = _Step(folder, reader)
+        # A rank that is a stage of a pipeline has some of the model.
+        names = agree(f"{folder} was not loaded, nothing was changed", lambda: _names(state))
+        step = _Step(folder, reader, names)
         # Per rank: comparing may find differences on one rank only, and must stop all of them before any byte changes.
         actions: list[Callable[[], None]] = []
         agree(
@@ -45,11 +48,33 @@ def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, A
         return step.number
 
 
-class _Step:
-    """One checkpoint folder opened for loading."""
+@dataclass(frozen=True)
+class _Names:
+    """Of the model on one rank, in its tensors and in the groups of its optimizers."""
 
-    def __init__(self, folder: Path, reader: Reader) -> None:
+    tensors: list[str]
+    groups: dict[str, list[list[str]]]
+
+
+def _names(state: Mapping[str, Any]) -> _Names:
+    require_entries(state)
+    if MODEL not in state:
+        return _Names([], {})
+    model, parameters = state[MODEL], parameter_names(state[MODEL])
+    tensors = []
+    if isinstance(model, nn.Module):
+        tensors = [place.name for stored in stored_tensors(model) for place in stored.places] + [*extra_states(model)]
+    optimizers = {entry: value for entry, value in state.items() if isinstance(value, Optimizer)}
+    return _Names(tensors, {entry: named_groups(entry, value, parameters) for entry, value in optimizers.items()})
+
+
+class _Step:
+    """One checkpoint folder opened for loading; ``names`` are those of every rank."""
+
+    def __init__(self, folder: Path, reader: Reader, names: Sequence[_Names]) -> None:
         self._folder = folder
+        self._names = names
+        self._anywhere = {name for rank in names for name in rank.tensors}
         self._reader = reader
         self._manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
@@ -61,7 +86,6 @@ class _Step:
 
     def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
         """Compare ``state`` with the checkpoint and return what must be done, in order."""
-        require_entries(state)
         self._manifest = read_manifest(self._folder)
         self._records = {record["path"]: record for record in self._manifest["files"]}
         self._sections = inspect(self._folder).sections
@@ -133,7 +157,7 @@ class _Step:
         here = {place.name for item in stored for place in item.places}
         problems += _name_differences(
             [item.name for item in stored if not any(place.name in known for place in item.places)],
-            [name for name in sources if not {name, *(a for a, target in aliases.items() if target == name)} & here],
+            sorted({*sources} - {known[name] for name in self._anywhere if name in known}),
             here,
             set(known),
         )
@@ -142,7 +166,7 @@ class _Step:
         extra = read_state(self._folder, self._records, MODEL, self._reader) if MODEL in self._manifest["state"] else {}
         problems += _name_differences(
             [name for name in modules if name not in extra],
-            [name for name in extra if name not in modules],
+            [name for name in extra if name not in self._anywhere],
             modules,
             extra,
         )
@@ -176,7 +200,8 @@ class _Step:
         return load
 
     def _optimizer(self, entry: str, optimizer: Optimizer, names: dict[int, str], saved: Any) -> Callable[[], None]:
-        options = match_groups(entry, optimizer, names, saved)
+        groups = joined_groups(entry, [rank.groups[entry] for rank in self._names])
+        options = match_groups(entry, optimizer, groups, saved)
         by_parameter: dict[str, dict[str, Source]] = {}
         for key, source in self._sections["optim"].items():
             slot, _, name = key.partition("/")
