@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 from collections.abc import Callable
@@ -491,6 +492,39 @@ def test_a_like_of_other_shapes_throughout(whole: Path, tmp_path: Path, capsys: 
     save_file({"a": torch.ones(6, 5), "b": torch.ones(6, 4)}, tmp_path / "like" / "model.safetensors")
     assert main(arguments) == 0
     assert "note: 1 tensors of other shape than in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["merge", "out"], "am-ckpt: interrupted; the same command with --resume goes on\n"),
+        (["merge", "out", "--no-fsync"], "am-ckpt: interrupted\n"),
+        (["verify", "--full"], "am-ckpt: interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on(
+    command: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("source").mkdir()
+    count = 2**31
+    text = json.dumps({"w": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}).encode()
+    with open("source/model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        # Sparse: to read it takes longer than the interrupt needs.
+        file.truncate(8 + len(text) + count)
+    Path("source/config.json").write_text("{}")
+    assert main(["inspect", "source"]) == 0
+    capsys.readouterr()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        assert main([command[0], "source", *command[1:]]) == 130
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert capsys.readouterr().err == expected
+    assert not Path("out").exists()
 
 
 @pytest.fixture

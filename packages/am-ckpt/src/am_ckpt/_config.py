@@ -16,6 +16,8 @@ from am_ckpt._sources import Source
 
 _MAX_CONFIG_BYTES = 64 * 2**20
 _LAYER = re.compile(r"(.*\.|)(?:layers|h|blocks|block)\.(\d+)\.")
+# Stacks of layers that num_hidden_layers does not count.
+_OTHER_TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio|image)")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
 _EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj)(?:_bias|_blocks|_scales)?")
@@ -53,19 +55,20 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
     text = text_config(config)
     problems = []
     layers = text.get("num_hidden_layers")
-    if type(layers) is int and layers <= 2**20:
+    if type(layers) is int:
         found: dict[str, set[int]] = {}
         for name in tensors:
             match = _LAYER.match(name)
-            if match:
+            if match and int(match[2]) < layers and not _OTHER_TOWER.search(match[1]):
                 found.setdefault(match[1], set()).add(int(match[2]))
-        missing = {prefix: sorted(set(range(layers)) - have) for prefix, have in found.items()}
-        if missing and all(missing.values()):
-            prefix, absent = min(missing.items(), key=lambda item: len(item[1]))
-            problems.append(
-                f"num_hidden_layers={layers}, but layer {absent[0]} of {prefix + 'layers'} has no tensor "
-                f"({len(absent)} layers missing)"
-            )
+        if found:
+            # A model can have several stacks; one of them is the one that config.json speaks of.
+            prefix, have = max(found.items(), key=lambda item: len(item[1]))
+            if len(have) < layers:
+                problems.append(
+                    f"num_hidden_layers={layers}, but layer {_first_gap(have)} of {prefix + 'layers'} has no tensor "
+                    f"({layers - len(have)} layers missing)"
+                )
     vocabulary, hidden = text.get("vocab_size"), text.get("hidden_size")
     for name, source in tensors.items():
         if not _EMBEDDING.fullmatch(name) or len(source.shape) != 2:
@@ -75,7 +78,7 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
         if type(hidden) is int and name.endswith("embed_tokens.weight") and source.shape[1] < hidden:
             problems.append(f"hidden_size={hidden}, but {name!r} has {source.shape[1]} columns")
     experts = next((text[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in text), None)
-    if type(experts) is int and experts <= 2**16:
+    if type(experts) is int:
         for name, source in tensors.items():
             if _FUSED_EXPERTS.fullmatch(name) and len(source.shape) > 1 and source.shape[0] < experts:
                 problems.append(f"{experts} experts, but {name!r} has {source.shape[0]}")
@@ -83,14 +86,19 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
         by_layer: dict[str, set[int]] = {}
         for name in tensors:
             match = _EXPERT.match(name)
-            if match:
+            if match and int(match[1]) < experts:
                 by_layer.setdefault(name[: match.start(1)], set()).add(int(match[1]))
         for prefix, have in by_layer.items():
-            if not set(range(experts)) <= have:
-                first = min(set(range(experts)) - have)
-                problems.append(f"{experts} experts, but {prefix}{first} has no tensor ({len(have)} are there)")
+            if len(have) < experts:
+                problems.append(
+                    f"{experts} experts, but {prefix}{_first_gap(have)} has no tensor ({len(have)} are there)"
+                )
                 break
     return problems
+
+
+def _first_gap(numbers: set[int]) -> int:
+    return next(number for number in range(len(numbers) + 1) if number not in numbers)
 
 
 def uneven_layers(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> list[tuple[str, bool]]:
