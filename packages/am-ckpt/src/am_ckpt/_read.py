@@ -6,6 +6,7 @@ device, a cast, a strided target) through a buffer of bounded size.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -17,10 +18,9 @@ import numpy
 import torch
 
 from am_ckpt._boxes import Box, describe, require_exact_cover, split
-from am_ckpt._copy import Buffers, fill, parts_of
+from am_ckpt._copy import Buffers, fill
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
-from am_ckpt._mapping import whole_record
 from am_ckpt._shards import DTYPES, Piece, as_bytes, cut, is_direct
 from am_ckpt._sources import Source
 
@@ -54,6 +54,8 @@ class Reader:
     def __init__(self, *, follow_symlinks: bool = False) -> None:
         self._follow_symlinks = follow_symlinks
         self._descriptors: dict[Path, int] = {}
+        # Other threads may be reading from them.
+        self._stale: list[int] = []
         self._opening = threading.Lock()
         self._own = _OwnBuffers()
 
@@ -63,9 +65,10 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
+        for descriptor in (*self._descriptors.values(), *self._stale):
             os.close(descriptor)
         self._descriptors.clear()
+        self._stale.clear()
 
     def read_all(self, wanted: Iterable[tuple[Source, Piece]]) -> None:
         """:meth:`read` many pieces, in the order of files, on the cores that the ranks of this machine leave.
@@ -113,7 +116,16 @@ class Reader:
         if not box.count:
             return
         block = numpy.frombuffer(memory, f"u{ITEM_BYTES[source.dtype]}").reshape(box.size)
-        fill(block, box, parts_of(whole_record("", source.shape), source), self._open, self._own.buffers)
+        try:
+            fill(block, box, source, self._open, self._own.buffers)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # The server has forgotten these handles, not the files: opened again, once.
+            with self._opening:
+                self._stale += self._descriptors.values()
+                self._descriptors.clear()
+            fill(block, box, source, self._open, self._own.buffers)
 
     def _open(self, path: Path) -> int:
         with self._opening:
