@@ -159,6 +159,26 @@ def test_a_file_of_torch_before_1_6(tmp_path: Path, capsys: Any) -> None:
     assert "was written by torch before 1.6" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        # In the list of members at the end: a name that is no text, one that is another; and no list.
+        (b"pytorch_model/data/0", b"pytorch_model/data/\x85", "can't decode byte 0x85"),
+        (b"pytorch_model/data.pkl", b"pytorch_model/data.pkx", "the archive has no data.pkl"),
+        (b"PK\5\6", b"PK\5\7", "File is not a zip file"),
+    ],
+)
+def test_a_damaged_list_of_members(old: bytes, new: bytes, expected: str, tmp_path: Path, capsys: Any) -> None:
+    folder = saved(tmp_path / "model", tensors())
+    file = folder / "pytorch_model.bin"
+    before, _, after = file.read_bytes().rpartition(old)
+    assert before
+    file.write_bytes(before + new + after)
+    assert main(["inspect", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert (str(file) in error, expected in error) == (True, True), error
+
+
 def test_a_cut_file(tmp_path: Path, capsys: Any) -> None:
     folder = saved(tmp_path / "model", tensors())
     file = folder / "pytorch_model.bin"

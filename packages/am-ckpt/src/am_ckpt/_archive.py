@@ -228,7 +228,10 @@ class _Archive:
         try:
             with zipfile.ZipFile(self._window) as archive:
                 self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, OSError, NotImplementedError, struct.error) as error:
+        except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                # Of the disk, not of what is on it.
+                raise
             raise ValueError(f"{where} is damaged: {error}; copy the file again or take another step") from error
         if "byteorder" in self._members and self.member("byteorder", 16) != b"little":
             raise ValueError(f"{where} was written by a big-endian machine")
@@ -276,6 +279,8 @@ class _Archive:
             raise ValueError(f"{self._where} is damaged: the archive has no {name}")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"{self._where}: {name} is compressed or encrypted, torch.save stores it plainly")
+        if info.header_offset < 0:
+            raise ValueError(f"{self._where} is damaged: {name} begins before the archive")
         self._window.seek(info.header_offset)
         header = self._window.read(30)
         if len(header) < 30 or header[:4] != b"PK\3\4":
