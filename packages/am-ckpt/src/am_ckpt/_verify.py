@@ -176,7 +176,8 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
     """Hold weight files against what ``merge(digest=True)`` wrote, all of their data with ``full``."""
     where = inventory.path / DIGESTS
     said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
-    files = said.get("files") if isinstance(said, dict) and said.get("version") == 1 else None
+    known = isinstance(said, dict) and (said.get("format"), said.get("version")) == ("am-ckpt digests", 1)
+    files = said.get("files") if known else None
     if not isinstance(files, dict) or not all(map(_is_digested, files.values())):
         raise ValueError(f"{where} is damaged or of another release; copy it again, or remove it to do without")
     used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
@@ -187,11 +188,11 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
     for name in sorted(files.keys() & used.keys()):
         header = read_header(used[name], follow_symlinks=inventory.follow_symlinks)
         ranges = sorted(files[name]["ranges_xxh3_64"])
-        starts, ends = (
-            [header.data_start, *(row[1] for row in ranges)],
-            [*(row[0] for row in ranges), header.file_bytes],
-        )
-        if digest(header.text) != files[name].get("header_xxh3_128") or starts != ends:
+        # Every range ends where the next begins, the last one with the file.
+        ends = [header.data_start, *(row[1] for row in ranges)]
+        tiled = ends == [*(row[0] for row in ranges), header.file_bytes]
+        about = (files[name].get("bytes"), files[name].get("header_xxh3_128"))
+        if not tiled or about != (header.file_bytes, digest(header.text)):
             report.add(ValueError(f"{used[name]}: its header is not the one of {DIGESTS}; copy both again"))
             continue
         for begin, end, expected in ranges if report.full else ():
