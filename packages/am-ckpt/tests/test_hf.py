@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from types import FrameType
@@ -434,4 +436,13 @@ def test_an_export_is_replaced_without_a_moment_in_which_there_is_none(tmp_path:
     assert len(seen) > 20
     assert all(names == before for names in seen)
     assert torch.equal(load_file(out / "model.safetensors")["weight"], second.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    left = tmp_path / ".out-staging-0123456789abcdef"
+    (left / "folder").mkdir(parents=True)
+    # Nobody has signed it for two minutes.
+    os.utime(left, (time.time() - 120,) * 2)
+    am_ckpt.save_hf(nn.Linear(3, 2), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

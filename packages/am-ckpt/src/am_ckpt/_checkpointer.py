@@ -13,16 +13,12 @@ import math
 import os
 import secrets
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from am_ckpt._background import Background
 from am_ckpt._contents import (
@@ -40,8 +36,6 @@ from am_ckpt._errors import NewerError
 from am_ckpt._format import ITEM_BYTES, Header, element_count
 from am_ckpt._io import digest, fsync_directory
 from am_ckpt._layout import (
-    FORMAT,
-    VERSION,
     Best,
     check_step,
     rank_best,
@@ -54,7 +48,7 @@ from am_ckpt._names import ADAPTER, INDEX, byte_count
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import restore
 from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
-from am_ckpt._save import Job, TensorFile, discard, file_metadata, join_records, run, stage
+from am_ckpt._save import Job, TensorFile, discard, file_metadata, join_records, new_manifest, run, stage
 from am_ckpt._shards import Piece
 from am_ckpt._staging import Buffers, Versions, require_unchanged, versions
 from am_ckpt._weight_files import FileShare, WeightFiles
@@ -352,25 +346,18 @@ class Checkpointer:
                 for group in weights.files.values()
                 for name, (dtype, shape) in group.items()
             }
-        return {
+        own = {
             **mapped,
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "save_id": save_id,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "world_size": len(described),
             "axes": {name: size for description in described for name, size in description.axes.items()},
-            "versions": {"am_ckpt": version("am-ckpt"), "torch": str(torch.__version__)},
             # JSON has no NaN; float() reads both forms.
             "metrics": {name: value if math.isfinite(value) else str(value) for name, value in scores.items()},
             "fingerprints": self._fingerprints,
             "model": "module" if contents.adapter is None else "adapter",
             "aliases": {alias: name for description in described for alias, name in description.aliases.items()},
-            "tensors": tensors,
             "optimizers": list(contents.optimizers),
             "state": sorted(contents.state),
         }
+        return new_manifest(step, save_id, len(described), tensors, own)
 
     def _choose(self, which: int | str | os.PathLike[str]) -> Path | None:
         if isinstance(which, int):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from torch import nn
 from am_ckpt._boxes import Box
 from am_ckpt._format import Header, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
-from am_ckpt._io import exchange, fsync_directory, remove, require_space, write_bytes
+from am_ckpt._io import exchange, fsync_directory, remove, write_bytes
 from am_ckpt._layout import require_file_name
 from am_ckpt._mapping import Record, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
@@ -31,12 +30,15 @@ from am_ckpt._names import INDEX, byte_count, hf_files
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._read import Reader
 from am_ckpt._restore import nearest
+from am_ckpt._save import create_staging, discard
 from am_ckpt._shards import Held, Piece, assign, dtype_name, pieces
 from am_ckpt._sources import Chunk, Source, hf_sources
 from am_ckpt._weight_files import WeightFiles, create_files, file_piece
 
 # In the metadata of an export's weight files: the names of all its files. Only such a folder is replaced.
 _EXPORT_KEY = "am_ckpt_export"
+# In the staging folder, beside its lease.
+_FOLDER = "folder"
 _CASTABLE = {"F16", "BF16", "F32", "F64"}
 
 
@@ -258,16 +260,16 @@ def save_hf(
     if len(headers) > 1:
         extra[INDEX] = weights.index(headers)
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
-    staging = target.with_name(f".{target.name}-staging-{export_id}")
+    prefix = f".{target.name}-staging-"
+    staging = target.with_name(prefix + export_id)
     try:
-        rank_zero(context, lambda: _stage(target, staging, headers, extra))
+        rank_zero(context, lambda: _stage(target, staging, prefix, headers, extra))
         parts = weights.shares(headers, _owned(tensors, shares[rank]))
-        agree(context, lambda: [part.write(staging) for part in parts] and None)
-        rank_zero(context, lambda: _publish(staging, target))
-    except BaseException:
+        agree(context, lambda: [part.write(staging / _FOLDER) for part in parts] and None)
+        rank_zero(context, lambda: _publish(staging / _FOLDER, target))
+    finally:
         if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise
+            discard(staging)
 
 
 def _held(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
@@ -320,16 +322,15 @@ def _require_same_ties(tied: bool | None, tensors: Mapping[str, Stored]) -> None
         )
 
 
-def _stage(target: Path, staging: Path, headers: Mapping[str, Header], extra: Mapping[str, bytes]) -> None:
+def _stage(target: Path, staging: Path, prefix: str, headers: Mapping[str, Header], extra: Mapping[str, bytes]) -> None:
     """Create the folder with its small files, and the weight files with their headers and full size."""
     _require_replaceable(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     total = sum(header.file_bytes for header in headers.values())
-    require_space(target.parent, total + sum(map(len, extra.values())))
-    os.mkdir(staging)
+    create_staging(staging, total + sum(map(len, extra.values())), prefix, held=True)
+    os.mkdir(staging / _FOLDER)
     for name, content in extra.items():
-        write_bytes(staging / name, content)
-    create_files(staging, headers)
+        write_bytes(staging / _FOLDER / name, content)
+    create_files(staging / _FOLDER, headers)
 
 
 def _owned(tensors: Mapping[str, Stored], share: Mapping[str, Sequence[Box]]) -> Iterator[tuple[str, Piece]]:
@@ -359,13 +360,12 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
-def _publish(staging: Path, target: Path) -> None:
-    fsync_directory(staging)
-    if target.exists() and any(target.iterdir()):
-        if exchange(staging, target):
-            fsync_directory(target.parent)
-            remove(staging)
-            return
-        remove(target)
-    os.rename(staging, target)
+def _publish(folder: Path, target: Path) -> None:
+    fsync_directory(folder)
+    filled = target.exists() and any(target.iterdir())
+    # What was there is then in the staging folder, and goes with it.
+    if not (filled and exchange(folder, target)):
+        if filled:
+            remove(target)
+        os.rename(folder, target)
     fsync_directory(target.parent)

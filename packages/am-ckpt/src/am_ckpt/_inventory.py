@@ -30,7 +30,7 @@ from am_ckpt._layout import (
     read_manifest,
     require_file_name,
 )
-from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, hf_files
+from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, WRAPPERS, hf_files
 from am_ckpt._shard_files import shard_sources
 from am_ckpt._sources import Source, hf_sources, paths_of, share_tables, whole_sources
 from am_ckpt._torchtitan import is_torchtitan
@@ -44,7 +44,7 @@ _INSIDE = ("model", "pytorch_model_fsdp_0", "sharded", "consolidated")
 _BESIDE = ".hf_metadata"
 _STEPS = re.compile(r"(?:step|checkpoint|iter|global_step)[_-]?\d+|epoch_\d+_step_\d+|epoch=\d+-step=\d+\.ckpt")
 # What wrappers of modules put into names; a state dict that torch gathers has none of them.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 _FLAT = re.compile(r"flat_param(?:_\d+)?$")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+from am_ckpt._names import WRAPPERS
 
 
 @dataclass
@@ -58,7 +58,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _bare(prefix: str) -> list[str]:
-    return [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+    return [part for part in prefix.split(".") if part and part not in WRAPPERS]
 
 
 def named_places(model: nn.Module) -> Iterator[tuple[Place, torch.Tensor, bool, bool]]:

@@ -18,6 +18,8 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # What the bytes of the weight files are: written by merge(digest=True), checked by verify.
 DIGESTS = "am_ckpt_digests.json"
+# What wrappers of modules put into the names of parameters.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn_to_*_mapping.json", DIGESTS)
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from am_ckpt._box_digests import require_digested
 from am_ckpt._contents import SECTIONS
 from am_ckpt._format import Header, build_header, parse_json
 from am_ckpt._io import BlockDigests, fsync_directory, require_space, write_bytes, write_file
-from am_ckpt._layout import MANIFEST, STAGING, checked_header, read_file, seal, step_name
+from am_ckpt._layout import FORMAT, MANIFEST, STAGING, VERSION, checked_header, read_file, seal, step_name
 from am_ckpt._lease import clean_stale, release, sign
 from am_ckpt._ranks import Failure, describe, rebuild
 from am_ckpt._shards import byte_blocks, dtype_name
@@ -145,6 +146,31 @@ def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool
         raise RuntimeError(
             f"another process is saving to this directory (its folder is {alive[0]}); use one directory a run"
         )
+
+
+def new_manifest(
+    step: int, save_id: str, world_size: int, tensors: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of a step without its files; ``own``: fields that are not as they are in the simplest one."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "save_id": save_id,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "world_size": world_size,
+        "axes": {},
+        "versions": {"am_ckpt": version("am-ckpt"), "torch": str(torch.__version__)},
+        "metrics": {},
+        "fingerprints": {},
+        "mapping": None,
+        "model": "module",
+        "aliases": {},
+        "tensors": tensors,
+        "optimizers": [],
+        "state": [],
+        **own,
+    }
 
 
 def discard(staging: Path) -> None:

@@ -11,11 +11,9 @@ import os
 import pickle
 import secrets
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +39,10 @@ from am_ckpt._cover import cover_problem
 from am_ckpt._format import ITEM_BYTES, element_count
 from am_ckpt._inventory import inspect
 from am_ckpt._io import fsync_directory
-from am_ckpt._layout import FORMAT, STAGING, VERSION, check_step
+from am_ckpt._layout import STAGING, check_step
 from am_ckpt._read import Reader
 from am_ckpt._restore import read_state
-from am_ckpt._save import TensorFile, create_staging, discard, file_metadata, seal_step, write_files
+from am_ckpt._save import TensorFile, create_staging, discard, file_metadata, new_manifest, seal_step, write_files
 from am_ckpt._shards import DTYPES, Piece, dtype_name
 from am_ckpt._sources import Source
 
@@ -109,29 +107,13 @@ class StorageWriter(dcp.StorageWriter):
         create_staging(self._staging, planned, prefix_of_folder, held=False)
         for name in ("step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
             os.mkdir(self._staging / name)
-        self._manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": self._step,
-            "save_id": save_id,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "world_size": len(plans),
-            "axes": {},
-            "versions": {"am_ckpt": version("am-ckpt"), "torch": str(torch.__version__)},
-            "metrics": {},
-            "fingerprints": {},
-            "mapping": None,
-            "model": "module",
-            "aliases": {},
-            "tensors": tensors,
-            "optimizers": [],
-            "state": [
-                _entry(rank)
-                for rank, plan in enumerate(plans)
-                if any(item.type == WriteItemType.BYTE_IO for item in plan.items)
-            ],
-            "dcp": {"prefix": prefix, "paths": {name: list(path) for name, path in paths.items()}},
-        }
+        names = {"prefix": prefix, "paths": {name: list(path) for name, path in paths.items()}}
+        state = [
+            _entry(rank)
+            for rank, plan in enumerate(plans)
+            if any(item.type == WriteItemType.BYTE_IO for item in plan.items)
+        ]
+        self._manifest = new_manifest(self._step, save_id, len(plans), tensors, {"state": state, "dcp": names})
         shared = {"staging": str(self._staging), "save_id": save_id, "prefix": prefix, "model": sorted(model)}
         return [
             replace(plan, storage_data={**shared, "rank": rank, "size": len(plans)}) for rank, plan in enumerate(plans)

@@ -10,7 +10,6 @@ Beside the destination stands a staging folder::
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -29,6 +28,7 @@ from am_ckpt._inventory import paused_collector
 from am_ckpt._io import (
     create,
     digest,
+    exchange,
     fsync_directory,
     require_space,
     write_all,
@@ -43,8 +43,6 @@ _FOLDER = "folder"
 _MAX_JOURNAL_BYTES = 256 * 2**20
 # A killed merge repeats at most about this much.
 _JOURNAL_EVERY = 2**30
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 @dataclass(frozen=True)
@@ -397,7 +395,7 @@ def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None
     filled = _is_filled(target)
     if filled and not replace:
         raise FileExistsError(f"{target} was made by someone else in the meantime; what was to be there is in {folder}")
-    if not (filled and _exchange(folder, target)):
+    if not (filled and exchange(folder, target)):
         if filled:
             os.rename(target, staging / "replaced")
         os.rename(folder, target)
@@ -405,14 +403,3 @@ def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None
         fsync_directory(target.parent)
     # With the lock, and with what was in the way.
     shutil.rmtree(staging)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
-    library = ctypes.CDLL(None, use_errno=True)
-    try:
-        rename = library.renameat2
-    except AttributeError:
-        return False
-    result: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return result == 0
