@@ -36,8 +36,10 @@ def sign(folder: Path, *, held: bool) -> None:
     released = _renewing[folder] = threading.Event()
     if held:
         _held.add(folder)
-    # Not synced: after a power cut there is no writer.
-    (folder / LEASE).write_bytes(json.dumps(own_lease()).encode())
+    # Complete or not there: half of it would make the next writer wait. Not synced, since a power cut ends the writer.
+    unsigned = folder / f"{LEASE}.new"
+    unsigned.write_bytes(json.dumps(own_lease()).encode())
+    os.replace(unsigned, folder / LEASE)
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):
