@@ -44,7 +44,7 @@ from am_ckpt._layout import (
     step_name,
     steps,
 )
-from am_ckpt._names import ADAPTER, INDEX, byte_count
+from am_ckpt._names import ADAPTER, INDEX, byte_count, weight_index
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import restore
 from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
@@ -170,7 +170,7 @@ class Checkpointer:
             return
         texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
         if rank == 0 and weights is not None and len(headers) > 1:
-            texts[f"model/{INDEX}"] = weights.index(headers)
+            texts[f"model/{INDEX}"] = weight_index(headers)
         self._stop = threading.Event()
         job = Job(self.directory, step, save_id, rank, size, files, headers, texts, manifest, self._timeout, self._stop)
         try:

@@ -29,7 +29,7 @@ from am_ckpt._boxes import Box, Shape
 from am_ckpt._format import ITEM_BYTES, element_count
 from am_ckpt._io import open_for_reading, read_exactly, write_all
 from am_ckpt._mapping import Record, dropped_dims, output_shape
-from am_ckpt._sources import Group, Rows, Source, Table, by_table, row_major_strides
+from am_ckpt._sources import Group, Rows, Source, Table, by_table, places_of, row_major_strides
 
 # A tile and a piece of a range: small enough to stay in the cache between reading and writing.
 TILE_BYTES = 2 * 2**20
@@ -130,12 +130,9 @@ class Jobs(Sequence[Job]):
 
     def digest(self) -> str:
         """Equal for equal jobs on equal parts of files of the same order."""
-        rows = [output.source.rows for output in self.outputs]
-        tables = {id(own.table): own.table for own in rows}
-        number = {key: index for index, key in enumerate(tables)}
-        places = numpy.array([(number[id(own.table)], own.first, own.last) for own in rows], numpy.int64)
-        columns = [self.output, self.path, self.begin, self.target, self.num_bytes, places]
-        for table in tables.values():
+        tables, *places = places_of([output.source for output in self.outputs])
+        columns = [self.output, self.path, self.begin, self.target, self.num_bytes, *places]
+        for table in tables:
             columns += [table.file, table.begin, table.offset, table.size]
             columns += [] if table.strides is None else [table.strides]
         hasher = xxhash.xxh3_128()

@@ -10,6 +10,7 @@ can then be cloned or read with direct I/O. Reference: https://huggingface.co/do
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from array import array
@@ -107,10 +108,7 @@ class Header:
 
 def element_count(shape: Iterable[int]) -> int:
     """Number of elements of a tensor of this shape (1 for a 0-d tensor)."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    return math.prod(shape)
 
 
 def is_sizes(value: Any) -> bool:
@@ -325,12 +323,15 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     The columns are in file order: tensors of a multiple of 4096 bytes first, then larger items before smaller ones,
     so that every tensor starts on a multiple of its item size.
     """
-    sizes = {name: element_count(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in tensors.items()}
     names = sorted(tensors)
-    names.sort(key=lambda name: (sizes[name] % ALIGNMENT != 0, -ITEM_BYTES[tensors[name][0]]))
-    dtypes, shapes = [tensors[name][0] for name in names], [tensors[name][1] for name in names]
-    ends = numpy.cumsum([sizes[name] for name in names], dtype=numpy.int64)
-    begins = numpy.concatenate(([0], ends))[:-1]
+    dtypes = [tensors[name][0] for name in names]
+    shapes = [tensors[name][1] for name in names]
+    items = numpy.array([ITEM_BYTES[dtype] for dtype in dtypes], numpy.int64)
+    sizes = numpy.array([math.prod(shape) for shape in shapes], numpy.int64) * items
+    order = numpy.lexsort((-items, sizes % ALIGNMENT != 0))
+    names, dtypes, shapes = ([column[index] for index in order.tolist()] for column in (names, dtypes, shapes))
+    ends = numpy.cumsum(sizes[order])
+    begins = ends - sizes[order]
     rows = [json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False)[1:-1]]
     # No newline is inside of a JSON string.
     quoted = json.dumps(names, separators=("\n", ":"), ensure_ascii=False)[1:-1].split("\n")
@@ -349,4 +350,4 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     num_dims = numpy.fromiter(map(len, shapes), numpy.int64, len(shapes))
     flat = numpy.fromiter(chain.from_iterable(shapes), numpy.int64)
     columns = Columns(names, dtypes, num_dims, flat, begins, ends)
-    return Header(dict(metadata), columns, text, len(text) + sum(sizes.values()))
+    return Header(dict(metadata), columns, text, len(text) + int(sizes.sum()))

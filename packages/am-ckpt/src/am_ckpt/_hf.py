@@ -26,7 +26,7 @@ from am_ckpt._io import exchange, fsync_directory, remove, write_bytes
 from am_ckpt._layout import require_file_name
 from am_ckpt._mapping import Record, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
-from am_ckpt._names import INDEX, byte_count, hf_files
+from am_ckpt._names import INDEX, byte_count, hf_files, weight_index
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._read import Reader
 from am_ckpt._restore import nearest
@@ -258,7 +258,7 @@ def save_hf(
     listed = sorted([*weights.files, *extra, *([INDEX] if len(weights.files) > 1 else [])])
     headers = weights.headers({"format": "pt", _EXPORT_KEY: json.dumps(listed)})
     if len(headers) > 1:
-        extra[INDEX] = weights.index(headers)
+        extra[INDEX] = weight_index(headers)
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
     prefix = f".{target.name}-staging-"
     staging = target.with_name(prefix + export_id)

@@ -297,11 +297,14 @@ def _small_files(folder: Path) -> dict[str, Path]:
 def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Source]:
     """The tensors by the names that they have in the model itself."""
     plain: dict[str, Source] = {}
-    for name, source in tensors.items():
+    # Nearly always none has, and there may be many.
+    wrapped = any(word in "\n".join(tensors) for word in ("_orig_mod.", "_wrapped_module."))
+    for name, source in tensors.items() if wrapped else ():
         inner = _WRAPPERS.sub("", name)
         if inner in plain:
             raise ValueError(f"{name!r} and another tensor are both {inner!r} without the names of wrappers")
         plain[inner] = source
+    plain = plain or dict(tensors)
     if tensors and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): source for name, source in plain.items()}
     changed = [name for name in tensors if name not in plain]

@@ -6,12 +6,14 @@ into a staging folder beside the destination; fsynced and renamed. No model, no 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +152,8 @@ class _Plan:
             )
         self._check_config(files, tensors)
         described: dict[str, tuple[str, tuple[int, ...]]] = {}
-        # None: the parameter as it is.
-        origin: dict[str, tuple[str, Record | None]] = {}
+        # Of what is not the parameter of the same name as it is.
+        origin: dict[str, Record] = {}
         for name in sorted(tensors, key=_natural):
             source = tensors[name]
             kept = DTYPES[dtype] if dtype is not None and source.dtype in _CASTABLE else source.dtype
@@ -162,7 +164,8 @@ class _Plan:
                 if file in described:
                     raise ValueError(f"two tensors of {inventory.path} would be named {file!r}")
                 described[file] = (kept, shape)
-                origin[file] = (name, record)
+                if record is not None:
+                    origin[file] = record
         if like is not None:
             self._compare(like, described)
         self._build(tensors, described, origin, limit)
@@ -174,7 +177,7 @@ class _Plan:
         self,
         tensors: Mapping[str, Source],
         described: Mapping[str, tuple[str, tuple[int, ...]]],
-        origin: Mapping[str, tuple[str, Record | None]],
+        origin: Mapping[str, Record],
         limit: int,
     ) -> None:
         groups = {ADAPTER: dict(described)} if self.inventory.adapter else weight_files(described, limit)
@@ -189,12 +192,11 @@ class _Plan:
         for file, header in self.headers.items():
             columns = header.columns
             begins = (columns.begins + header.data_start).tolist()
-            for name, dtype, begin in zip(columns.names, columns.dtypes, begins, strict=True):
-                parameter, record = origin[name]
-                source = located[parameter]
-                if record is not None:
-                    source = parts_of(record, source)
-                self.outputs.append(Output(name, file, begin, dtype, source))
+            sources = [
+                parts_of(origin[name], located[origin[name].parameter]) if name in origin else located[name]
+                for name in columns.names
+            ]
+            self.outputs += map(Output, columns.names, repeat(file), begins, columns.dtypes, sources)
 
     def _check_config(self, files: Mapping[str, Path], tensors: dict[str, Source]) -> None:
         """Hold the tensors against config.json; drop a tied head that is the same as its embedding."""
@@ -277,9 +279,13 @@ class _Plan:
 
 def _natural(name: str) -> list[Any]:
     """Layer 2 before layer 10."""
-    parts: list[Any] = _NUMBERS.split(name)
-    parts[1::2] = map(int, parts[1::2])
-    return parts
+    return list(map(_natural_part, name.split(".")))
+
+
+@functools.lru_cache(2**18)
+def _natural_part(part: str) -> tuple[str | int, ...]:
+    # Names have few parts that differ.
+    return tuple(int(run) if index % 2 else run for index, run in enumerate(_NUMBERS.split(part)))
 
 
 def _like_files(like: Path, adapter: bool) -> dict[str, Path]:

@@ -28,7 +28,8 @@ from am_ckpt._sources import Source
 def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
     """Raise ``ValueError`` unless the chunks hold every element of ``boxes`` exactly once."""
     for box in boxes:
-        parts = [part for chunk in source.chunks if (part := chunk.box.intersect(box)) is not None]
+        chunks = source.rows.chunks_in(box)
+        parts = [part for chunk in chunks if (part := chunk.box.intersect(box)) is not None]
         shifted = [Box(tuple(a - b for a, b in zip(p.offset, box.offset, strict=True)), p.size) for p in parts]
         require_exact_cover(f"{name!r}, part {describe(box)}", box.size, shifted)
 

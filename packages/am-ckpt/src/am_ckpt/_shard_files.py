@@ -14,8 +14,8 @@ from typing import Any
 import numpy
 
 from am_ckpt._boxes import Shape
-from am_ckpt._format import ITEM_BYTES, Header, integers, is_sizes, parse_rows
-from am_ckpt._sources import Rows, Source, Table, by_dims
+from am_ckpt._format import ITEM_BYTES, Header, integers, is_sizes, parse_json, parse_rows
+from am_ckpt._sources import Rows, Source, Table, by_dims, tuples
 
 _CODES = {name: code for code, name in enumerate(ITEM_BYTES)}
 _DTYPES = list(ITEM_BYTES)
@@ -68,11 +68,12 @@ def shard_sources(
             f"{what} is {_DTYPES[code[row]]}, the others say {dtypes[owner[row]]}; the file is damaged or of another "
             "save: copy it again"
         )
-    sources: dict[int, Source] = {}
+    sources: list[Source | None] = [None] * len(names)
     for rows, (size, offset, end) in by_dims(num_dims, sizes, offsets, ends):
         order = numpy.argsort(owner[rows], kind="stable")
         rows, size, offset, end = rows[order], size[order], offset[order], end[order]
-        tensors, starts = numpy.unique(owner[rows], return_index=True)
+        starts = numpy.flatnonzero(numpy.diff(owner[rows], prepend=-1))
+        tensors = owner[rows[starts]]
         if described is None:
             shapes = numpy.maximum.reduceat(end, starts, axis=0)
         else:
@@ -87,12 +88,14 @@ def shard_sources(
         rows = rows[kept]
         table = Table(paths, file[rows], begin[rows], offset[kept], size[kept])
         edges = (numpy.searchsorted(owner[rows], tensors, side).tolist() for side in ("left", "right"))
-        for tensor, shape, start, stop in zip(tensors.tolist(), map(tuple, shapes.tolist()), *edges, strict=True):
-            sources[tensor] = Source(dtypes[tensor], shape, Rows(table, start, stop))
+        own_dtypes = [dtypes[tensor] for tensor in tensors.tolist()]
+        found_rows = map(Rows, repeat(table), *edges)
+        for tensor, source in zip(tensors.tolist(), map(Source, own_dtypes, tuples(shapes), found_rows), strict=True):
+            sources[tensor] = source
     for number, (dtype, shape) in enumerate((described or {}).values()):
         # Empty, or of a rank whose file is missing.
-        sources.setdefault(number, Source(dtype, shape))
-    return {name: sources[number] for name, number in numbers.items()}, bool(said.all())
+        sources[number] = sources[number] or Source(dtype, shape)
+    return {name: source for name, source in zip(names, sources, strict=True) if source is not None}, bool(said.all())
 
 
 def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
@@ -102,11 +105,13 @@ def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, n
     count = len(columns.names)
     if "DCP_SHARDING_INFO" not in header.metadata:
         return numpy.zeros_like(columns.sizes), columns.sizes, numpy.ones(count, bool)
-    where = f"{path}, DCP_SHARDING_INFO"
-    info = parse_rows(header.metadata["DCP_SHARDING_INFO"], where, 0)
-    if not isinstance(info, dict):
-        raise ValueError(f"{where} is {type(info).__name__}, not an object")
-    entries = list(map(info.get, columns.names, repeat({})))
+    text = header.metadata["DCP_SHARDING_INFO"]
+    entries = _entries_of_few_kinds(text, columns.names)
+    if entries is None:
+        info = parse_rows(text, f"{path}, DCP_SHARDING_INFO", 0)
+        if not isinstance(info, dict):
+            raise ValueError(f"{path}, DCP_SHARDING_INFO is {type(info).__name__}, not an object")
+        entries = list(map(info.get, columns.names, repeat({})))
     try:
         offsets = _rows(entries, "saved_offsets", columns.num_dims)
         # All entries have this key alone, or all have both.
@@ -115,6 +120,30 @@ def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, n
         return offsets, _rows(entries, "global_shape", columns.num_dims), numpy.ones(count, bool)
     except (TypeError, KeyError, ValueError):
         return _places_one_by_one(path, header, entries)
+
+
+def _entries_of_few_kinds(text: str, names: list[str]) -> list[Any] | None:
+    """The entries of ``names``, each kind of which is parsed once; None unless the text is just as torch writes it.
+
+    That is ``{"NAME": {ENTRY}, "NAME": {ENTRY}}``, in the order of the header.
+    """
+    # Cut in front of every entry, so that each piece is one and the name of the next.
+    pieces = text.split('": {')
+    plain = "".join(names)
+    if not names or len(pieces) != len(names) + 1 or "\\" in text or '"' in plain or not plain.isprintable():
+        return None
+    ends = [*map('}, "'.__add__, names[1:]), "}}"]
+    if pieces[0] != f'{{"{names[0]}' or not all(map(str.endswith, pieces[1:], ends)):
+        return None
+    found = list(map(str.removesuffix, pieces[1:], ends))
+    kinds = set(found)
+    if len(kinds) > len(names) // 4 + 1:
+        return None
+    try:
+        parsed = {kind: parse_json(f"{{{kind}}}".encode(), "") for kind in kinds}
+    except ValueError:
+        return None
+    return [parsed[kind] for kind in found]
 
 
 def _rows(entries: list[Any], key: str, num_dims: numpy.ndarray) -> numpy.ndarray:

@@ -119,7 +119,8 @@ class Rows(Sequence[Chunk]):
         """The dim that is cut most, the rows in its order, where they start on it, and where all up to each stop."""
         if self._by_place is None:
             offset, size = (column[self.first : self.last] for column in (self.table.offset, self.table.size))
-            dim = max(range(offset.shape[1]), key=lambda dim: len(numpy.unique(offset[:, dim])))
+            distinct = numpy.count_nonzero(numpy.diff(numpy.sort(offset, axis=0), axis=0), axis=0)
+            dim = int(distinct.argmax())
             order = numpy.argsort(offset[:, dim], kind="stable")
             starts = offset[order, dim]
             stops = numpy.maximum.accumulate(starts + size[order, dim])
@@ -127,7 +128,7 @@ class Rows(Sequence[Chunk]):
         return self._by_place
 
 
-@dataclass
+@dataclass(slots=True)
 class Source:
     """A tensor on disk."""
 
@@ -172,17 +173,26 @@ class Group:
 
 def by_table(sources: Sequence[Source]) -> Iterator[Group]:
     """All chunks of ``sources``."""
-    indices: dict[int, list[int]] = {}
-    rows = [source.rows for source in sources]
-    for index, own in enumerate(rows):
-        indices.setdefault(id(own.table), []).append(index)
-    for members in indices.values():
-        first = numpy.array([rows[index].first for index in members])
-        counts = numpy.array([rows[index].last for index in members]) - first
-        shapes = numpy.array([sources[index].shape for index in members], numpy.int64)
+    tables, number, firsts, lasts = places_of(sources)
+    order = numpy.argsort(number, kind="stable")
+    edges = numpy.searchsorted(number[order], numpy.arange(len(tables) + 1)).tolist()
+    for table, start, stop in zip(tables, edges[:-1], edges[1:], strict=True):
+        members = order[start:stop]
+        counts = lasts[members] - firsts[members]
+        shapes = numpy.array([sources[index].shape for index in members.tolist()], numpy.int64)
         owner = numpy.repeat(numpy.arange(len(members)), counts)
-        places = numpy.arange(len(owner)) + (first - numpy.cumsum(counts) + counts)[owner]
-        yield Group(rows[members[0]].table, numpy.array(members), shapes, places, owner)
+        rows = numpy.arange(len(owner)) + (firsts[members] - numpy.cumsum(counts) + counts)[owner]
+        yield Group(table, members, shapes, rows, owner)
+
+
+def places_of(sources: Sequence[Source]) -> tuple[list[Table], numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """The tables of ``sources``; of each source, which of these it is in, and its first and last row."""
+    rows = [source.rows for source in sources]
+    tables = {id(own.table): own.table for own in rows}
+    numbers = {key: number for number, key in enumerate(tables)}
+    columns = ([numbers[id(own.table)] for own in rows], [own.first for own in rows], [own.last for own in rows])
+    number, first, last = (numpy.array(column, numpy.int64) for column in columns)
+    return list(tables.values()), number, first, last
 
 
 def share_tables(sources: Iterable[Source]) -> None:
@@ -228,11 +238,20 @@ def row_major_strides(size: numpy.ndarray) -> numpy.ndarray:
 
 def by_dims(num_dims: numpy.ndarray, *columns: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, list[numpy.ndarray]]]:
     """Rows of the same number of dims, and ``[rows, dims]`` of ``columns``, in which rows lie one after the other."""
+    found = numpy.flatnonzero(numpy.bincount(num_dims)).tolist()
+    if len(found) == 1:
+        yield numpy.arange(len(num_dims)), [column.reshape(len(num_dims), found[0]) for column in columns]
+        return
     starts = numpy.cumsum(num_dims) - num_dims
-    for dims in numpy.unique(num_dims).tolist():
+    for dims in found:
         rows = numpy.flatnonzero(num_dims == dims)
         places = starts[rows][:, None] + numpy.arange(dims)
         yield rows, [column[places] for column in columns]
+
+
+def tuples(rows: numpy.ndarray) -> list[tuple[int, ...]]:
+    """The rows of an array as tuples."""
+    return list(zip(*rows.T.tolist(), strict=True)) if rows.shape[1] else [()] * len(rows)
 
 
 def whole_sources(path: Path, header: Header) -> dict[str, Source]:
@@ -242,7 +261,7 @@ def whole_sources(path: Path, header: Header) -> dict[str, Source]:
     for rows, (size,) in by_dims(columns.num_dims, columns.sizes):
         begin = columns.begins[rows] + header.data_start
         table = Table([path], numpy.zeros(len(rows), numpy.int32), begin, numpy.zeros_like(size), size)
-        for first, (row, shape) in enumerate(zip(rows.tolist(), map(tuple, size.tolist()), strict=True)):
+        for first, (row, shape) in enumerate(zip(rows.tolist(), tuples(size), strict=True)):
             found[columns.names[row]] = Source(columns.dtypes[row], shape, Rows(table, first, first + 1))
     return {name: found[name] for name in columns.names}
 

@@ -55,9 +55,10 @@ class TensorReader:
 
     def all_located(self, tensors: Mapping[str, Source]) -> dict[str, Source]:
         """:meth:`located` of all tensors."""
-        found = {name: self.located(name, source) for name, source in tensors.items()}
+        archives = [name for name, source in tensors.items() if source.rows.table.archive_bytes is not None]
+        found = {name: self.located(name, tensors[name]) for name in archives}
         share_tables(found.values())
-        return found
+        return {**tensors, **found}
 
     def blocks(
         self, name: str, source: Source, record: Record | None = None, block_item_bytes: int | None = None

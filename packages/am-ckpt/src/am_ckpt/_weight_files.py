@@ -5,7 +5,6 @@ Which tensors are in which file, under which names, follows from what all ranks 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,12 +44,6 @@ class WeightFiles:
     def headers(self, metadata: Mapping[str, str]) -> dict[str, Header]:
         """The header of every file; equal on ranks that give equal metadata."""
         return {name: build_header(group, metadata) for name, group in self.files.items()}
-
-    def index(self, headers: Mapping[str, Header]) -> bytes:
-        """The content of ``model.safetensors.index.json``, which several files need."""
-        size = sum(header.file_bytes - header.data_start for header in headers.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self._home.items()))}
-        return (json.dumps(index, indent=2) + "\n").encode()
 
     def shares(self, headers: Mapping[str, Header], pieces: Iterable[tuple[str, Piece]]) -> list[FileShare]:
         """What a rank with these pieces of parameters writes, for every file."""
