@@ -34,6 +34,7 @@ def crash_matrix() -> ModuleType:
         ("am_ckpt_save", 15),
         ("am_ckpt_async", 5),
         ("am_ckpt_ranks", 4),
+        ("am_ckpt_direct", 4),
         ("am_ckpt_retention", 5),
         ("am_ckpt_merge", 5),
         ("am_ckpt_merge_resumed", 5),
