@@ -77,7 +77,8 @@ def build(kind: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
 def save(kind: str, directory: str) -> dict[str, numpy.ndarray]:
     model, optimizer = build(kind, 0)
     step(model, optimizer)
-    am_ckpt.Checkpointer(directory).save(1, {"model": model, "optimizer": optimizer})
+    layout = "direct" if dist.get_world_size() in (2, 8) else "sharded"
+    am_ckpt.Checkpointer(directory, layout=layout).save(1, {"model": model, "optimizer": optimizer})
     return everything(model, optimizer)
 
 
