@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import am_ckpt
 from am_recipes import config as configs
-from am_recipes import sft
+from am_recipes import runtime, sft
 from integration_tests import runs
 from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
@@ -65,10 +68,10 @@ def test_killed_ten_times_at_random_moments(tmp_path: Path, uninterrupted: Path)
     assert kills >= 8, "the kills came too late to show anything"
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
+@pytest.mark.parametrize("option", [{}, {"checkpoint__asynchronous": "true"}, {"checkpoint__layout": "direct"}])
+def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path, option: dict[str, str]) -> None:
     for _ in range(40):
-        (process,) = start(tmp_path, checkpoint__asynchronous=asynchronous)
+        (process,) = start(tmp_path, **option)
         # Long enough for one more checkpoint, then no mercy.
         before = len(list((tmp_path / "checkpoints").glob("step_*"))) if (tmp_path / "checkpoints").exists() else 0
         latest = tmp_path / "checkpoints" / "latest"
@@ -151,3 +154,20 @@ def test_rows_once_over_kills_and_changes_of_world_size(tmp_path: Path, uninterr
         assert row.keys() == expected.keys()
         for key in row:
             assert row[key] == pytest.approx(expected[key], rel=1e-5), (key, row)
+
+
+def test_a_resume_says_what_it_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        saved, loaded = ({"model": torch.nn.Linear(3, 2)} for _ in range(2))
+        checkpoints = am_ckpt.Checkpointer(tmp_path)
+        assert runtime.resume(checkpoints, loaded, "auto", 9) is None
+        checkpoints.save(4, saved)
+        digest = checkpoints.digest(saved)["xxh3_128"]
+        assert checkpoints.digest(loaded)["xxh3_128"] != digest
+        capsys.readouterr()
+        assert runtime.resume(checkpoints, loaded, "auto", 9) == 4
+        line = f"resumed from step 4 in {tmp_path}: rank 0 restored 2 tensors, 0.0 MB, xxh3-128 {digest}\n"
+        assert capsys.readouterr().out == line
+    finally:
+        dist.destroy_process_group()

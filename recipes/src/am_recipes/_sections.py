@@ -304,10 +304,12 @@ class Checkpoint:
     """``resume`` from the latest checkpoint: where there is one (auto), or fail without (must), or never.
 
     ``asynchronous``: training goes on while a copy of the state is written; the copy takes as much host memory.
+    ``layout``: ``direct`` makes ``model/`` of every checkpoint a Hugging Face folder, for ranks of one machine.
     """
 
     enabled: bool = True
     asynchronous: bool = False
+    layout: Literal["sharded", "direct"] = "sharded"
     resume: Literal["auto", "must", "never"] = "auto"
     keep_last: PositiveInt | None = None
     keep_best: PositiveInt | None = None

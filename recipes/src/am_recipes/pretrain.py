@@ -80,6 +80,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
         asynchronous=config.checkpoint.asynchronous,
+        layout=config.checkpoint.layout,
         keep_last=config.checkpoint.keep_last,
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
         files=model_files,

@@ -134,7 +134,7 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
 
     ``auto``: where there is one; ``must``: or raise FileNotFoundError; ``never``: raise FileExistsError if there is
     one, since training on would mix two runs in one directory. ValueError where the checkpoint is of a later step than
-    the run's last. Every rank calls it.
+    the run's last. Rank 0 prints what it restored, with a digest of it. Every rank calls it.
     """
     if mode == "never":
         existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))
@@ -155,6 +155,14 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
             f"{checkpoints.directory} is at step {step}, and the run would end at step {total_steps}; "
             "lengthen the run in step_scheduler, or choose another run_dir"
         )
+    if step is not None:
+        restored = checkpoints.digest(state)
+        if torch.distributed.get_rank() == 0:
+            print(
+                f"resumed from step {step} in {checkpoints.directory}: rank 0 restored {restored['tensors']} tensors, "
+                f"{restored['bytes'] / 1e6:.1f} MB, xxh3-128 {restored['xxh3_128']}",
+                flush=True,
+            )
     return step
 
 

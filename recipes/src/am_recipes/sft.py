@@ -89,6 +89,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
         asynchronous=config.checkpoint.asynchronous,
+        layout=config.checkpoint.layout,
         keep_last=config.checkpoint.keep_last,
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
         files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
