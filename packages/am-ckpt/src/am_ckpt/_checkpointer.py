@@ -155,12 +155,10 @@ class Checkpointer:
         contents = Contents()
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
-        plan = compute(context, lambda: make_plan(described))
-        compute(context, lambda: join_optimizers(contents, described))
+        plan, weights = compute(context, lambda: self._plan(contents, described))
         exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)
-        weights = compute(context, lambda: self._weight_files(described, plan))
         headers = weights.headers({name: metadata[name] for name in ("format", "am_ckpt_save_id")}) if weights else {}
         files = list(_tensor_files(contents, plan, rank, metadata, weights, headers))
         manifest = self._manifest(step, save_id, scores, contents, described, plan, weights) if rank == 0 else {}
@@ -305,6 +303,12 @@ class Checkpointer:
         files = [file.copied(copies) for file in job.files]
         require_unchanged(before, contents.tensors)
         return replace(job, files=files)
+
+    def _plan(self, contents: Contents, described: list[Description]) -> tuple[Plan, WeightFiles | None]:
+        """What every rank writes, computed alike on all of them."""
+        join_optimizers(contents, described)
+        plan = make_plan(described)
+        return plan, self._weight_files(described, plan)
 
     def _weight_files(self, described: list[Description], plan: Plan) -> WeightFiles | None:
         """The files that the ranks write the model to together, or None where each writes its own."""

@@ -66,7 +66,7 @@ def tidy(directory: Path, keep: Keep, saved: int) -> None:
         return
     best = rank_best(list(manifests.values()), keep.best) if keep.best is not None else []
     try:
-        point(directory / "latest", step_name(max(manifests)))
+        point(directory / "latest", step_name(max(manifests, default=saved)))
         if best:
             point(directory / "best", step_name(best[0]))
     except OSError as error:
