@@ -324,12 +324,12 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     so that every tensor starts on a multiple of its item size.
     """
     names = sorted(tensors)
-    dtypes = [tensors[name][0] for name in names]
-    shapes = [tensors[name][1] for name in names]
+    dtypes, shapes = [tensors[name][0] for name in names], [tensors[name][1] for name in names]
     items = numpy.array([ITEM_BYTES[dtype] for dtype in dtypes], numpy.int64)
     sizes = numpy.array([math.prod(shape) for shape in shapes], numpy.int64) * items
     order = numpy.lexsort((-items, sizes % ALIGNMENT != 0))
-    names, dtypes, shapes = ([column[index] for index in order.tolist()] for column in (names, dtypes, shapes))
+    if (numpy.diff(order) < 0).any():
+        names, dtypes, shapes = ([column[index] for index in order.tolist()] for column in (names, dtypes, shapes))
     ends = numpy.cumsum(sizes[order])
     begins = ends - sizes[order]
     rows = [json.dumps({"__metadata__": dict(metadata)}, separators=(",", ":"), ensure_ascii=False)[1:-1]]

@@ -151,21 +151,20 @@ class _Plan:
                 f"the mapping of {inventory.path} speaks of {unknown[0]!r} ({len(unknown)} such), which is not in it"
             )
         self._check_config(files, tensors)
-        described: dict[str, tuple[str, tuple[int, ...]]] = {}
+        shapes = {name: source.shape for name, source in tensors.items() if name not in records}
         # Of what is not the parameter of the same name as it is.
         origin: dict[str, Record] = {}
-        for name in sorted(tensors, key=_natural):
-            source = tensors[name]
-            kept = DTYPES[dtype] if dtype is not None and source.dtype in _CASTABLE else source.dtype
-            for record in records.get(name, (None,)):
-                file, shape = (
-                    (name, source.shape) if record is None else (record.file, output_shape(record, source.shape))
-                )
-                if file in described:
-                    raise ValueError(f"two tensors of {inventory.path} would be named {file!r}")
-                described[file] = (kept, shape)
-                if record is not None:
-                    origin[file] = record
+        for name in records.keys() & tensors:
+            for record in records[name]:
+                if record.file in shapes:
+                    raise ValueError(f"two tensors of {inventory.path} would be named {record.file!r}")
+                shapes[record.file] = output_shape(record, tensors[name].shape)
+                origin[record.file] = record
+        casts = dict.fromkeys(_CASTABLE, DTYPES[dtype]) if dtype is not None else {}
+        described: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in sorted(shapes, key=_natural):
+            kept = tensors[origin[file].parameter if file in origin else file].dtype
+            described[file] = (casts.get(kept, kept), shapes[file])
         if like is not None:
             self._compare(like, described)
         self._build(tensors, described, origin, limit)

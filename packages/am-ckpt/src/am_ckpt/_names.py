@@ -64,8 +64,10 @@ def weight_files(
     """
     groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     used = 0
-    for name, (dtype, shape) in tensors.items():
-        size = element_count(shape) * ITEM_BYTES[dtype]
+    sizes = [element_count(shape) * ITEM_BYTES[dtype] for dtype, shape in tensors.values()]
+    if sum(sizes) <= max_shard_bytes:
+        return {SINGLE: dict(tensors)}
+    for (name, (dtype, shape)), size in zip(tensors.items(), sizes, strict=True):
         if groups[-1] and used + size > max_shard_bytes:
             groups.append({})
             used = 0

@@ -38,8 +38,8 @@ def shard_sources(
     for path, header in files:
         if header.columns is not columns:
             columns = header.columns
-            owner = numpy.array([numbers.setdefault(name, len(numbers)) for name in columns.names], numpy.int64)
-            code = numpy.array([_CODES[dtype] for dtype in columns.dtypes], numpy.int64)
+            owner = numpy.array([numbers.setdefault(name, len(numbers)) for name in columns.names], numpy.int32)
+            code = numpy.array([_CODES[dtype] for dtype in columns.dtypes], numpy.int8)
         if described is not None and len(numbers) > len(described):
             raise ValueError(f"{path} holds {list(numbers)[len(described)]!r}, which the manifest does not list")
         offset, end, said = _places(path, header)
@@ -50,6 +50,7 @@ def shard_sources(
     if not found:
         return {name: Source(*item) for name, item in (described or {}).items()}, True
     owner, code, file, begin, num_dims, said, sizes, offsets, ends = map(numpy.concatenate, zip(*found, strict=True))
+    del found
     names = list(numbers)
     first = numpy.zeros(len(names), numpy.int64)
     first[owner[::-1]] = numpy.arange(len(owner))[::-1]
@@ -106,51 +107,60 @@ def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, n
     if "DCP_SHARDING_INFO" not in header.metadata:
         return numpy.zeros_like(columns.sizes), columns.sizes, numpy.ones(count, bool)
     text = header.metadata["DCP_SHARDING_INFO"]
-    entries = _entries_of_few_kinds(text, columns.names)
-    if entries is None:
+    found = _kinds(text)
+    if found is None:
         info = parse_rows(text, f"{path}, DCP_SHARDING_INFO", 0)
         if not isinstance(info, dict):
             raise ValueError(f"{path}, DCP_SHARDING_INFO is {type(info).__name__}, not an object")
-        entries = list(map(info.get, columns.names, repeat({})))
+        found = list(map(info.get, columns.names, repeat({}))), dict(zip(columns.names, range(count), strict=True))
+    entries, kind_of = found
     try:
-        offsets = _rows(entries, "saved_offsets", columns.num_dims)
+        kind = numpy.array(list(map(kind_of.__getitem__, columns.names)), numpy.int64)
+        offsets = _rows(entries, "saved_offsets", kind, columns.num_dims)
         # All entries have this key alone, or all have both.
-        if sum(map(len, entries)) == count:
+        if sum(map(len, entries)) == len(entries):
             return offsets, offsets + columns.sizes, numpy.zeros(count, bool)
-        return offsets, _rows(entries, "global_shape", columns.num_dims), numpy.ones(count, bool)
+        return offsets, _rows(entries, "global_shape", kind, columns.num_dims), numpy.ones(count, bool)
     except (TypeError, KeyError, ValueError):
-        return _places_one_by_one(path, header, entries)
+        own = [entries[kind_of[name]] if name in kind_of else {} for name in columns.names]
+        return _places_one_by_one(path, header, own)
 
 
-def _entries_of_few_kinds(text: str, names: list[str]) -> list[Any] | None:
-    """The entries of ``names``, each kind of which is parsed once; None unless the text is just as torch writes it.
+def _kinds(text: str) -> tuple[list[Any], dict[str, int]] | None:
+    """The different entries of ``DCP_SHARDING_INFO``, and which of them each tensor has; each is parsed once.
 
-    That is ``{"NAME": {ENTRY}, "NAME": {ENTRY}}``, in the order of the header.
+    None unless the text is as torch writes it: ``{"NAME": {ENTRY}, "NAME": {ENTRY}}``, without escapes.
     """
-    # Cut in front of every entry, so that each piece is one and the name of the next.
-    pieces = text.split('": {')
+    if "\\" in text or not text.startswith('{"') or not text.endswith("}}"):
+        return None
+    first, *pieces = f'{text[2:-2]}}}, "'.split('": {')
+    cut = list(map(str.rpartition, pieces, repeat('}, "')))
+    if not cut:
+        return None
+    found, between, following = zip(*cut, strict=True)
+    names = (first, *following[:-1])
     plain = "".join(names)
-    if not names or len(pieces) != len(names) + 1 or "\\" in text or '"' in plain or not plain.isprintable():
+    numbers = {entry: number for number, entry in enumerate(dict.fromkeys(found))}
+    kind_of = dict(zip(names, map(numbers.__getitem__, found), strict=True))
+    # Where entries or names are repeated in other ways, or are no JSON, the usual way says so.
+    if following[-1] or "" in between or '"' in plain or not plain.isprintable() or len(kind_of) != len(names):
         return None
-    ends = [*map('}, "'.__add__, names[1:]), "}}"]
-    if pieces[0] != f'{{"{names[0]}' or not all(map(str.endswith, pieces[1:], ends)):
-        return None
-    found = list(map(str.removesuffix, pieces[1:], ends))
-    kinds = set(found)
-    if len(kinds) > len(names) // 4 + 1:
+    if len(numbers) > len(names) // 4 + 1:
         return None
     try:
-        parsed = {kind: parse_json(f"{{{kind}}}".encode(), "") for kind in kinds}
+        return [parse_json(f"{{{entry}}}".encode(), "") for entry in numbers], kind_of
     except ValueError:
         return None
-    return [parsed[kind] for kind in found]
 
 
-def _rows(entries: list[Any], key: str, num_dims: numpy.ndarray) -> numpy.ndarray:
+def _rows(entries: list[Any], key: str, kind: numpy.ndarray, num_dims: numpy.ndarray) -> numpy.ndarray:
+    """What tensors of these kinds have under ``key``, one after the other; raises what any other thing there raises."""
     found = integers(list(map(itemgetter(key), entries)))
-    if found is None or (found[0] != num_dims).any() or found[1].max(initial=0) >= _MAX_PLACE:
+    if found is None or found[1].max(initial=0) >= _MAX_PLACE or (found[0][kind] != num_dims).any():
         raise ValueError(key)
-    return found[1]
+    starts = numpy.cumsum(found[0]) - found[0]
+    ends = numpy.cumsum(num_dims)
+    return found[1][numpy.repeat(starts[kind] - ends + num_dims, num_dims) + numpy.arange(ends[-1] if len(ends) else 0)]
 
 
 def _places_one_by_one(
