@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -251,3 +254,39 @@ def test_an_adapter_is_direct_already(tmp_path: Path) -> None:
 def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout='flat' must be 'sharded' or 'direct'"):
         am_ckpt.Checkpointer(tmp_path, layout="flat")  # type: ignore[arg-type]
+
+
+ONE_RANK = """
+import sys, torch, torch.distributed as dist, am_ckpt
+store, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+try:
+    am_ckpt.Checkpointer(directory, layout="direct").save(1, {"model": torch.nn.Linear(2, 2)})
+except ValueError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_of_two_machines_are_refused(tmp_path: Path) -> None:
+    # The other machine is a process that sees another boot.
+    boot = "/proc/sys/kernel/random/boot_id"
+    (tmp_path / "boot_id").write_text("another\n")
+    hidden = [
+        "unshare",
+        "--mount",
+        "--map-root-user",
+        "sh",
+        "-c",
+        f'mount --bind {tmp_path}/boot_id {boot} && exec "$@"',
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*hidden, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("needs mount namespaces")
+    run = [sys.executable, "-W", "ignore", "-c", ONE_RANK, str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen([*before, *run, str(rank), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+        for rank, before in enumerate(([], [*hidden, "sh"]))
+    ]
+    for rank in ranks:
+        assert "layout='direct' needs all ranks on one machine, ranks 0 and 1 are on two" in rank.communicate()[0]
+    assert not (tmp_path / "out").exists()
