@@ -146,6 +146,14 @@ def test_what_is_not_whole_is_named(seed: int, damage: str, tmp_path: Path) -> N
     assert not (tmp_path / "merged").exists()
 
 
+def test_parts_that_only_begin_and_end_where_they_should(tmp_path: Path) -> None:
+    values = numpy.arange(4, dtype=numpy.uint8).reshape(2, 2)
+    write(tmp_path / "shards", 0, [("w", (0, 0), values[:1, :1])], shapes={"w": [2, 2]})
+    write(tmp_path / "shards", 1, [("w", (0, 1), numpy.ascontiguousarray(values[:, 1:]))], shapes={"w": [2, 2]})
+    (problem,) = am_ckpt.inspect(tmp_path / "shards").problems
+    assert "'w' U8 [2, 2]: [1:2, 0:1] is in no file (1 of 4 elements missing" in str(problem)
+
+
 @pytest.mark.parametrize("style", ["metadata last", "other order", "spread", "escaped"])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_same_said_otherwise_is_the_same(seed: int, style: str, tmp_path: Path) -> None:
@@ -214,6 +222,11 @@ A, B = filled(ENTRY, 0, 2), filled(ENTRY, 2, 4)
         (filled('{"a":@,"b":@,"__metadata__":{"x":"1","x":"1"}}', A, B), "the key 'x' occurs twice"),
         (filled('{"a":@,"b":@}', A, B.replace("{", '{"dtype":"U8",')), "the key 'dtype' occurs twice"),
         (filled('{"__metadata__":{},"a":@,"b":@}', A, B.replace("{", '{"shape":[2],')), "'shape' occurs twice"),
+        # Names that end in a backslash hide nothing.
+        (
+            filled(r'{"__metadata__":{},"a\\":@,"b\\":@}', A, B.replace("{", '{"shape":[2],')),
+            "the key 'shape' occurs twice",
+        ),
         # A string in the place of a number does not hide the string of a dropped key.
         (filled('{"__metadata__":{},"a":@,"b":@}', A, B.replace("{", '{"dtype":"U8",').replace("[2]", '"2"')), "twice"),
         (
@@ -269,6 +282,8 @@ def test_numbers_that_are_no_sizes_are_refused(value: str, key: str, tmp_path: P
         ([2**32, 2**32], 4, "offsets .* do not fit"),
         ([2**62, 8], 4, "offsets .* do not fit"),
         ([2**63 - 1, 2, 0], 4, "offsets .* do not fit"),
+        # 2 modulo 2 ** 64.
+        ([7, 7905747460161236407, 2], 4, "offsets .* do not fit"),
         ([3], 4, "offsets .* do not fit"),
         ([1] * 65 + [2], 4, "has 66 dims, more than 64"),
         ([1], 3, "followed by bytes that belong to no tensor"),
@@ -329,6 +344,8 @@ def sharded(folder: Path, info: str, names: tuple[str, str] = ("a", "b")) -> Non
         ),
         ('{"a": {"saved_offsets": [0]}, "b": {"saved_offsets": null}}', "of 'b' is .* it needs saved_offsets"),
         ('{"a": {"saved_offsets": [0]}, "b": 1}', "of 'b' is .* it needs saved_offsets"),
+        ('{"a": {"saved_offsets": [0]}, "b"x": {"saved_offsets": [0]}}', "not valid JSON"),
+        ('{"a": {"saved_offsets": [0]}, "b\n": {"saved_offsets": [0]}}', "not valid JSON"),
         ("[]", "DCP_SHARDING_INFO is list, not an object"),
         ('{"a": {"saved_offsets": [1]}, "b": {"saved_offsets": [0]}}', r"\[0:1\] is in no file"),
     ],
