@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy
 
-from am_ckpt._boxes import Box, describe, require_exact_cover
-from am_ckpt._copy import Buffers, read_box, row_major
+from am_ckpt._boxes import Box, describe, require_exact_cover, row_major
+from am_ckpt._copy import Buffers, read_box
 from am_ckpt._format import ITEM_BYTES, Header
 from am_ckpt._io import digest, open_for_reading
 

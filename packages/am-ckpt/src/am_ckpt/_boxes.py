@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ class Box:
             begin.append(start)
             size.append(count)
         return Box(tuple(begin), tuple(size))
+
+
+@functools.lru_cache(1024)
+def row_major(shape: Shape, item_bytes: int) -> Shape:
+    """Strides in bytes of a contiguous tensor."""
+    return tuple(element_count(shape[dim + 1 :]) * item_bytes for dim in range(len(shape)))
 
 
 def split(size: Shape, item_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Box]:

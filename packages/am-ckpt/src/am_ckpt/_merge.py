@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
-from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
+from am_ckpt._jobs import Output, parts_of
 from am_ckpt._mapping import Record, output_shape, records_by_parameter
 from am_ckpt._names import (
     ADAPTER,

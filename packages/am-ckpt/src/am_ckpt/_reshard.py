@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._boxes import Box, Shape
-from am_ckpt._copy import Output, parts_of
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, element_count, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
 from am_ckpt._io import block_digests, digest
+from am_ckpt._jobs import Output, parts_of
 from am_ckpt._layout import MANIFEST, read_file, read_manifest, seal
 from am_ckpt._mapping import Record
 from am_ckpt._merge import MergeReport

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from am_ckpt._boxes import Box
+from am_ckpt._boxes import Box, row_major
 from am_ckpt._codec import decode
 from am_ckpt._contents import MODEL, parameter_names, require_entries
-from am_ckpt._copy import row_major
 from am_ckpt._format import parse_json
 from am_ckpt._inventory import inspect
 from am_ckpt._layout import checked_header, read_file, read_manifest

@@ -11,9 +11,10 @@ import numpy
 
 from am_ckpt._archive import locate
 from am_ckpt._boxes import Box, split
-from am_ckpt._copy import TILE_BYTES, Buffers, fill, parts_of
+from am_ckpt._copy import Buffers, fill
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
+from am_ckpt._jobs import TILE_BYTES, parts_of
 from am_ckpt._mapping import Record, whole_record
 from am_ckpt._sources import Source, share_tables
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._boxes import Box
-from am_ckpt._copy import row_major
+from am_ckpt._boxes import Box, row_major
 from am_ckpt._format import ITEM_BYTES
 from am_ckpt._sources import Chunk, Source
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from am_ckpt._copy import Copier, Job, Jobs, Output, plan_jobs
+from am_ckpt._copy import Copier
 from am_ckpt._errors import ArgumentError
 from am_ckpt._format import Header
 from am_ckpt._inventory import paused_collector
@@ -34,6 +34,7 @@ from am_ckpt._io import (
     write_all,
     write_bytes,
 )
+from am_ckpt._jobs import Job, Jobs, Output, plan_jobs
 from am_ckpt._layout import read_file
 from am_ckpt._names import ADAPTER_CONFIG, DIGESTS, INDEX, hf_files
 
