@@ -336,6 +336,7 @@ class WithExtraState(nn.Linear):
         self.extra = state
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_extra_state_of_modules_comes_back(tmp_path: Path) -> None:
     def build(scale: float) -> nn.Module:
         return nn.Sequential(nn.Linear(3, 3), WithExtraState({"scale": torch.full((4,), scale), "history": (1, scale)}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import resource
 import threading
 from pathlib import Path
@@ -180,14 +181,16 @@ def test_a_writer_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dcp_entry", [{}, {"prefix": 3, "paths": {}}, {"prefix": "", "paths": {"a": "b"}}, []])
-def test_a_manifest_whose_names_make_no_sense_is_refused(dcp_entry: Any, tmp_path: Path) -> None:
+def test_a_manifest_whose_names_make_no_sense_is_refused(dcp_entry: Any, tmp_path: Path, caplog: Any) -> None:
     dcp.save(state_dict(0), storage_writer=am_ckpt.StorageWriter(tmp_path / "step"))
     path = tmp_path / "step" / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["xxh3_128"]
     path.write_bytes(seal({**manifest, "dcp": dcp_entry}))
-    with pytest.raises(CheckpointException, match="damaged or of another program: it has dcp="):
+    with pytest.raises(CheckpointException):
         dcp.load(state_dict(1), storage_reader=am_ckpt.StorageReader(tmp_path / "step"))
+    # Logged, since not every torch hands the reader's error on.
+    assert "damaged or of another program: it has dcp=" in caplog.text
 
 
 def test_a_failure_of_one_rank_publishes_nothing(tmp_path: Path) -> None:
@@ -196,13 +199,14 @@ def test_a_failure_of_one_rank_publishes_nothing(tmp_path: Path) -> None:
         assert names == ["step"]
 
 
-def test_a_missing_part_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_missing_part_is_an_error_before_anything_is_read(tmp_path: Path, caplog: Any) -> None:
     run_distributed(save, 4, str(tmp_path / "step"), "fsdp")
     os.unlink(tmp_path / "step" / "model" / "shard-00002-model-00001-of-00001.safetensors")
     loaded = state_dict(1)
     before = flat(loaded)
-    with pytest.raises(CheckpointException, match=r"shard-00002-model-00001-of-00001.safetensors.* is missing"):
+    with pytest.raises(CheckpointException):
         dcp.load(loaded, storage_reader=am_ckpt.StorageReader(tmp_path / "step"))
+    assert re.search(r"shard-00002-model-00001-of-00001.safetensors.* is missing", caplog.text)
     assert flat(loaded) == before
 
 
@@ -222,7 +226,8 @@ def test_steps_of_the_checkpointer_and_hugging_face_folders_are_read(tmp_path: P
             assert flat(target) == flat(model.state_dict())
 
 
-def test_distcp_files_are_left_to_torch(tmp_path: Path) -> None:
+def test_distcp_files_are_left_to_torch(tmp_path: Path, caplog: Any) -> None:
     dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "step")
-    with pytest.raises(CheckpointException, match="torch's FileSystemReader reads them"):
+    with pytest.raises(CheckpointException):
         dcp.load({"a": torch.zeros(2)}, storage_reader=am_ckpt.StorageReader(tmp_path / "step"))
+    assert "torch's FileSystemReader reads them" in caplog.text

@@ -7,6 +7,7 @@ published by one rename. ``load`` reads such folders, the Checkpointer's and Hug
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pickle
 import secrets
@@ -45,6 +46,8 @@ from am_ckpt._restore import read_state
 from am_ckpt._save import TensorFile, create_staging, discard, file_metadata, new_manifest, seal_step, write_files
 from am_ckpt._shards import DTYPES, Piece, dtype_name
 from am_ckpt._sources import Source
+
+_log = logging.getLogger("am_ckpt")
 
 _MODEL = "model"
 
@@ -214,6 +217,14 @@ class StorageReader(dcp.StorageReader):
         self._sources, self._values = {}, {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            return self._read_metadata()
+        except Exception as error:
+            # Up to torch 2.14, load() goes on without metadata and does not say why.
+            _log.error("%s", error)
+            raise
+
+    def _read_metadata(self) -> Metadata:
         inventory = inspect(self._path)
         if inventory.kind == "dcp":
             raise ValueError(f"{self._path} holds .distcp files; torch's FileSystemReader reads them")
