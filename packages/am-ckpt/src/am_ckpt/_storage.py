@@ -220,7 +220,7 @@ class StorageReader(dcp.StorageReader):
         try:
             return self._read_metadata()
         except Exception as error:
-            # Up to torch 2.14, load() goes on without metadata and does not say why.
+            # load() of torch 2.11 goes on without metadata and does not say why.
             _log.error("%s", error)
             raise
 
