@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import sys
@@ -211,6 +212,50 @@ def test_transposed_tensors(world_size: int, tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["w"], value)
 
 
+def stacked() -> nn.Module:
+    model = nn.Module()
+    for name, shape in (("matrix", (2, 5)), ("experts", (2, 3, 1))):
+        value = torch.arange(float(math.prod(shape))).reshape(shape)
+        model.register_parameter(name, nn.Parameter(value))
+    return model
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_and_columns_one_by_one(dim: int, transpose: bool, tmp_path: Path) -> None:
+    """A row is the same row however a record turns it; a dim of one that the parameter has is kept, and turned."""
+    model = stacked()
+    mapping, expected = [], {}
+    for index in range(model.matrix.shape[dim]):
+        place = [[index, index + 1] if dim == other else None for other in range(2)]
+        mapping.append({"file": f"part.{index}", "parameter": "matrix", "slice": place, "transpose": transpose})
+        expected[f"part.{index}"] = model.matrix.detach().select(dim, index)
+    for index in range(2):
+        place = [[index, index + 1], None, None]
+        mapping.append({"file": f"expert.{index}", "parameter": "experts", "slice": place, "transpose": transpose})
+        value = model.experts.detach()[index]
+        expected[f"expert.{index}"] = value.T if transpose else value
+    am_ckpt.Checkpointer(tmp_path / "sharded", mapping=mapping).save(1, {"model": model})
+    am_ckpt.merge(tmp_path / "sharded/step_000001", tmp_path / "merged")
+    am_ckpt.Checkpointer(tmp_path / "direct", layout="direct", mapping=mapping).save(1, {"model": model})
+    am_ckpt.save_hf(model, tmp_path / "saved", mapping=mapping)
+    folders = [tmp_path / "merged", tmp_path / "direct/step_000001/model", tmp_path / "saved"]
+    for folder in folders:
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(found[name].shape == value.shape and found[name].equal(value) for name, value in expected.items())
+    blank = [stacked().requires_grad_(False) for _ in range(3)]
+    for other in blank:
+        other.matrix.zero_()
+        other.experts.zero_()
+    am_ckpt.load_hf(blank[0], tmp_path / "saved", mapping=mapping)
+    for other, layout in zip(blank[1:], ("sharded", "direct"), strict=True):
+        am_ckpt.Checkpointer(tmp_path / layout, mapping=mapping).load({"model": other})
+    for other in blank:
+        assert other.matrix.equal(model.matrix)
+        assert other.experts.equal(model.experts)
+
+
 class WithAdapter(nn.Module):
     """A linear layer with two small matrices that start as LoRA's do: one random, one zero."""
 
@@ -342,6 +387,8 @@ ENTRY = b'"weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         (b"{" + ENTRY.replace(b"[2]", b"[-2]") + b"}", b"\0" * 8, None, "non-negative"),
         (b"{" + ENTRY.replace(b"[2]", b"[3]") + b"}", b"\0" * 8, None, "do not fit"),
         (b"{" + ENTRY.replace(b"F32", b"F99") + b"}", b"\0" * 8, None, "has dtype 'F99'"),
+        (b'{"weight":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (2**59 - 1, 2**59 - 1), b"", None, "larger"),
+        (b'{"__metadata__":{"format":"pt"}, }', b"", None, "not valid JSON"),
         (b"[" * 5000, b"", None, "not valid JSON"),
     ],
 )
@@ -353,6 +400,13 @@ def test_damaged_headers_are_refused(
     model.weight = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match=message):
         am_ckpt.load_hf(model, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(2**62,) * 20 + (0,), (0, 2**62), (2**62, 0, 2**62)])
+def test_a_tensor_without_elements_has_sizes_of_any_product(shape: tuple[int, ...], tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    write_raw(tmp_path / "model.safetensors", json.dumps({"weight": entry}).encode())
+    assert am_ckpt.inspect(tmp_path).tensors["weight"].shape == shape
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from array import array
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,7 @@ MAX_HEADER_BYTES = 100_000_000
 # numpy and torch have no tensors of more.
 _MAX_DIMS = 64
 _METADATA = '{"__metadata__":'
+_NEXT_NAME = re.compile(r',[ \t\n\r]*"')
 
 # Bytes per element. Sub-byte types are left out: a tensor of them cannot be cut at an element.
 ITEM_BYTES = {
@@ -188,14 +190,17 @@ def integers(rows: list[Any]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
 def products(num_dims: numpy.ndarray, sizes: numpy.ndarray) -> numpy.ndarray:
     """Number of elements of each tensor, from its number of dims and the sizes of all one after the other.
 
-    Exact where it is less than ``2**59``; otherwise some number that is not less.
+    Exact where it is less than ``2**58``; otherwise some number that is not less.
     """
     counts = numpy.ones(len(num_dims), numpy.int64)
     starts = (numpy.cumsum(num_dims) - num_dims)[num_dims > 0]
     if starts.size:
         exact = numpy.multiply.reduceat(sizes, starts)
-        about = numpy.multiply.reduceat(sizes.astype(numpy.float64), starts)
-        counts[num_dims > 0] = numpy.where(about < 2**59, exact, 2**59)
+        # Without zeros, so that the product of the other sizes, which has no bound, does not matter.
+        empty = numpy.minimum.reduceat(sizes, starts) == 0
+        with numpy.errstate(over="ignore"):
+            about = numpy.multiply.reduceat(numpy.maximum(sizes, 1).astype(numpy.float64), starts)
+        counts[num_dims > 0] = numpy.where(empty, 0, numpy.where(about < 2**59, exact, 2**59))
     return counts
 
 
@@ -232,7 +237,8 @@ def _split(text: bytes) -> tuple[Any, str]:
             decoder = json.JSONDecoder(object_pairs_hook=refuse_duplicates, parse_constant=_refuse_constant)
             start = len(_METADATA) + decoded.startswith(" ", len(_METADATA))
             metadata, end = decoder.raw_decode(decoded, start)
-            if decoded.startswith(",", end):
+            # A comma alone is not JSON.
+            if _NEXT_NAME.match(decoded, end):
                 # Without the padding, which is as long as the metadata makes it.
                 return metadata, "{" + decoded[end + 1 :].rstrip(" ")
     except (ValueError, RecursionError):
@@ -254,7 +260,8 @@ def _columns(raw: dict[str, Any], text: str, data_start: int, where: str) -> Col
         if rows[0].max(initial=0) > _MAX_DIMS or (counts >= 2**59).any() or (ends - begins != counts * items).any():
             raise ValueError
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where}: {next(filter(None, map(_entry_problem, raw, values)))}") from error
+        problems = filter(None, map(_entry_problem, raw, values))
+        raise ValueError(f"{where}: {next(problems, 'its tensors are larger than any file')}") from error
     order = numpy.lexsort((ends, begins))
     expected = numpy.concatenate(([0], ends[order][:-1])) if values else begins
     wrong = numpy.flatnonzero(begins[order] != expected)

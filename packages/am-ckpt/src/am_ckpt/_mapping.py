@@ -21,8 +21,11 @@ class Record:
     @property
     def file_shape(self) -> Shape:
         """The shape in the file, but for dims of size one, which may be left out there."""
-        size = self.box.size
-        return (*size[:-2], size[-1], size[-2]) if self.transpose else size
+        return self.in_file(self.box.size)
+
+    def in_file(self, shape: Shape) -> Shape:
+        """Sizes of the parameter's dims in the order that the dims have in the file."""
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transpose else shape
 
 
 def whole_record(name: str, shape: Shape) -> Record:
@@ -36,8 +39,9 @@ def without_ones(shape: Shape) -> Shape:
 
 
 def dropped_dims(record: Record, parameter_shape: Shape) -> list[int]:
-    """Dims that the published tensor lacks: of one index out of several (experts are stored one by one)."""
-    return [dim for dim, size in enumerate(record.box.size) if size == 1 and parameter_shape[dim] != 1]
+    """Dims of ``file_shape`` that the published tensor lacks: one index of several (experts are stored one by one)."""
+    sizes = zip(record.file_shape, record.in_file(parameter_shape), strict=True)
+    return [dim for dim, (size, total) in enumerate(sizes) if size == 1 and total != 1]
 
 
 def output_shape(record: Record, parameter_shape: Shape) -> Shape:
