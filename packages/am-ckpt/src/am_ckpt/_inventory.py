@@ -166,7 +166,7 @@ def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inve
         raise FileNotFoundError(f"{folder} is not a folder; give the folder of a checkpoint")
     with paused_collector():
         inventory = _open(folder, section)
-        flat = [name for name in inventory.tensors if _FLAT.search(name)]
+        flat = [name for name in inventory.tensors if "flat_param" in name and _FLAT.search(name)]
         if flat:
             inventory.problems.append(
                 ValueError(

@@ -144,8 +144,9 @@ class _Plan:
         for name, item in tensors.items():
             if item.dtype not in ITEM_BYTES:
                 raise ValueError(f"{name!r} is {item.dtype}, which safetensors cannot hold; leave it out of the model")
-        records = records_by_parameter(inventory.mapping, {name: item.shape for name, item in tensors.items()})
-        unknown = sorted({str(item["parameter"]) for item in inventory.mapping or ()} - set(tensors))
+        mapping = inventory.mapping or ()
+        records = records_by_parameter(mapping, {name: item.shape for name, item in tensors.items()} if mapping else {})
+        unknown = sorted({name for item in mapping if (name := str(item["parameter"])) not in tensors})
         if unknown:
             raise ValueError(
                 f"the mapping of {inventory.path} speaks of {unknown[0]!r} ({len(unknown)} such), which is not in it"
