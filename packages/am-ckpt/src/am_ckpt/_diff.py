@@ -21,6 +21,7 @@ from am_ckpt._inventory import Inventory, inspect
 from am_ckpt._mapping import Record, output_shape, records_by_parameter, whole_record
 from am_ckpt._sources import Source
 from am_ckpt._tensors import TensorReader
+from am_ckpt._torchtitan import as_published, is_torchtitan, published_aliases
 
 _NUMPY = {"BOOL": "u1", "F16": "f2", "F32": "f4", "F64": "f8", "C64": "c8"}
 _NUMPY |= {f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)}
@@ -46,13 +47,17 @@ class Difference:
 
 @dataclass
 class DiffReport:
-    """``differences`` by name; ``num_equal`` tensors are the same. ``exit_code``: 0, or 7 where there are any."""
+    """``differences`` by name; ``num_equal`` tensors are the same. ``exit_code``: 0, or 7 where there are any.
+
+    ``notes``: what a reader should know about how they were compared.
+    """
 
     a: str
     b: str
     kinds: tuple[str, str]
     num_equal: int = 0
     differences: list[Difference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -96,8 +101,10 @@ def diff(
     Elements are different where ``|a - b| > atol + rtol * |b|``, or where one is NaN and the other is not; tensors of
     different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
     as ``optim/<name>``. A mapping that only one of them carries is applied, so that a step compares with what it was
-    merged to; the second name of a tensor that is tied, by config.json too, stands for the first. ``tensors``: a
-    pattern of names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that have any.
+    merged to; the second name of a tensor that is tied, by config.json too, stands for the first. Where one alone has
+    torchtitan's own names, it is compared as :func:`merge` would write it, by the config.json of the other or its own;
+    where there is none that describes it, by the names as they are, and ``notes`` say so. ``tensors``: a pattern of
+    names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that have any.
 
     Memory: headers and less than 64 MiB. Raises as :func:`inspect`, and ``ValueError`` where one is not whole.
     """
@@ -110,14 +117,16 @@ def diff(
     for inventory in (one, two):
         inventory.require_whole()
     report = DiffReport(str(one.path), str(two.path), (one.kind, two.kind))
-    left, right = _views(one, two), _views(two, one)
-    names = [name for name in (left | right) if fnmatchcase(name, tensors)]
-    if not names:
-        raise ArgumentError(f"no tensor of {one.path} or {two.path} has a name like {tensors!r}")
     with (
         TensorReader(follow_symlinks=one.follow_symlinks) as reader,
         TensorReader(follow_symlinks=two.follow_symlinks) as other,
     ):
+        _publish(one, two, reader, report.notes)
+        _publish(two, one, other, report.notes)
+        left, right = _views(one, two), _views(two, one)
+        names = [name for name in (left | right) if fnmatchcase(name, tensors)]
+        if not names:
+            raise ArgumentError(f"no tensor of {one.path} or {two.path} has a name like {tensors!r}")
         for name in names:
             found = _compare(name, left.get(name), right.get(name), reader, other, (atol, rtol))
             if found is None:
@@ -125,6 +134,22 @@ def diff(
             else:
                 report.differences.append(found)
     return report
+
+
+def _publish(inventory: Inventory, other: Inventory, reader: TensorReader, notes: list[str]) -> None:
+    """Give the tensors of torchtitan's own names those of transformers, where the other side has them."""
+    if not is_torchtitan(inventory.tensors) or is_torchtitan(other.tensors) or inventory.mapping is not None:
+        return
+    where = other.files.get("config.json") or inventory.files.get("config.json")
+    try:
+        if where is None:
+            raise ValueError("config.json, which says how they are published, is in neither")
+        tensors = as_published(inventory.tensors, read_config(where), where, reader.located)
+    except ValueError as error:
+        notes.append(f"{inventory.path} has torchtitan's own names, and they were compared as they are: {error}")
+        return
+    inventory.sections[inventory.section] = tensors
+    inventory.aliases = published_aliases(inventory.aliases)
 
 
 def _views(inventory: Inventory, other: Inventory) -> dict[str, _View]:
@@ -237,4 +262,6 @@ def show(report: DiffReport) -> Iterable[str]:
             place = f", first at {item.first}" if item.first is not None else ""
             count = f"{item.num_different} elements differ, at most by {item.max_abs_difference:g}{place}"
             yield f"{item.name}: {what}: {count}"
+    for note in report.notes:
+        yield f"note: {note}"
     yield f"{report.num_equal} tensors are equal, {len(report.differences)} are not"

@@ -17,7 +17,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._config import HEAD, config_problems, read_config, tied_embedding
+from am_ckpt._config import DTYPES, HEAD, config_problems, read_config, tied_embedding
 from am_ckpt._errors import ArgumentError, IncompleteError
 from am_ckpt._format import ITEM_BYTES, Header, build_header, read_header
 from am_ckpt._inventory import Inventory, inspect, paused_collector
@@ -36,10 +36,9 @@ from am_ckpt._names import (
 )
 from am_ckpt._sources import Source, hf_sources, whole_sources
 from am_ckpt._tensors import TensorReader
-from am_ckpt._torchtitan import as_published, is_torchtitan
+from am_ckpt._torchtitan import OWN_NAMES, as_published, is_torchtitan, published_aliases
 from am_ckpt._transfer import Transfer, require_free, transfer
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _CASTABLE = {"F16", "BF16", "F32", "F64"}
 _NUMBERS = re.compile(r"(\d{1,18})", re.ASCII)
 
@@ -137,10 +136,15 @@ class _Plan:
         files = {**inventory.files, **like_files}
         self.small = inventory.small_files() | {name: path.read_bytes() for name, path in like_files.items()}
         tensors = dict(inventory.tensors)
-        if "config.json" in files and is_torchtitan(tensors):
+        self.aliases = inventory.aliases
+        # A mapping says itself how the tensors are published.
+        if "config.json" in files and inventory.mapping is None and is_torchtitan(tensors):
+            where = files["config.json"]
             with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
-                where = files["config.json"]
                 tensors = as_published(tensors, read_config(where), where, reader.located)
+            self.aliases = published_aliases(inventory.aliases)
+            self.notes = [note for note in inventory.notes if note != OWN_NAMES]
+            self.notes.append(f"torchtitan's names and layout became those of transformers, for the model of {where}")
         for name, item in tensors.items():
             if item.dtype not in ITEM_BYTES:
                 raise ValueError(f"{name!r} is {item.dtype}, which safetensors cannot hold; leave it out of the model")
@@ -215,9 +219,9 @@ class _Plan:
                 "files of all ranks and stages, or give the config of this model with --like"
             )
         tied = config.get("tie_word_embeddings")
-        if tied is False and HEAD in self.inventory.aliases:
+        if tied is False and HEAD in self.aliases:
             raise ValueError(
-                f"{HEAD} is tied to {self.inventory.aliases[HEAD]} in {self.inventory.path}, but "
+                f"{HEAD} is tied to {self.aliases[HEAD]} in {self.inventory.path}, but "
                 f"{files['config.json']} says tie_word_embeddings=false: it would be lost; give the config of this "
                 "model with --like"
             )
