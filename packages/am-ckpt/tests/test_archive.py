@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import am_ckpt
@@ -138,6 +142,10 @@ def of_itself() -> dict[str, Any]:
         ([torch.ones(2)], 2, "holds list, a state dict was expected"),
         (of_itself(), 2, "in several places"),
         ({"w": torch.ones(2, dtype=torch.complex128)}, 2, "holds 'complex128', which cannot be copied"),
+        ({"w": torch.ones(2, dtype=torch.complex64).conj()}, 2, "'w' has {'conj': True}, which cannot be copied"),
+        ({"w": torch.zeros(1).expand(2**40)}, 2, "'w' is F32 [1099511627776], expanded from 4 bytes"),
+        ({f"w{i}": torch.zeros(1).expand(2**16) for i in range(9)}, 2, "expanded from 4 bytes"),
+        ({"w": torch.zeros(1).expand(2**61)}, 2, "size (2305843009213693952,), strides (0,)"),
     ],
 )
 def test_other_content_is_refused(
@@ -177,6 +185,69 @@ def test_a_damaged_list_of_members(old: bytes, new: bytes, expected: str, tmp_pa
     assert main(["inspect", str(folder)]) == 2
     error = capsys.readouterr().err
     assert (str(file) in error, expected in error) == (True, True), error
+
+
+@pytest.mark.parametrize("name", ["model/data/0", "other/data/0", "other/data/9"])
+def test_members_of_which_torch_reads_others(name: str, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"w": torch.ones(4)}, tmp_path / "sound")
+    with (
+        zipfile.ZipFile(tmp_path / "sound") as sound,
+        zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive,
+        warnings.catch_warnings(action="ignore"),
+    ):
+        for info in sound.infolist():
+            archive.writestr(info.filename.replace("sound/", "model/"), sound.read(info))
+        archive.writestr(name, b"\0" * 16)
+    assert main(["inspect", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / 'pytorch_model.bin'} is damaged: its member {name!r} is there twice or misplaced" in error
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["bin", "distcp", "safetensors", "step"])
+def test_a_disk_that_fails_is_not_a_damaged_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = tmp_path / "model"
+    if kind == "distcp":
+        dcp.save({"w": torch.ones(4)}, checkpoint_id=folder)
+    elif kind == "step":
+        am_ckpt.Checkpointer(tmp_path).save(1, {"model": nn.Linear(3, 2)})
+        folder = tmp_path / "step_000001"
+    else:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        torch.save({"w": torch.ones(4)}, folder / "pytorch_model.bin")
+        if kind == "safetensors":
+            save_file({"w": torch.ones(4)}, folder / "model.safetensors")
+    read = os.preadv
+
+    def failing(descriptor: int, *arguments: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith((".bin", ".distcp", ".safetensors")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    for command in (["verify", "--full"], ["merge", str(tmp_path / "merged")]):
+        assert main([command[0], str(folder), *command[1:]]) == 5
+        shown = capsys.readouterr()
+        assert f"Input/output error: '{folder}/" in shown.out + shown.err
+
+
+def test_a_disk_that_fails_while_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    folder = saved(tmp_path / "model", tensors())
+
+    def failing(descriptor: int, data: memoryview, offset: int) -> int:
+        # The header was written.
+        if offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return len(data)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 5
+    assert "Input/output error: 'model.safetensors'" in capsys.readouterr().err
 
 
 def test_a_cut_file(tmp_path: Path, capsys: Any) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,45 @@ def shift(parsed: Any) -> None:
         parsed.storage_data[type(index)("model.a", torch.Size([1, 0]))] = place
 
 
+def written(file: str, content: bytes) -> Callable[[Path], None]:
+    return change(file, lambda _: content)
+
+
+def archived(content: bytes) -> Callable[[Path], None]:
+    """Weights whose pickle is ``content``."""
+
+    def damage(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+
+    return damage
+
+
+def nested(function: bytes, first: bytes, arguments: bytes) -> bytes:
+    """A pickle of x = f(x, x, ...), again and again."""
+    step = b"h\1" + arguments + b"Rq\0" + b"0"
+    return b"\x80\2c" + function + b"q\1" + b"0" + first + b"q\0" + b"0" + step * 64
+
+
+# As the key of a dict they are hashed.
+sizes_of_sizes = nested(b"torch\nSize\n", b")", b"](h\0h\0e\x85") + b"}h\0K\1s."
+tensors_of_tensors = nested(b"torch._utils\n_rebuild_tensor_v2\n", b"K\0", b"(h\0K\0h\0)t") + b"}(h\0K\1X\1\0\0\0wh\0u."
+paths_of_paths = nested(b"pathlib\nPosixPath\n", b"X\1\0\0\0a", b"h\0h\0\x86") + b"h\0."
+copies_of_dicts = nested(b"collections\nOrderedDict\n", b"}X\1\0\0\0aK\1s", b"h\0\x85") + b"h\0."
+long_names = (
+    b"\x80\2X" + struct.pack("<I", 2**16) + b"a" * 2**16 + b"q\0" + b"0" + b"}h\0" * 60 + b"K\1" + b"s" * 60 + b"."
+)
+
+
+def share_chunks(parsed: Any) -> None:
+    parsed.state_dict_metadata["model.b"].chunks = parsed.state_dict_metadata["model.a"].chunks
+
+
+def enlarge(parsed: Any) -> None:
+    tensor = parsed.state_dict_metadata["model.a"]
+    tensor.size = tensor.chunks[0].sizes = torch.Size([6, 2**40])
+
+
 class Code:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)
@@ -313,7 +353,7 @@ ROWS = {
         "hf", change(INDEX, lambda c: c.replace(SECOND.encode(), b"/etc/passwd")), 4, ("'/etc/passwd'",)
     ),
     "linked shard": Row("shards", link(SHARD), 4, (SHARD, "is a symbolic link", "cp -L")),
-    "linked step": Row("step", link(STEP_SHARD), 2, (STEP_SHARD, "were written")),
+    "linked step": Row("step", link(STEP_SHARD), 4, (STEP_SHARD, "is a symbolic link", "cp -L")),
     "linked manifest": Row("step", link("manifest.json"), 4, ("manifest.json is a symbolic link",)),
     "linked metadata": Row("distcp", link(".metadata"), 4, (".metadata is a symbolic link",)),
     "pipe": Row("shards", pipe(SHARD), 4, (SHARD, "is not a regular file")),
@@ -325,6 +365,19 @@ ROWS = {
         4,
         ("in '../x.distcp'; only files of the folder itself",),
     ),
+    # A few bytes that speak of much.
+    "sizes of sizes": Row("distcp", written(".metadata", sizes_of_sizes), 2, ("a torch.Size that no tensor has",)),
+    "weights under sizes of sizes": Row("bin", archived(sizes_of_sizes), 2, ("a torch.Size that no tensor has",)),
+    "paths of paths": Row("distcp", written(".metadata", paths_of_paths), 2, ("holds str instead of",)),
+    "weights in weights": Row("bin", archived(tensors_of_tensors), 1, ("holds no tensors",)),
+    "copies of dicts": Row("bin", archived(copies_of_dicts), 2, ("its pickle cannot be read",)),
+    "sets of sets": Row("bin", archived(b"\x80\x04(\x91."), 4, ("the pickle has a set",)),
+    "keys again and again": Row("bin", archived(long_names), 2, ("its dicts are", "as a name")),
+    "dicts in dicts": Row(
+        "bin", archived(b"\x80\x02" + b"}X\1\0\0\0a" * 99 + b"K\1" + b"s" * 99 + b"."), 2, ("65 deep",)
+    ),
+    "chunks of many tensors": Row("distcp", metadata(share_chunks), 2, ("and another tensor have the same chunks",)),
+    "tensor of too few bytes": Row("distcp", metadata(enlarge), 2, ("'model.a' [6, 1099511627776] of F32 is in",)),
     # Code.
     "code in metadata": Row(
         "distcp",
@@ -338,6 +391,13 @@ ROWS = {
         metadata(lambda m: m.planner_data.update({"x": Code()})),
         4,
         ("refers to posix.mkdir", "nothing was executed"),
+    ),
+    "code in an archive": Row(
+        "distcp",
+        # With --full, the changed bytes are found too; they are not what matters most.
+        change("*.distcp", lambda c: c.replace(b"torch._utils\n_rebuild", b"posix.system\n_rebuild")),
+        4,
+        ("refers to posix.system._rebuild_tensor_v2", "nothing was executed"),
     ),
     "code in weights": Row(
         "bin",

@@ -11,24 +11,30 @@ import os
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from am_ckpt._boxes import Box, Shape
+from am_ckpt._boxes import Box, Shape, row_major
 from am_ckpt._copy import file_pieces
 from am_ckpt._errors import UnsafeError
 from am_ckpt._format import ITEM_BYTES, element_count
 from am_ckpt._io import open_for_reading, read_exactly
-from am_ckpt._pickles import DTYPE_NAMES, STORAGES, torch_size, unpickle
+from am_ckpt._pickles import DTYPE_NAMES, STORAGES, is_shape, ordered_dict, torch_size, unpickle
 from am_ckpt._sources import Chunk, Source, read_weight_map
 
 # State dicts of torch.save: of transformers (or with an index), and of accelerate's FULL_STATE_DICT.
 PICKLED = ("pytorch_model.bin", "pytorch_model_fsdp.bin")
 _MAX_TENSOR_PICKLE_BYTES = 2**20
 _MAX_STATE_DICT_PICKLE_BYTES = 256 * 2**20
+# Of the members of an archive: name, sizes and place of each.
+_MAX_LIST_BYTES = 256 * 2**20
+# Of the keys that lead to a tensor. Names are made of them, and a pickle can repeat a key in two bytes.
+_MAX_KEYS = 64
+_MAX_NAMES = 2**20
+# By how much the tensors of an archive may be larger than what is stored of them.
+_MAX_EXPANDED_BYTES = 2**20
 
 
 class _Window(io.RawIOBase):
@@ -37,6 +43,8 @@ class _Window(io.RawIOBase):
     def __init__(self, descriptor: int, begin: int, size: int, path: Path) -> None:
         self._descriptor, self._begin, self._size, self._path = descriptor, begin, size, path
         self._position = 0
+        # zipfile takes every error for a file that is no archive.
+        self.error: OSError | None = None
 
     def seekable(self) -> bool:
         return True
@@ -56,29 +64,38 @@ class _Window(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         left = max(0, self._size - self._position)
-        buffer = bytearray(left if size is None or size < 0 else min(size, left))
-        read_exactly(self._descriptor, buffer, self._begin + self._position, self._path)
+        count = left if size is None or size < 0 else min(size, left)
+        if count > max(_MAX_STATE_DICT_PICKLE_BYTES, _MAX_LIST_BYTES):
+            raise ValueError(f"{self._path}: its list of members has {count} bytes, more than {_MAX_LIST_BYTES}")
+        buffer = bytearray(count)
+        try:
+            read_exactly(self._descriptor, buffer, self._begin + self._position, self._path)
+        except OSError as error:
+            self.error = error
+            raise
         self._position += len(buffer)
         return bytes(buffer)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Saved:
-    """A pickled tensor: where in a storage it lies, in elements."""
+    """A pickled tensor: where in a storage it lies, in elements. ``extra``: what else torch noted of it.
+
+    Compared and hashed by identity: a pickle can put one into another again and again.
+    """
 
     storage: Any
     offset: int
     size: Shape
     strides: Shape
     dtype: str | None
+    extra: Any
 
 
 def _rebuild_v2(
     storage: Any, offset: Any, size: Any, strides: Any, grad: Any = None, hooks: Any = None, extra: Any = None
 ) -> _Saved:
-    if extra:
-        raise ValueError(f"a tensor with {brief(extra)} is not supported")
-    return _Saved(storage, offset, size, strides, None)
+    return _Saved(storage, offset, size, strides, None, extra)
 
 
 def _rebuild_v3(
@@ -91,9 +108,7 @@ def _rebuild_v3(
     dtype: Any = None,
     extra: Any = None,
 ) -> _Saved:
-    if extra:
-        raise ValueError(f"a tensor with {brief(extra)} is not supported")
-    return _Saved(storage, offset, size, strides, dtype)
+    return _Saved(storage, offset, size, strides, dtype, extra)
 
 
 def _rebuild_parameter(tensor: Any, requires_grad: Any = None, hooks: Any = None) -> Any:
@@ -105,7 +120,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_v2,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch.storage", "UntypedStorage"): None,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): ordered_dict,
     ("torch", "Size"): torch_size,
     **{("torch", name): dtype for name, dtype in DTYPE_NAMES.items()},
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
@@ -193,15 +208,20 @@ def _read_state_dict(path: Path) -> StateDict:
                 "reads it, write it again with torch.save"
             )
         archive = _Archive(descriptor, 0, os.fstat(descriptor).st_size, path, str(path))
-        root = unpickle(archive.member("data.pkl", _MAX_STATE_DICT_PICKLE_BYTES), _GLOBALS, str(path))
+        content = archive.member("data.pkl", _MAX_STATE_DICT_PICKLE_BYTES)
+        root = unpickle(content, _GLOBALS, str(path))
         if not isinstance(root, dict):
             raise ValueError(f"{path} holds {type(root).__name__}, a state dict was expected")
         # A pickle can hold one dict in many places, or in itself.
         seen: set[int] = set()
+        name_bytes = _MAX_NAMES + 16 * len(content)
         left: list[tuple[tuple[str, ...], Any]] = [((), root)]
         while left:
             keys, value = left.pop()
             name = ".".join(keys)
+            name_bytes -= len(name)
+            if len(keys) > _MAX_KEYS or name_bytes < 0:
+                raise ValueError(f"{path} is damaged: its dicts are {len(keys)} deep, with {brief(name)} as a name")
             if type(value) is _Saved:
                 if name in result.tensors:
                     raise ValueError(f"{path} holds {name!r} twice")
@@ -224,15 +244,23 @@ class _Archive:
 
     def __init__(self, descriptor: int, begin: int, size: int, path: Path, where: str) -> None:
         self._begin, self._path, self._where = begin, path, where
+        self._left = size + _MAX_EXPANDED_BYTES
+        self._members: dict[str, zipfile.ZipInfo] = {}
         self._window = _Window(descriptor, begin, size, path)
         try:
             with zipfile.ZipFile(self._window) as archive:
-                self._members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                members = archive.infolist()
         except (zipfile.BadZipFile, OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+            if self._window.error is not None:
                 # Of the disk, not of what is on it.
-                raise
+                raise self._window.error from error
             raise ValueError(f"{where} is damaged: {error}; copy the file again or take another step") from error
+        for info in members:
+            folder, _, name = info.filename.partition("/")
+            if name in self._members or folder != members[0].filename.partition("/")[0]:
+                # Which of them is read depends on the reader.
+                raise ValueError(f"{where} is damaged: its member {brief(info.filename)} is there twice or misplaced")
+            self._members[name] = info
         if "byteorder" in self._members and self.member("byteorder", 16) != b"little":
             raise ValueError(f"{where} was written by a big-endian machine")
 
@@ -242,19 +270,31 @@ class _Archive:
             raise ValueError(f"{where} is damaged: its storage is {brief(saved.storage)}")
         dtype, key = saved.storage[1] or saved.dtype, saved.storage[2]
         size, strides = saved.size, saved.strides
-        counts = (*size, *strides, saved.offset) if isinstance(size, tuple) and isinstance(strides, tuple) else (None,)
-        if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or len(size) != len(strides):
+        places = (*strides, saved.offset) if isinstance(strides, tuple) else ()
+        fits = all(type(place) is int and 0 <= place < 2**63 for place in places)
+        if not fits or not is_shape(size) or len(places) != len(size) + 1:
             raise ValueError(
                 f"{where} is damaged: size {brief(size)}, strides {brief(strides)}, offset {brief(saved.offset)}"
             )
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
             raise ValueError(f"{where} holds {brief(dtype)}, which cannot be copied; leave it out of the state dict")
+        if saved.extra:
+            raise ValueError(
+                f"{where} has {brief(saved.extra)}, which cannot be copied; save its resolve_conj().resolve_neg()"
+            )
         begin, count = self._place(f"data/{key}" if isinstance(key, str) else "data")
+        if not element_count(size):
+            return Source(dtype, size, [Chunk(self._path, self._begin + begin, Box((0,) * len(size), size))])
         last = saved.offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True))
-        if element_count(size) and (last + 1) * ITEM_BYTES[dtype] > count:
+        if (last + 1) * ITEM_BYTES[dtype] > count:
             raise ValueError(f"{where} is truncated: its storage has {count} bytes, element {last} is outside")
-        row_major = tuple(element_count(size[dim + 1 :]) for dim in range(len(size)))
-        same = all(n == 1 or a == b for n, a, b in zip(size, strides, row_major, strict=True))
+        self._left -= max(0, element_count(size) * ITEM_BYTES[dtype] - count)
+        if self._left < 0:
+            raise ValueError(
+                f"{where} is {dtype} {list(size)}, expanded from {count} bytes: merged files would be much larger than "
+                "this one; save its clone() where that is meant"
+            )
+        same = all(n == 1 or a == b for n, a, b in zip(size, strides, row_major(size, 1), strict=True))
         first = self._begin + begin + saved.offset * ITEM_BYTES[dtype]
         chunk = Chunk(self._path, first, Box((0,) * len(size), size), None if same else strides)
         return Source(dtype, size, [chunk])

@@ -16,17 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from am_ckpt._errors import ArgumentError, IncompleteError, UnsafeError
+from am_ckpt._errors import ArgumentError, exit_code
 
-_EXIT_CODES = (
-    (ArgumentError, 1),
-    (IncompleteError, 3),
-    (UnsafeError, 4),
-    (FileNotFoundError, 3),
-    (FileExistsError, 6),
-    (ValueError, 2),
-    (OSError, 5),
-)
 _EPILOG = (
     "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
     "there, 7 different, 130 interrupted"
@@ -59,15 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, OSError) as error:
-        code = _exit_code(error)
+        code = exit_code(error)
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
         print(f"am-ckpt: {error}", file=sys.stderr)
         return code
-
-
-def _exit_code(error: Exception) -> int:
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
 def _parser() -> _Parser:
@@ -161,7 +148,7 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"note: {note}")
         for problem in inventory.problems:
             print(f"problem: {problem}")
-    return min(map(_exit_code, inventory.problems), default=0)
+    return min(map(exit_code, inventory.problems), default=0)
 
 
 def _dtypes(inventory: Any) -> str:

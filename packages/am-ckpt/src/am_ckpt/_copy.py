@@ -114,7 +114,7 @@ class Copier:
             if num_lost:
                 with self._lock:
                     self.overflowed[output.name] += num_lost
-        write_all(self._targets[output.file], data, target)
+        write_all(self._targets[output.file], data, target, output.file)
         return xxhash.xxh3_64_hexdigest(data) if self._digest else ""
 
     def _copy_range(self, job: Range, buffers: Buffers) -> str:
@@ -127,7 +127,7 @@ class Copier:
             read_exactly(source, view, job.begin + done, job.path)
             if self._digest:
                 hasher.update(view)
-            write_all(target, view, job.target + done)
+            write_all(target, view, job.target + done, job.file)
             done += len(view)
         return hasher.hexdigest() if self._digest else ""
 

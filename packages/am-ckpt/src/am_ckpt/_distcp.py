@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as brief
@@ -17,9 +16,10 @@ from typing import Any
 from am_ckpt._archive import StateDict
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._errors import IncompleteError, UnsafeError
+from am_ckpt._format import ITEM_BYTES
 from am_ckpt._io import open_for_reading
 from am_ckpt._layout import read_file
-from am_ckpt._pickles import DTYPE_NAMES, joined_text, torch_size, unpickle
+from am_ckpt._pickles import DTYPE_NAMES, is_shape, ordered_dict, torch_size, unpickle, unused
 from am_ckpt._sources import Chunk, Source
 
 METADATA = ".metadata"
@@ -111,18 +111,18 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
     allowed: dict[tuple[str, str], Any] = {(_CHECKPOINT + "metadata", name): kind for name, kind in kinds.items()}
     allowed |= {("torch", name): dtype for name, dtype in DTYPE_NAMES.items()}
     allowed |= {("torch", name): f"torch.{name}" for name in ("complex32", "complex128")}
-    allowed |= {(module, "PosixPath"): joined_text for module in ("pathlib", "pathlib._local")}
-    allowed |= {(module, "WindowsPath"): joined_text for module in ("pathlib", "pathlib._local")}
+    allowed |= {(module, "PosixPath"): unused for module in ("pathlib", "pathlib._local")}
+    allowed |= {(module, "WindowsPath"): unused for module in ("pathlib", "pathlib._local")}
     allowed |= {
         (_CHECKPOINT + "metadata", "TensorProperties"): properties,
-        (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): joined_text,
+        (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): unused,
         (_SHARDED_TENSOR, "TensorProperties"): properties,
-        (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): joined_text,
+        (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): unused,
         (_CHECKPOINT + "filesystem", "_StorageInfo"): info,
         ("torch", "Size"): torch_size,
-        ("torch", "device"): joined_text,
-        ("torch.serialization", "_get_layout"): joined_text,
-        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "device"): unused,
+        ("torch.serialization", "_get_layout"): unused,
+        ("collections", "OrderedDict"): ordered_dict,
     }
     root = unpickle(read_file(where, _MAX_METADATA_BYTES), allowed, str(where))
     if type(root) is not kinds["Metadata"]:
@@ -141,6 +141,7 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
         key = (name, None if offset is None else _shape(offset, where, name))
         places[key] = _place(where, vars(place), name, files)
     others = set(result.others)
+    seen: set[int] = set()
     for name, item in described.items():
         if not isinstance(name, str):
             raise ValueError(f"{where} is damaged: state_dict_metadata has a key that is not text")
@@ -148,6 +149,10 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
             if name not in others:
                 result.others.append(name)
         elif type(item) is kinds["TensorStorageMetadata"]:
+            # A list that a pickle has in many places would be gone through for each of them.
+            if id(vars(item).get("chunks")) in seen:
+                raise ValueError(f"{where} is damaged: {name!r} and another tensor have the same chunks")
+            seen.add(id(vars(item).get("chunks")))
             source = _tensor(name, vars(item), properties, kinds, places, where)
             known = result.tensors.setdefault(name, source)
             if known is not source:
@@ -172,9 +177,10 @@ def _join(name: str, known: Source, more: Source, where: Path) -> None:
 
 
 def _shape(value: Any, where: Path, name: str) -> Shape:
-    if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
+    if not is_shape(value):
         raise ValueError(f"{where} is damaged: {name!r}: {brief(value)} is not a list of sizes")
-    return value
+    sizes: Shape = value
+    return sizes
 
 
 def _place(where: Path, fields: dict[str, Any], name: str, files: dict[str, _File]) -> tuple[Path, int, int]:
@@ -239,5 +245,7 @@ def _tensor(
         place = places.get((name, box.offset))
         if place is None:
             raise IncompleteError(f"{where} says nowhere in which file {name!r} from {list(box.offset)} on is")
+        if box.count * ITEM_BYTES.get(state[0], 1) > place[2]:
+            raise ValueError(f"{where} is damaged: {name!r} {list(box.size)} of {state[0]} is in {place[2]} bytes")
         found.append(Chunk(place[0], place[1], box, archive_bytes=place[2]))
     return Source(state[0], shape, found)

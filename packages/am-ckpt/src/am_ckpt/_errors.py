@@ -15,3 +15,19 @@ class NewerError(ValueError):
 
 class ArgumentError(ValueError):
     """An argument that cannot be honoured, whatever the checkpoint holds."""
+
+
+_EXIT_CODES = (
+    (ArgumentError, 1),
+    (IncompleteError, 3),
+    (UnsafeError, 4),
+    (FileNotFoundError, 3),
+    (FileExistsError, 6),
+    (ValueError, 2),
+    (OSError, 5),
+)
+
+
+def exit_code(error: Exception) -> int:
+    """What the command ``am-ckpt`` exits with after a ``ValueError`` or ``OSError``."""
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))

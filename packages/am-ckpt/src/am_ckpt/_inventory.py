@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,11 +370,15 @@ def _own_headers(folder: Path, records: Iterable[dict[str, Any]]) -> Iterator[tu
 def require_recorded_size(path: Path, record: Mapping[str, Any]) -> None:
     """Raise unless a file of the manifest is there with its size."""
     try:
-        size = path.lstat().st_size
+        about = path.lstat()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}, written by rank {record['rank']}, is missing; copy it again") from error
-    if size != record["bytes"]:
-        raise ValueError(f"{path} has {size} bytes, {record['bytes']} were written; it is damaged: copy it again")
+    if not stat.S_ISREG(about.st_mode):
+        raise UnsafeError(f"{path} is a symbolic link or no regular file; put the file itself there (cp -L)")
+    if about.st_size != record["bytes"]:
+        raise ValueError(
+            f"{path} has {about.st_size} bytes, {record['bytes']} were written; it is damaged: copy it again"
+        )
 
 
 def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:

@@ -50,6 +50,8 @@ def file_digest(path: Path) -> str:
     try:
         while block := os.read(descriptor, 2**20):
             hasher.update(block)
+    except OSError as error:
+        raise _with_path(error, path) from error
     finally:
         os.close(descriptor)
     return hasher.hexdigest()
@@ -82,7 +84,10 @@ def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, p
     view = memoryview(buffer)
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + _MAX_WRITE]], offset + done)
+        try:
+            count = os.preadv(descriptor, [view[done : done + _MAX_WRITE]], offset + done)
+        except OSError as error:
+            raise _with_path(error, path) from error
         if count == 0:
             raise ValueError(
                 f"{path}: truncated: it ends at byte {offset + done}, byte {offset + len(view)} was needed; copy the "
@@ -91,12 +96,17 @@ def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, p
         done += count
 
 
-def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write every byte of ``data`` at ``offset``, absorbing short writes."""
+def write_all(
+    descriptor: int, data: bytes | bytearray | memoryview, offset: int, path: str | Path | None = None
+) -> None:
+    """Write every byte of ``data`` at ``offset``, absorbing short writes. ``path``: for errors that no caller names."""
     view = memoryview(data)
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _MAX_WRITE], offset + done)
+        try:
+            done += os.pwrite(descriptor, view[done : done + _MAX_WRITE], offset + done)
+        except OSError as error:
+            raise _with_path(error, path) from error
 
 
 def create(path: Path, size: int) -> int:
@@ -115,9 +125,9 @@ def create(path: Path, size: int) -> int:
     return descriptor
 
 
-def _with_path(error: OSError, path: Path) -> OSError:
+def _with_path(error: OSError, path: str | Path | None) -> OSError:
     """System calls on descriptors do not know the file's name: add it."""
-    if error.filename is not None or error.errno is None:
+    if path is None or error.filename is not None or error.errno is None:
         return error
     return OSError(error.errno, error.strerror, str(path))
 
@@ -179,6 +189,8 @@ def block_digests(path: Path, begin: int) -> list[str]:
         while count := os.preadv(descriptor, [buffer], begin):
             digests.update(buffer[:count])
             begin += count
+    except OSError as error:
+        raise _with_path(error, path) from error
     finally:
         os.close(descriptor)
     return digests.hexdigests()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
 
 from am_ckpt._boxes import Shape
 from am_ckpt._errors import UnsafeError
+from am_ckpt._format import element_count
 
 # torch's dtype names, and those of its older typed storages, to safetensors' names (complex128 has none).
 DTYPE_NAMES = {
@@ -53,6 +55,8 @@ STORAGES = {
 }
 # Elements of a tuple and of those in it. A few bytes can name a tuple of tuples that takes years to hash.
 _MAX_TUPLE = 1000
+# numpy and torch have no tensors of more.
+_MAX_DIMS = 64
 
 
 class _Unpickler(pickle._Unpickler):
@@ -87,6 +91,15 @@ def _build(self: Any) -> None:
     pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
 
 
+def _refuse(self: Any) -> None:
+    """Byte arrays are allocated before they are read, sets of sets take as long to compare as tuples of tuples to hash,
+    and integers of many digits are hashed anew each time: checkpoints have none of them."""
+    raise UnsafeError(
+        f"{self._where}: the pickle has a set, a byte array or an integer of many digits, which a checkpoint does not "
+        "need; nothing was executed"
+    )
+
+
 def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
     """The step of an unpickler that makes a tuple, held to ``_MAX_TUPLE``."""
 
@@ -105,8 +118,8 @@ def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 _Unpickler.dispatch[pickle.BUILD[0]] = _build
-# Byte arrays are allocated before they are read.
-del _Unpickler.dispatch[pickle.BYTEARRAY8[0]]
+for _code in (pickle.BYTEARRAY8, pickle.EMPTY_SET, pickle.FROZENSET, pickle.LONG4):
+    _Unpickler.dispatch[_code[0]] = _refuse
 for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
     _Unpickler.dispatch[_code[0]] = _bounded(_Unpickler.dispatch[_code[0]])
 
@@ -138,13 +151,25 @@ def unpickle(content: bytes, allowed: Mapping[tuple[str, str], Any], where: str)
         ) from error
 
 
-def joined_text(*values: str | int) -> str:
-    """Stand-in for paths, devices and enumerations."""
-    if not all(isinstance(value, str | int) for value in values):
-        raise ValueError("a path or device of something else than text and numbers")
-    return "/".join(map(str, values))
+def unused(*values: Any) -> str:
+    """Stand-in for paths, devices and enumerations, on which nothing here depends."""
+    return ""
+
+
+def ordered_dict() -> OrderedDict[Any, Any]:
+    """Stand-in for ``OrderedDict``, which is pickled empty and then filled: a copy could be made by a few bytes."""
+    return OrderedDict()
 
 
 def torch_size(values: Any = ()) -> Shape:
     """Stand-in for ``torch.Size``."""
+    if not is_shape(tuple(values)):
+        raise ValueError("a torch.Size that no tensor has")
     return tuple(values)
+
+
+def is_shape(value: Any) -> bool:
+    """Whether this can be the shape of a tensor, or a place in one: what comes after computes with it in int64."""
+    if not isinstance(value, tuple) or len(value) > _MAX_DIMS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**59 for size in value) and element_count(value) < 2**59

@@ -25,7 +25,7 @@ from am_ckpt._config import (
 )
 from am_ckpt._copy import file_pieces
 from am_ckpt._cover import cover_problem
-from am_ckpt._errors import IncompleteError
+from am_ckpt._errors import IncompleteError, exit_code
 from am_ckpt._format import ITEM_BYTES, Header, is_sizes, parse_json, read_header
 from am_ckpt._inventory import Inventory, inspect, require_recorded_size, step_folder
 from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
@@ -36,11 +36,14 @@ from am_ckpt._tensors import TensorReader
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _MAX_DIGESTS_BYTES = 256 * 2**20
+# Of a config, a tokenizer, an index or code.
+_MAX_SMALL_BYTES = 256 * 2**20
 
 
 @dataclass
 class VerifyReport:
-    """``problems`` make a checkpoint unfit, ``warnings`` may be meant. ``exit_code``: 0, 2 damaged or 3 incomplete.
+    """``problems`` make a checkpoint unfit, ``warnings`` may be meant. ``exit_code``: 0, or that of the gravest: 4
+    unsafe, 2 damaged, 3 incomplete, 5 could not be read.
 
     ``num_not_read``: entries of a ``.distcp`` folder that are pickles.
     """
@@ -58,10 +61,10 @@ class VerifyReport:
         return asdict(self)
 
     def add(self, problem: Exception) -> None:
-        """Take up a problem; damage weighs more than what is missing."""
+        """Take up a problem; what is unsafe weighs most, then damage, then what is missing."""
         self.problems.append(str(problem))
-        code = 3 if isinstance(problem, IncompleteError | FileNotFoundError) else 2
-        self.exit_code = min(self.exit_code or code, code)
+        codes = {self.exit_code, exit_code(problem)} - {0}
+        self.exit_code = 4 if 4 in codes else min(codes)
 
 
 def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | None = None) -> VerifyReport:
@@ -173,18 +176,28 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
 
 
 def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
-    """Hold weight files against what ``merge(digest=True)`` wrote, all of their data with ``full``."""
+    """Hold files against what ``merge(digest=True)`` wrote, all data of weight files with ``full``."""
     where = inventory.path / DIGESTS
     said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
     known = isinstance(said, dict) and (said.get("format"), said.get("version")) == ("am-ckpt digests", 1)
-    files = said.get("files") if known else None
-    if not isinstance(files, dict) or not all(map(_is_digested, files.values())):
+    files, small = (said.get("files"), said.get("small_xxh3_128")) if known else (None, None)
+    if not isinstance(files, dict) or not isinstance(small, dict) or not all(map(_is_digested, files.values())):
         raise ValueError(f"{where} is damaged or of another release; copy it again, or remove it to do without")
     used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
     for name in sorted(files.keys() - used.keys()):
         report.add(IncompleteError(f"{where} has digests of {name!r}, which is not there or not used; copy it again"))
     for name in sorted(used.keys() - files.keys()):
         report.add(ValueError(f"{where} has no digests of {name!r}: it is of another merge"))
+    there = {**inventory.files, INDEX: inventory.path / INDEX}
+    for name, expected in sorted(small.items()):
+        if name not in there or not there[name].is_file():
+            report.add(
+                IncompleteError(f"{inventory.path} lacks {name!r}, which {DIGESTS} has a digest of; copy it again")
+            )
+        elif digest(read_file(there[name], _MAX_SMALL_BYTES, follow_symlinks=inventory.follow_symlinks)) != expected:
+            report.add(
+                ValueError(f"{there[name]} is not what merge wrote: it is damaged, or was edited since; copy it again")
+            )
     for name in sorted(files.keys() & used.keys()):
         header = read_header(used[name], follow_symlinks=inventory.follow_symlinks)
         ranges = sorted(files[name]["ranges_xxh3_64"])

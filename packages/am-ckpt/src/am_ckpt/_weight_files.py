@@ -94,7 +94,7 @@ def create_files(folder: Path, headers: Mapping[str, Header]) -> None:
         descriptor = create(folder / name, header.file_bytes)
         try:
             os.ftruncate(descriptor, header.file_bytes)
-            write_all(descriptor, header.text, 0)
+            write_all(descriptor, header.text, 0, folder / name)
         finally:
             os.close(descriptor)
 
