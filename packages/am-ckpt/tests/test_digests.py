@@ -34,6 +34,10 @@ def digests_of(folder: Path) -> dict[str, list[tuple[int, int, str]]]:
     """The ranges of every file, checked against its bytes and for holes."""
     content = json.loads((folder / "am_ckpt_digests.json").read_bytes())
     assert sorted(content["files"]) == sorted(path.name for path in folder.glob("*.safetensors"))
+    small = {path.name for path in folder.iterdir()} - content["files"].keys() - {"am_ckpt_digests.json"}
+    assert content["small_xxh3_128"] == {
+        name: xxhash.xxh3_128_hexdigest((folder / name).read_bytes()) for name in small
+    }
     for name, record in content["files"].items():
         data = (folder / name).read_bytes()
         assert record["bytes"] == len(data)
@@ -76,6 +80,36 @@ def test_digests_are_not_carried_to_another_model(source: Path, tmp_path: Path) 
     assert not (tmp_path / "again" / "am_ckpt_digests.json").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"]
+)
+def test_small_files_are_covered(name: str, source: Path, tmp_path: Path) -> None:
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "config.json").write_text('{"torch_dtype": "float32"}')
+    (like / "tokenizer.json").write_text('{"a": "bcdef"}')
+    (like / "chat_template.jinja").write_text("{{ messages }}")
+    merged = Path(am_ckpt.merge(source, tmp_path / "merged", like=like, digest=True, max_shard_size="2MB").destination)
+    digests_of(merged)
+    assert am_ckpt.verify(merged).problems == []
+    content = (merged / name).read_bytes()
+    # A space is still JSON.
+    (merged / name).write_bytes(content + b" ")
+    report = am_ckpt.verify(merged)
+    assert (report.problems, report.exit_code) == (
+        [f"{merged / name} is not what merge wrote: it is damaged, or was edited since; copy it again"],
+        2,
+    )
+    if not name.endswith("index.json"):
+        (merged / name).unlink()
+        assert any(f"{merged} lacks {name!r}" in problem for problem in am_ckpt.verify(merged).problems)
+        assert am_ckpt.verify(merged).exit_code == 3
+    (merged / name).write_bytes(content)
+    # What was added later, such as a model card, is no problem.
+    (merged / "generation_config.json").write_text("{}")
+    assert am_ckpt.verify(merged).problems == []
+
+
 def flip(path: Path, byte: int) -> None:
     content = bytearray(path.read_bytes())
     content[byte] ^= 4
@@ -110,6 +144,7 @@ def test_verify_finds_what_changed_since(source: Path, tmp_path: Path, capsys: p
     assert "has no digests of 'model-00001-of-00007.safetensors'" in other
     for damaged in (
         text.replace('"version": 1', '"version": 2'),
+        text.replace('"small_xxh3_128": {', '"other": {'),
         text.replace("[[", "[[[", 1).replace("]]", "]]]", 1),
         "{}",
     ):

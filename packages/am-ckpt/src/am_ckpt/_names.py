@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-# What the bytes of the weight files are: written by merge(digest=True), checked by verify.
+# What the bytes of the other files are: written by merge(digest=True), checked by verify.
 DIGESTS = "am_ckpt_digests.json"
 # What wrappers of modules put into the names of parameters.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

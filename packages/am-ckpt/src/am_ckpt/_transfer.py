@@ -132,7 +132,7 @@ def transfer(
             raise
         folder = staging / _FOLDER
         if digests:
-            _write_small(folder, {DIGESTS: _digests_json(plan.headers, jobs, hashes)})
+            _write_small(folder, {DIGESTS: _digests_json(plan, jobs, hashes)})
         if plan.seal is not None:
             _write_small(folder, plan.seal(folder))
         _publish(staging, target, fsync, replace=replace)
@@ -189,9 +189,9 @@ def _write(
     return hashes
 
 
-def _digests_json(headers: Mapping[str, Header], jobs: Jobs, hashes: list[str]) -> bytes:
-    """What every byte of the weight files must be."""
-    ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in headers}
+def _digests_json(plan: Transfer, jobs: Jobs, hashes: list[str]) -> bytes:
+    """What every byte of the folder must be."""
+    ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in plan.headers}
     for job, value in zip(jobs, hashes, strict=True):
         ranges[job.file].append((job.target, job.target + job.count, value))
     files = {
@@ -200,9 +200,11 @@ def _digests_json(headers: Mapping[str, Header], jobs: Jobs, hashes: list[str]) 
             "header_xxh3_128": digest(header.text),
             "ranges_xxh3_64": sorted(ranges[name]),
         }
-        for name, header in headers.items()
+        for name, header in plan.headers.items()
     }
-    return (json.dumps({"format": "am-ckpt digests", "version": 1, "files": files}) + "\n").encode()
+    small = {name: digest(content) for name, content in plan.small.items()}
+    content = {"format": "am-ckpt digests", "version": 1, "files": files, "small_xxh3_128": small}
+    return (json.dumps(content) + "\n").encode()
 
 
 @contextlib.contextmanager
