@@ -34,7 +34,7 @@ from am_ckpt._layout import (
 from am_ckpt._names import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, WRAPPERS, hf_files
 from am_ckpt._shard_files import shard_sources
 from am_ckpt._sources import Source, hf_sources, paths_of, share_tables, whole_sources
-from am_ckpt._torchtitan import is_torchtitan
+from am_ckpt._torchtitan import OWN_NAMES, is_torchtitan
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 # Of a config, a tokenizer or code.
@@ -312,10 +312,7 @@ def _unwrapped(tensors: Mapping[str, Source], notes: list[str]) -> dict[str, Sou
     if changed:
         notes.append(f"the names of {len(changed)} tensors are without those of wrappers, such as {changed[0]}")
     if is_torchtitan(plain):
-        notes.append(
-            "the names are torchtitan's own: merge writes those of transformers where it is given the model's config, "
-            "with --like"
-        )
+        notes.append(OWN_NAMES)
     return plain
 
 
