@@ -92,7 +92,8 @@ def test_torchtitan(tmp_path: Path, capsys: Any) -> None:
     assert inventory.tensors.keys() == model.keys()
     assert any("torchtitan's own" in note for note in inventory.notes)
     am_ckpt.merge(folder, tmp_path / "merged")
-    (folder / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 1}')
+    config = '{"model_type": "llama", "hidden_size": 4, "num_attention_heads": 1}'
+    (folder / "config.json").write_text(config)
     am_ckpt.merge(folder, tmp_path / "again")
     # Names as they were before release 0.3; pairs of rows become two halves.
     published = load_file(tmp_path / "again" / "model.safetensors")
