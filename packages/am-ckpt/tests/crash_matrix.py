@@ -242,6 +242,9 @@ class Disk:
             elif what == "rename":
                 names[name] = self._find(other)
                 del self._find(str(Path(other).parent)).now[Path(other).name]
+            elif what == "exchange":
+                others = self._find(str(Path(other).parent)).now
+                names[name], others[Path(other).name] = others[Path(other).name], names[name]
             else:
                 raise RuntimeError(f"{path}: written in a way that cannot be replayed")
 

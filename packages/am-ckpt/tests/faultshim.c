@@ -160,6 +160,7 @@ SIMPLE(ftruncate, fd, NULL, (int fd, off_t size), (fd, size), "truncate", "", si
 SIMPLE(ftruncate64, fd, NULL, (int fd, off64_t size), (fd, size), "truncate", "", size)
 SIMPLE(rename, AT_FDCWD, to, (const char *from, const char *to), (from, to), "rename", from, 0)
 SIMPLE(renameat, b, to, (int a, const char *from, int b, const char *to), (a, from, b, to), "rename", from, 0)
+SIMPLE(renameat2, b, to, (int a, const char *from, int b, const char *to, unsigned flags), (a, from, b, to, flags), flags & RENAME_EXCHANGE ? "exchange" : "rename", from, 0)
 SIMPLE(mkdir, AT_FDCWD, path, (const char *path, mode_t mode), (path, mode), "mkdir", "", 0)
 SIMPLE(mkdirat, at, path, (int at, const char *path, mode_t mode), (at, path, mode), "mkdir", "", 0)
 SIMPLE(unlink, AT_FDCWD, path, (const char *path), (path), "remove", "", 0)

@@ -480,6 +480,25 @@ def test_only_the_same_merge_is_resumed(change: str, shards: Path, tmp_path: Pat
     assert_same(tmp_path / "merged", expected_of(tensors))
 
 
+def test_a_merge_is_resumed_twice(shards: Path, tmp_path: Path) -> None:
+    report = am_ckpt.merge(shards, tmp_path / "whole", dtype="bfloat16", threads=1)
+
+    for least in (report.num_bytes // 3, 2 * report.num_bytes // 3):
+
+        def interrupt(done: int, total: int, least: int = least) -> None:
+            if done > least:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            am_ckpt.merge(shards, tmp_path / "merged", dtype="bfloat16", threads=1, progress=interrupt, resume=True)
+        with open(tmp_path / ".merged.merging" / "journal.jsonl", "ab") as journal:
+            # The power goes in the middle of a line.
+            journal.write(b'[[3, "')
+    resumed = am_ckpt.merge(shards, tmp_path / "merged", dtype="bfloat16", threads=1, resume=True)
+    assert resumed.resumed_bytes > report.num_bytes // 2
+    assert_same(tmp_path / "merged", expected_of(load_file(tmp_path / "whole" / "model.safetensors")))
+
+
 def test_a_killed_merge_leaves_nothing_visible_and_is_done_again(shards: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, am_ckpt\n"
@@ -511,6 +530,84 @@ def test_a_merge_under_way_is_not_disturbed(shards: Path, tmp_path: Path) -> Non
         with pytest.raises(FileExistsError, match="another process is merging"):
             am_ckpt.merge(shards, tmp_path / "merged", resume=True)
         other.kill()
+
+
+def test_merges_to_one_destination_take_turns(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"a": torch.ones(10)}, source / "model.safetensors")
+    code = (
+        "import sys, am_ckpt\n"
+        "for _ in range(200):\n"
+        "    try:\n"
+        "        am_ckpt.merge(sys.argv[1], sys.argv[2], overwrite=True, threads=1, fsync=False)\n"
+        "    except FileExistsError as error:\n"
+        "        if 'another process is merging' not in str(error):\n"
+        "            raise\n"
+    )
+    target = tmp_path / "out" / "merged"
+    am_ckpt.merge(source, target)
+    arguments = [sys.executable, "-W", "ignore", "-c", code, str(source), str(target)]
+    others = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [other.communicate()[1] for other in others] == [""] * 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+    assert_same(target, expected_of({"a": torch.ones(10)}))
+
+
+REPLACE = """
+import os, signal, sys, am_ckpt
+import am_ckpt._io
+# As on NFS.
+am_ckpt._io.exchange = lambda one, other: False
+def hook(event, arguments):
+    if event == "os.rename" and os.path.basename(arguments[0]) == "folder" and os.fspath(arguments[1]) == sys.argv[2]:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(5, "Input/output error")
+sys.addaudithook(hook)
+am_ckpt.merge(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
+"""
+
+
+@pytest.mark.parametrize("how", ["kill", "error"])
+def test_what_is_replaced_is_put_back_where_that_comes_to_nothing(how: str, shards: Path, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    am_ckpt.merge(shards, target, max_shard_size="1MB")
+    before = snapshot(target)
+    arguments = [sys.executable, "-W", "ignore", "-c", REPLACE, str(shards), str(target), how]
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    if how == "kill":
+        assert ended.returncode == -signal.SIGKILL
+        assert not target.exists()
+    else:
+        assert "Input/output error" in ended.stderr
+        assert snapshot(target) == before
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        am_ckpt.merge(shards, target)
+    assert snapshot(target) == before
+    am_ckpt.merge(shards, target, overwrite=True)
+    assert_same(target, expected_of(state()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "shards"]
+
+
+def test_an_older_model_is_not_resumed(shards: Path, tmp_path: Path) -> None:
+    """A merge that was killed when it had replaced another has nothing but that one in its folder."""
+    other = tmp_path / "other"
+    dcp.save({"model": state(scale=2.0)}, storage_writer=FileSystemWriter(other, single_file_per_rank=False))
+    am_ckpt.merge(other, tmp_path / "merged")
+    code = (
+        "import os, signal, sys, am_ckpt\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'os.rename' and '.trash-' in os.fspath(arguments[1]):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(hook)\n"
+        "am_ckpt.merge(sys.argv[1], sys.argv[2], overwrite=True)\n"
+    )
+    arguments = [sys.executable, "-W", "ignore", "-c", code, str(shards), str(tmp_path / "merged")]
+    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+    assert_same(tmp_path / "merged", expected_of(state()))
+    am_ckpt.merge(shards, tmp_path / "merged", overwrite=True, resume=True)
+    assert_same(tmp_path / "merged", expected_of(state()))
 
 
 def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_a_model(shards: Path, tmp_path: Path) -> None:

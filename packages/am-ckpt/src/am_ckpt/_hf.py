@@ -22,7 +22,7 @@ from torch import nn
 from am_ckpt._boxes import Box
 from am_ckpt._format import Header, read_header
 from am_ckpt._initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
-from am_ckpt._io import exchange, fsync_directory, remove, write_bytes
+from am_ckpt._io import fsync_directory, publish_folder, put_back, write_bytes
 from am_ckpt._layout import require_file_name
 from am_ckpt._mapping import Record, records_by_parameter, without_ones
 from am_ckpt._model import Stored, stored_tensors, unwrap
@@ -324,9 +324,10 @@ def _require_same_ties(tied: bool | None, tensors: Mapping[str, Stored]) -> None
 
 def _stage(target: Path, staging: Path, prefix: str, headers: Mapping[str, Header], extra: Mapping[str, bytes]) -> None:
     """Create the folder with its small files, and the weight files with their headers and full size."""
-    _require_replaceable(target)
     total = sum(header.file_bytes for header in headers.values())
     create_staging(staging, total + sum(map(len, extra.values())), prefix, held=True)
+    put_back(target)
+    _require_replaceable(target)
     os.mkdir(staging / _FOLDER)
     for name, content in extra.items():
         write_bytes(staging / _FOLDER / name, content)
@@ -362,10 +363,6 @@ def _require_replaceable(target: Path) -> None:
 
 def _publish(folder: Path, target: Path) -> None:
     fsync_directory(folder)
-    filled = target.exists() and any(target.iterdir())
     # What was there is then in the staging folder, and goes with it.
-    if not (filled and exchange(folder, target)):
-        if filled:
-            remove(target)
-        os.rename(folder, target)
+    publish_folder(folder, target)
     fsync_directory(target.parent)

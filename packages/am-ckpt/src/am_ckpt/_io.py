@@ -34,6 +34,8 @@ PIECE_BYTES = 2**20
 # Of renameat2(2).
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# What kernels and file systems (NFS) answer that know no exchange.
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # What file systems without fallocate answer.
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -263,20 +265,84 @@ def point(link: Path, target: str) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, so that there is no moment without either; False where the system cannot."""
+    """Swap two folders in one step, so that there is no moment without either; False where the system knows no such."""
     library = ctypes.CDLL(None, use_errno=True)
     try:
         rename = library.renameat2
     except AttributeError:
         return False
-    result: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return result == 0
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def is_filled(path: Path) -> bool:
+    """Whether there is such a folder with something in it."""
+    while path.exists():
+        before = os.stat(path)
+        if any(path.iterdir()):
+            return True
+        # Another process may have replaced the folder, and emptied this one, while it was listed.
+        if os.path.samestat(before, os.stat(path)):
+            return False
+    return False
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Give ``folder`` the name ``target``. What is there, if anything, gets the name ``folder``.
+
+    Where the system cannot exchange folders there is a moment without ``target``; :func:`put_back` then ends what a
+    kill has cut short, an error is undone here. For the one process that writes ``target``.
+    """
+    if not is_filled(target):
+        os.rename(folder, target)
+    elif not exchange(folder, target):
+        aside = _aside(target)
+        os.rename(target, aside)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        os.rename(aside, folder)
+
+
+def put_back(target: Path) -> None:
+    """Undo a :func:`publish_folder` that was killed on its way. For the one process that writes ``target``."""
+    aside = _aside(target)
+    if not aside.exists():
+        return
+    if is_filled(target):
+        # Killed when the new folder had its name.
+        remove(aside)
+    else:
+        os.rename(aside, target)
+        fsync_directory(target.parent)
+
+
+def was_cut_short(target: Path) -> bool:
+    """Whether there is something for :func:`put_back` to do."""
+    return _aside(target).exists()
+
+
+def _aside(target: Path) -> Path:
+    # Beside it and not in a staging folder: those are removed.
+    return target.with_name(f".{target.name}-replaced")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a folder that is to be deleted to a name by which others know that; returns it."""
+    trash = path.with_name(f".trash-{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, trash)
+    return trash
 
 
 def remove(path: Path) -> None:
     """Delete a folder in two steps, so that a crash never leaves a half-deleted one under its own name."""
-    trash = path.with_name(f".trash-{path.name}-{secrets.token_hex(4)}")
-    os.rename(path, trash)
+    trash = set_aside(path)
     fsync_directory(path.parent)
     shutil.rmtree(trash)
 

@@ -5,6 +5,8 @@ Beside the destination stands a staging folder::
     .NAME.merging/lock            held by the process that writes here, with flock()
     .NAME.merging/journal.jsonl   which copies are on the disk
     .NAME.merging/folder/         what is written; fsynced, then renamed to NAME
+
+It is deleted under another name, so that whoever comes next makes a new one, with a lock of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +30,14 @@ from am_ckpt._inventory import paused_collector
 from am_ckpt._io import (
     create,
     digest,
-    exchange,
     fsync_directory,
+    is_filled,
+    open_file,
+    publish_folder,
+    put_back,
     require_space,
+    set_aside,
+    was_cut_short,
     write_all,
     write_bytes,
 )
@@ -72,27 +79,42 @@ def require_free(target: Path, source: Path, overwrite: bool) -> None:
     here, there = target.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ArgumentError(f"{target} and the source {source} contain one another; choose a folder beside it")
+    if was_cut_short(target):
+        with _staging(target):
+            # Which puts back what was there.
+            pass
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a folder; choose another name")
-    entries = list(target.iterdir())
-    if not entries:
+    if not is_filled(target):
         return
     if not overwrite:
         raise FileExistsError(
             f"{target} exists and is not empty; choose another folder, or overwrite it with overwrite=True "
             "(--overwrite)"
         )
-    own = {*hf_files(target), INDEX, ADAPTER_CONFIG, DIGESTS, ".gitattributes", "README.md"}
-    weights = [entry.name for entry in entries if entry.suffix == ".safetensors" and entry.is_file()]
-    strangers = sorted({entry.name for entry in entries} - {*weights, *own})
-    if strangers or not weights:
-        found = strangers[0] if strangers else "no safetensors files"
-        raise FileExistsError(
-            f"{target} does not look like a model ({found} in it) and is not overwritten; move it away or choose "
-            "another folder"
-        )
+    while True:
+        before = os.stat(target)
+        found = _not_of_a_model(target)
+        if found is None:
+            return
+        # Another merge may have replaced the folder while it was listed.
+        if os.path.samestat(before, os.stat(target)):
+            raise FileExistsError(
+                f"{target} does not look like a model ({found} in it) and is not overwritten; move it away or choose "
+                "another folder"
+            )
+
+
+def _not_of_a_model(folder: Path) -> str | None:
+    """What in a folder keeps it from being overwritten."""
+    with os.scandir(folder) as entries:
+        files = {entry.name: entry.is_file() for entry in entries}
+    weights = {name for name, is_file in files.items() if is_file and name.endswith(".safetensors")}
+    strangers = set(files) - weights
+    strangers -= {*hf_files(folder), INDEX, ADAPTER_CONFIG, DIGESTS, ".gitattributes", "README.md"}
+    return min(strangers) if strangers else None if weights else "no safetensors files"
 
 
 def transfer(
@@ -115,7 +137,7 @@ def transfer(
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
     fingerprint = _fingerprint(plan, jobs, digests)
-    replace = _is_filled(target)
+    replace = is_filled(target)
     with _staging(target) as staging:
         done = _finished(staging, plan.headers, fingerprint, len(jobs)) if resume else {}
         if resume and not done:
@@ -124,11 +146,11 @@ def transfer(
             hashes = _write(plan, staging, jobs, done, fingerprint, threads, fsync, progress, digests)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                shutil.rmtree(staging, ignore_errors=True)
+                _discard(staging)
             raise
         except ValueError:
             # A source that changed or ended while it was read.
-            shutil.rmtree(staging, ignore_errors=True)
+            _discard(staging)
             raise
         folder = staging / _FOLDER
         if digests:
@@ -211,12 +233,14 @@ def _digests_json(plan: Transfer, jobs: Jobs, hashes: list[str]) -> bytes:
 def _staging(target: Path) -> Iterator[Path]:
     """The staging folder of ``target``, held by this process alone; ``FileExistsError`` while another has it.
 
-    What a process that died left in it is there still.
+    What a process that died left in it is there still. What one left of an older ``target``, or half deleted, is not.
     """
     staging = target.with_name(f".{target.name}.merging")
     target.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        staging.mkdir(exist_ok=True)
+        # Not exist_ok=True, which fails where the folder is removed at that moment.
+        with contextlib.suppress(FileExistsError):
+            staging.mkdir()
         try:
             lock = os.open(staging / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
@@ -235,9 +259,19 @@ def _staging(target: Path) -> Iterator[Path]:
             pass
         os.close(lock)
     try:
+        put_back(target)
+        for entry in target.parent.iterdir():
+            if entry.name.startswith(f".trash-{staging.name}-"):
+                shutil.rmtree(entry, ignore_errors=True)
         yield staging
     finally:
         os.close(lock)
+
+
+def _discard(staging: Path) -> None:
+    """Remove the staging folder as far as that works; the next writer removes the rest."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(set_aside(staging), ignore_errors=True)
 
 
 def _empty(staging: Path, num_bytes: int) -> None:
@@ -263,7 +297,7 @@ def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[P
                 finally:
                     os.close(descriptor)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            _discard(staging)
             raise
         _publish(staging, target, fsync, replace=False)
     return names
@@ -341,7 +375,10 @@ class _Journal:
         self._writing = threading.Lock()
         if new:
             path.unlink(missing_ok=True)
-            write_bytes(path, (json.dumps({"merge": fingerprint}) + "\n").encode())
+            self._size = write_bytes(path, (json.dumps({"merge": fingerprint}) + "\n").encode())["bytes"]
+        else:
+            # Without a line that was cut off.
+            self._size = read_file(path, _MAX_JOURNAL_BYTES).rfind(b"\n") + 1
 
     def add(self, index: int, value: str, count: int) -> None:
         """Note a finished job; every GiB, make all of them durable."""
@@ -361,10 +398,11 @@ class _Journal:
                 new, self._new = self._new, []
             for descriptor in self._targets.values():
                 os.fdatasync(descriptor)
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(new).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            line = json.dumps(new).encode() + b"\n"
+            with open_file(self._path) as journal:
+                os.ftruncate(journal, self._size)
+                write_all(journal, line, self._size)
+            self._size += len(line)
 
 
 def _finished(staging: Path, headers: Mapping[str, Header], fingerprint: str, num_jobs: int) -> dict[int, str]:
@@ -384,10 +422,6 @@ def _finished(staging: Path, headers: Mapping[str, Header], fingerprint: str, nu
     return done if known else {}
 
 
-def _is_filled(target: Path) -> bool:
-    return target.exists() and any(target.iterdir())
-
-
 def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None:
     """Give the folder its name; one that came there in the meantime is replaced only where there was one before."""
     folder = staging / _FOLDER
@@ -395,14 +429,17 @@ def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None
         for inner in [path for path in folder.iterdir() if path.is_dir()]:
             fsync_directory(inner)
         fsync_directory(folder)
-    filled = _is_filled(target)
-    if filled and not replace:
-        raise FileExistsError(f"{target} was made by someone else in the meantime; what was to be there is in {folder}")
-    if not (filled and exchange(folder, target)):
-        if filled:
-            os.rename(target, staging / "replaced")
-        os.rename(folder, target)
+    if is_filled(target):
+        if not replace:
+            raise FileExistsError(
+                f"{target} was made by someone else in the meantime; what was to be there is in {folder}"
+            )
+        if fsync:
+            # The older model is in the folder soon, and must not be taken for what the journal speaks of.
+            (staging / _JOURNAL).unlink()
+            fsync_directory(staging)
+    publish_folder(folder, target)
     if fsync:
         fsync_directory(target.parent)
     # With the lock, and with what was in the way.
-    shutil.rmtree(staging)
+    _discard(staging)
