@@ -1,12 +1,13 @@
 """Damage checkpoints in many ways and count what the reader does: ``python corruption_sweep.py --mutations 100000``.
 
-Flips: single bits anywhere in a step and in a merged folder; ``verify --full`` must find every one of a step. In a
-plain Hugging Face folder there are no digests: a flip of a weight is found only where it makes a NaN or infinity.
+Flips: single bits anywhere in folders of all kinds. ``verify --full`` must find every one of a step, of the weight
+files of a merge with digests, and of what torch noted a CRC-32 of. In a plain Hugging Face folder there are no digests:
+a flip of a weight is found only where it makes a NaN or infinity.
 
-Mutations: headers, manifests (with the digest of their new content), indexes, configs, ``.metadata`` and archives, cut,
-spliced, or with one value replaced; the result is inspected, verified and merged. Every outcome but a result,
-``ValueError`` or ``OSError`` is a failure, and so is more than a second of processor time, more than 64 MiB of new
-memory, and anything that the interpreter's audit hooks see beside the opening of files of the checkpoint itself.
+Mutations: headers, manifests (with the digest of their new content), indexes, configs, files of digests, ``.metadata``
+and archives, cut, spliced, or with one value replaced; the result is inspected, verified and merged. Every outcome but
+a result, ``ValueError`` or ``OSError`` is a failure, and so is more than a second of processor time, more than 64 MiB
+of new memory, and anything that the interpreter's audit hooks see beside the opening of files of the checkpoint itself.
 
 Prints one JSON object; exits 1 after a failure, whose seed and input it prints.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import encodings.cp437  # noqa: F401 - what zipfile loads when it meets a name of an old archive
+import io
 import json
 import multiprocessing
 import os
@@ -29,8 +30,11 @@ import struct
 import sys
 import tempfile
 import traceback
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from encodings import cp437, raw_unicode_escape  # noqa: F401 - loaded for names of old archives and old opcodes of text
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -112,6 +116,21 @@ def make_folder(folder: Path) -> Path:
     return folder / "merged"
 
 
+def make_digested(folder: Path) -> Path:
+    """The same model, merged with digests."""
+    am_ckpt.merge(folder / "merged", folder / "digested", max_shard_size=150, digest=True)
+    return folder / "digested"
+
+
+def make_bin(folder: Path) -> Path:
+    target = folder / "bin"
+    target.mkdir()
+    whole = make_tensors()
+    views = {"turned": whole["norm"].expand(3, 4).t(), "part": whole["embed_tokens.weight"][1:3, 2:]}
+    torch.save({"model": {**whole, **views}, "step": 3}, target / "pytorch_model.bin")
+    return target
+
+
 def make_adapter(folder: Path) -> Path:
     target = folder / "adapter"
     target.mkdir()
@@ -122,10 +141,28 @@ def make_adapter(folder: Path) -> Path:
     return target
 
 
-def flips(step: Path, merged: Path, count: int, chance: random.Random) -> dict[str, Any]:
+def part_of(path: Path, content: bytes, place: int) -> str:
+    """What a byte of a file is."""
+    if path.suffix == ".safetensors":
+        start = 8 + struct.unpack("<Q", content[:8])[0]
+        return "safetensors data" if place >= start else "safetensors header"
+    if path.suffix not in (".bin", ".distcp"):
+        return path.name
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/data/0") for name in archive.namelist()):
+            return f"{path.suffix} that holds no tensor"
+        for info in archive.infolist():
+            begin = info.header_offset + 30 + sum(struct.unpack_from("<HH", content, info.header_offset + 26))
+            if begin <= place < begin + info.file_size:
+                return f"{path.suffix} member"
+    return f"{path.suffix} beside the members"
+
+
+def flips(folders: list[Path], count: int, chance: random.Random) -> dict[str, Any]:
     """Flip ``count`` bits of each folder, one at a time, half of them in files chosen alike whatever their size."""
     result: dict[str, Any] = {}
-    for name, folder in (("step", step), ("merged folder", merged)):
+    for folder in folders:
+        name = folder.name.removesuffix("_000003")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = [path.stat().st_size for path in files]
         found: dict[str, list[int]] = {}
@@ -141,14 +178,13 @@ def flips(step: Path, merged: Path, count: int, chance: random.Random) -> dict[s
             except (ValueError, OSError):
                 seen = True
             path.write_bytes(original)
-            kind = path.name
-            if path.suffix == ".safetensors":
-                start = 8 + struct.unpack("<Q", original[:8])[0]
-                kind = "safetensors data" if place >= start else "safetensors header"
-            tally = found.setdefault(kind, [0, 0])
+            tally = found.setdefault(part_of(path, original, place), [0, 0])
             tally[0] += seen
             tally[1] += 1
+        surely = {"step": list(found), "digested": [kind for kind in found if kind.startswith("safetensors")]}
+        surely_found = surely.get(name, [kind for kind in found if kind.endswith(" member")])
         result[name] = {
+            "missed": sum(found[kind][1] - found[kind][0] for kind in surely_found),
             "flips": count,
             "found": sum(seen for seen, _ in found.values()),
             "by part": {kind: f"{seen} of {total}" for kind, (seen, total) in sorted(found.items())},
@@ -258,7 +294,21 @@ def mutated_metadata(content: bytes, chance: random.Random) -> bytes:
 
 
 def mutated_archive(content: bytes, chance: random.Random) -> bytes:
-    return spliced(content, chance)
+    """An archive with other bytes, or of the same members with another pickle, or one of them twice."""
+    action = chance.randrange(4)
+    if not action:
+        return spliced(content, chance)
+    with zipfile.ZipFile(io.BytesIO(content)) as before:
+        members = [(name, before.read(name)) for name in before.namelist()]
+    members = [(name, spliced(data, chance) if name.endswith("data.pkl") else data) for name, data in members]
+    if action == 1:
+        members.append((chance.choice(members)[0], chance.choice(members)[1]))
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w") as after, warnings.catch_warnings(action="ignore"):
+        for name, data in members:
+            # Not by its name alone, which would be stored with the time.
+            after.writestr(zipfile.ZipInfo(name), data)
+    return result.getvalue()
 
 
 Mutation = Callable[[bytes, random.Random], bytes]
@@ -268,12 +318,15 @@ def subjects(folder: Path) -> list[tuple[Path, Path, Mutation]]:
     """(checkpoint, file in it, how that is mutated)."""
     step, distcp, shards = make_step(folder), make_distcp(folder), make_shards(folder)
     merged, adapter = make_folder(folder), make_adapter(folder)
+    digested, pickled = make_digested(folder), make_bin(folder)
     found: list[tuple[Path, Path, Mutation]] = [(step, step / "manifest.json", mutated_manifest)] * 3
     found += [(distcp, distcp / ".metadata", mutated_metadata)] * 3
     found += [(distcp, path, mutated_archive) for path in sorted(distcp.glob("*.distcp"))]
-    for checkpoint in (shards, shards, merged, adapter, step):
+    found += [(pickled, pickled / "pytorch_model.bin", mutated_archive)] * 6
+    for checkpoint in (shards, shards, merged, digested, adapter, step):
         found += [(checkpoint, path, mutated_header) for path in sorted(checkpoint.rglob("*.safetensors"))]
-    for path in (*sorted(merged.glob("*.json")), adapter / "adapter_config.json"):
+    digests = digested / "am_ckpt_digests.json"
+    for path in (*sorted(merged.glob("*.json")), adapter / "adapter_config.json", digests, digests):
         found += [(path.parent, path, mutated_json), (path.parent, path, spliced)]
     return found
 
@@ -367,7 +420,9 @@ def main() -> int:
     if options.flips:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
-            result = flips(make_step(folder), make_folder(folder), options.flips, random.Random(options.seed))
+            folders = [make_step(folder), make_folder(folder), make_digested(folder)]
+            folders += [make_distcp(folder), make_bin(folder)]
+            result = flips(folders, options.flips, random.Random(options.seed))
     if options.mutations:
         shares = [len(range(index, options.mutations, options.processes)) for index in range(options.processes)]
         seeds = [f"{options.seed}.{index}" for index in range(options.processes)]
@@ -383,7 +438,7 @@ def main() -> int:
             "failures": {problem: where for part in parts for problem, where in part["failures"].items()},
         }
     print(json.dumps(result, indent=1))
-    missed = options.flips and result["step"]["found"] != options.flips
+    missed = any(part["missed"] for part in result.values() if isinstance(part, dict) and "missed" in part)
     return 1 if missed or result.get("failures") else 0
 
 
