@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,50 @@ def test_an_adapter_is_direct_already(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "step_000001" / "model").iterdir()] == ["adapter_model.safetensors"]
 
 
+def full_disk(directory: str) -> str:
+    """Rank 1 cannot write its part of the shared file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    torch.manual_seed(0)
+    model = nn.ParameterDict({f"p{i}": nn.Parameter(torch.randn(2**18)) for i in range(8)})
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
+    try:
+        am_ckpt.Checkpointer(directory, layout="direct", max_shard_size=2**21).save(1, {"model": model})
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return ""
+
+
+def test_a_rank_that_cannot_write_is_the_error_of_all(tmp_path: Path) -> None:
+    first, second = run_distributed(full_disk, 2, str(tmp_path))
+    assert first == second
+    assert "rank 1 of 2: [Errno 27] File too large" in first
+    assert not any(tmp_path.glob("step_*"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # no_dist says so itself
+def test_torch_reads_the_names_of_the_module(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2, bias=False)
+    mapping = [
+        {"file": f"row.{i}", "parameter": "weight", "slice": [[i, i + 1], None], "transpose": False} for i in range(2)
+    ]
+    am_ckpt.Checkpointer(tmp_path, layout="direct", mapping=mapping).save(1, {"model": model})
+    target = {"weight": torch.zeros(2, 4)}
+    dcp.load(target, storage_reader=am_ckpt.StorageReader(tmp_path / "step_000001"), no_dist=True)
+    assert torch.equal(target["weight"], model.weight)
+
+
+@pytest.mark.parametrize("layout", ["sharded", "direct"])
+def test_a_mapping_of_something_else_is_refused(layout: str, tmp_path: Path) -> None:
+    mapping = [{"file": "q", "parameter": "typo", "slice": None, "transpose": False}]
+    with pytest.raises(ValueError, match="mapping names 'typo'"):
+        am_ckpt.Checkpointer(tmp_path, layout=layout, mapping=mapping).save(1, {"model": nn.Linear(2, 2)})
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layout='flat' must be 'sharded' or 'direct'"):
         am_ckpt.Checkpointer(tmp_path, layout="flat")  # type: ignore[arg-type]
@@ -260,6 +305,7 @@ ONE_RANK = """
 import sys, torch, torch.distributed as dist, am_ckpt
 store, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+torch.manual_seed(0)
 try:
     am_ckpt.Checkpointer(directory, layout="direct").save(1, {"model": torch.nn.Linear(2, 2)})
 except ValueError as error:

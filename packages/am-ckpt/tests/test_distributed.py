@@ -243,3 +243,68 @@ def test_ranks_that_disagree_on_a_tensor_are_refused(tmp_path: Path) -> None:
     first, second = run_distributed(other_shape, 2, str(tmp_path))
     assert first == second
     assert "'weight' differs between ranks" in first
+
+
+class Counting(nn.Module):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), float(count)))
+        self.count = count
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"count": self.count, "scale": torch.tensor([float(self.count)])}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        assert state["scale"].tolist() == [state["count"]]
+        self.count = state["count"]
+
+
+def stages(directory: str) -> int:
+    """Each rank is a stage with a module that has state of its own kind."""
+    rank = dist.get_rank()
+    checkpoints = am_ckpt.Checkpointer(directory)
+    checkpoints.save(1, {"model": nn.ModuleDict({f"layer{rank}": Counting(5 + rank)})})
+    fresh = Counting(0)
+    checkpoints.load({"model": nn.ModuleDict({f"layer{rank}": fresh})})
+    assert fresh.weight.tolist() == [5.0 + rank] * 3
+    return fresh.count
+
+
+def test_stages_have_extra_state_of_their_own(tmp_path: Path) -> None:
+    assert run_distributed(stages, 2, str(tmp_path)) == [5, 6]
+
+
+def counted_from_zero(directory: str, what: str) -> str:
+    """Stages whose names are alike, of plain tensors or of shards on a mesh each; or replicas that differ in state."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank if what != "sharded" else rank // 2)
+    model: nn.Module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if what == "sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"])
+    elif what == "extra":
+        model = Counting(0)
+        model.count = rank
+    try:
+        if what == "export":
+            am_ckpt.save_hf(model, f"{directory}/out")
+        else:
+            am_ckpt.Checkpointer(directory).save(1, {"model": model})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("plain", "'0.weight' [0:4, 0:4] has other values on rank 1 than on rank 0"),
+        ("sharded", "'0.weight' [0:2, 0:4] has other values on rank 2 than on rank 0"),
+        ("export", "'0.weight' [0:4, 0:4] has other values on rank 1 than on rank 0"),
+        ("extra", "'_extra_state' differs between rank 0 and rank 1"),
+    ],
+)
+def test_different_tensors_of_one_name_are_refused(what: str, text: str, tmp_path: Path) -> None:
+    outcomes = run_distributed(counted_from_zero, 4 if what == "sharded" else 2, str(tmp_path), what)
+    assert text in outcomes[0]
+    assert len(set(outcomes)) == 1
+    assert not any(tmp_path.iterdir())

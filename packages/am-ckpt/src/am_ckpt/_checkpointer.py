@@ -28,6 +28,7 @@ from am_ckpt._contents import (
     Plan,
     collect,
     contents_digest,
+    join_extra_states,
     join_optimizers,
     make_plan,
     owned_pieces,
@@ -44,6 +45,7 @@ from am_ckpt._layout import (
     step_name,
     steps,
 )
+from am_ckpt._mapping import records_by_parameter
 from am_ckpt._names import ADAPTER, INDEX, byte_count, weight_index
 from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._restore import restore
@@ -307,8 +309,18 @@ class Checkpointer:
     def _plan(self, contents: Contents, described: list[Description]) -> tuple[Plan, WeightFiles | None]:
         """What every rank writes, computed alike on all of them."""
         join_optimizers(contents, described)
+        join_extra_states(contents, described)
         plan = make_plan(described)
+        if contents.adapter is None:
+            self._require_mapped(plan)
         return plan, self._weight_files(described, plan)
+
+    def _require_mapped(self, plan: Plan) -> None:
+        shapes = {name: item.shape for name, item in plan.merged["model"].items()}
+        records_by_parameter(self._mapping, shapes)
+        unknown = sorted({str(record["parameter"]) for record in self._mapping or ()} - set(shapes)) if shapes else []
+        if unknown:
+            raise ValueError(f"mapping names {unknown[0]!r} ({len(unknown)} such), which is no parameter of the model")
 
     def _weight_files(self, described: list[Description], plan: Plan) -> WeightFiles | None:
         """The files that the ranks write the model to together, or None where each writes its own."""

@@ -12,12 +12,12 @@ import xxhash
 from torch import nn
 from torch.optim import Optimizer
 
-from am_ckpt._codec import encode
+from am_ckpt._codec import decode, encode
 from am_ckpt._io import own_lease
 from am_ckpt._layout import require_file_name
 from am_ckpt._model import extra_states, mesh_axes, stored_tensors
 from am_ckpt._optimizer import OptimizerState, joined_groups, optimizer_contents
-from am_ckpt._shards import Held, Piece, assign, byte_blocks, dtype_name, pieces
+from am_ckpt._shards import Held, Piece, assign, byte_blocks, dtype_name, held, pieces
 
 MODEL = "model"
 SECTIONS = ("model", "optim")
@@ -52,19 +52,23 @@ class Contents:
     adapter: dict[str, torch.Tensor] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     optimizers: dict[str, OptimizerState] = field(default_factory=dict)
+    # Of modules, by name: see join_extra_states.
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What ranks tell each other about their contents: plain data, no tensors.
+    """What ranks tell each other about their contents: plain data, no tensors but those of modules' ``extra`` state.
 
-    Of optimizers ``groups`` and ``values`` are apart: ranks that are stages of a pipeline have other parameters.
+    Of optimizers ``groups`` and ``values`` are apart: ranks that are stages of a pipeline have other parameters, and
+    other modules.
     """
 
     held: dict[str, dict[str, Held]]
     aliases: dict[str, str]
     groups: dict[str, list[list[str]]]
     values: dict[str, dict[str, dict[str, Any]]]
+    extra: dict[str, Any]
     state_digests: dict[str, str]
     state_bytes: int
     axes: dict[str, int]
@@ -116,9 +120,10 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
             for stored in stored_tensors(model):
                 contents.tensors["model"][stored.name] = stored.tensor
                 contents.aliases.update(dict.fromkeys(stored.aliases, stored.name))
-            extra = {name: module.get_extra_state() for name, module in extra_states(model).items()}
-            if extra:
-                contents.state[MODEL] = encoded_state(extra, MODEL)
+            for name, module in extra_states(model).items():
+                data, tensors_of_value = encode(module.get_extra_state(), f"{MODEL}[{name!r}]")
+                on_cpu = {key: tensor.detach().cpu() for key, tensor in tensors_of_value.items()}
+                contents.extra[name] = decode(data, on_cpu, name)
         else:
             contents.adapter = _adapter_tensors(model.state_dict())
     for entry, value in state.items():
@@ -156,31 +161,51 @@ def _adapter_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _describe(contents: Contents) -> Description:
-    held: dict[str, dict[str, Held]] = {}
+    described: dict[str, dict[str, Held]] = {}
     for section, tensors in contents.tensors.items():
-        held[section] = {}
+        described[section] = {}
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"{section} tensor {name!r} is on the meta device and has no values to store")
-            dtype = dtype_name(tensor.dtype, f"{section} tensor {name!r}")
-            boxes = tuple(piece.box for piece in pieces(tensor, f"{section} tensor {name!r}"))
-            held[section][name] = Held(dtype, tuple(tensor.shape), boxes)
+            described[section][name] = held(tensor, f"{section} tensor {name!r}")
     digests = {}
     size = sum(tensor.nbytes for tensor in (contents.adapter or {}).values())
     for entry, (text, tensors) in contents.state.items():
-        hasher = xxhash.xxh3_128(text)
-        for name in sorted(tensors):
-            hasher.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-            for block in byte_blocks(tensors[name]):
-                hasher.update(block)
-        digests[entry] = hasher.hexdigest()
+        digests[entry] = _state_digest(text, tensors)
         size += len(text) + sum(tensor.nbytes for tensor in tensors.values())
     axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
     groups = {entry: own.groups for entry, own in contents.optimizers.items()}
     values = {entry: own.values for entry, own in contents.optimizers.items()}
     lease = own_lease()
     machine = lease["boot_id"] or lease["host"]
-    return Description(held, contents.aliases, groups, values, digests, size, axes, machine)
+    return Description(described, contents.aliases, groups, values, contents.extra, digests, size, axes, machine)
+
+
+def _state_digest(text: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
+    hasher = xxhash.xxh3_128(text)
+    for name in sorted(tensors):
+        hasher.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        for block in byte_blocks(tensors[name]):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def join_extra_states(contents: Contents, described: Sequence[Description]) -> None:
+    """Put into ``contents.state`` what modules of all ranks hold beside tensors: stages of a pipeline have others."""
+    joined: dict[str, Any] = {}
+    digests: dict[str, tuple[int, str]] = {}
+    for rank, description in enumerate(described):
+        for name, value in description.extra.items():
+            digest = _state_digest(*encoded_state(value, name))
+            first, other = digests.setdefault(name, (rank, digest))
+            if digest != other:
+                raise ValueError(
+                    f"state['model']: {name!r} differs between rank {first} and rank {rank}; one copy is stored, so "
+                    "give state that is equal on every rank"
+                )
+            joined.setdefault(name, value)
+    if joined:
+        contents.state[MODEL] = encoded_state(joined, MODEL)
 
 
 def join_optimizers(contents: Contents, described: Sequence[Description]) -> None:
@@ -204,7 +229,8 @@ def join_optimizers(contents: Contents, described: Sequence[Description]) -> Non
 
 def contents_digest(contents: Contents, description: Description) -> dict[str, Any]:
     """Number of tensors, bytes and xxh3-128 of what this rank holds."""
-    rest = (sorted(description.state_digests.items()), description.groups, description.values)
+    extra = {name: _state_digest(*encoded_state(value, name)) for name, value in description.extra.items()}
+    rest = (sorted(description.state_digests.items()), description.groups, description.values, sorted(extra.items()))
     hasher = xxhash.xxh3_128(repr(rest).encode())
     sections = [*contents.tensors.items(), ("adapter", contents.adapter or {})]
     count, size = 0, 0

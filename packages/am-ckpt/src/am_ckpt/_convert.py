@@ -36,7 +36,8 @@ def convert(
     a time. Config and tokenizer are carried along.
 
     Optimizers are left behind: each framework names their state in its own way. A mapping stored in the checkpoint is
-    applied by ``"hf"`` alone; the others keep the names of the module. The destination must not exist; it appears
+    applied by ``"hf"`` alone; the others keep the names of the module. In a step with ``layout="direct"`` it is applied
+    already, so all kinds have the published names. The destination must not exist; it appears
     complete or not at all. ``section``, ``threads``, ``fsync``, ``progress`` and errors: see :func:`merge`.
     """
     if to == "hf":

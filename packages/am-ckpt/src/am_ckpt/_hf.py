@@ -31,7 +31,7 @@ from am_ckpt._ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._read import Reader
 from am_ckpt._restore import nearest
 from am_ckpt._save import create_staging, discard
-from am_ckpt._shards import Held, Piece, assign, dtype_name, pieces
+from am_ckpt._shards import Held, Piece, assign, dtype_name, held, pieces
 from am_ckpt._sources import Chunk, Source, hf_sources
 from am_ckpt._weight_files import WeightFiles, create_files, file_piece
 
@@ -251,8 +251,8 @@ def save_hf(
     bare = unwrap(model)
     rank = rank_and_size()[0]
     tensors: dict[str, Stored] = {}
-    held = agree(context, lambda: _held(bare, tensors))
-    merged, shares = compute(context, lambda: assign(held))
+    described = agree(context, lambda: _described(bare, tensors))
+    merged, shares = compute(context, lambda: assign(described))
     weights = compute(context, lambda: WeightFiles(merged, mapping, byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
     listed = sorted([*weights.files, *extra, *([INDEX] if len(weights.files) > 1 else [])])
@@ -272,15 +272,14 @@ def save_hf(
             discard(staging)
 
 
-def _held(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
-    held = {}
+def _described(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
+    described = {}
     for stored in stored_tensors(model):
         if stored.tensor.is_meta:
             raise ValueError(f"{stored.name!r} is on the meta device and has no values to write")
         tensors[stored.name] = stored
-        boxes = tuple(piece.box for piece in pieces(stored.tensor, stored.name))
-        held[stored.name] = Held(dtype_name(stored.tensor.dtype, stored.name), tuple(stored.tensor.shape), boxes)
-    return held
+        described[stored.name] = held(stored.tensor, stored.name)
+    return described
 
 
 def _extra_files(

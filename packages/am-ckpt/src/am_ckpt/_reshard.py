@@ -56,7 +56,8 @@ def reshard(
 
     A step of the Checkpointer becomes such a step, with model, optimizer and state, whose digests are those of a source
     that was found undamaged; it can take the place of the old one. Any other kind, and a step with ``model_only``,
-    becomes a folder of shards as torch's Hugging Face writer names them, with the model alone. The destination must
+    becomes a folder of shards as torch's Hugging Face writer names them, with the model alone, under the names of the
+    step's files (published ones where ``layout="direct"`` has applied a mapping). The destination must
     not exist; it appears complete or not at all. ``section``, ``threads``, ``resume``, ``fsync``, ``progress`` and
     errors: see :func:`merge`.
     """

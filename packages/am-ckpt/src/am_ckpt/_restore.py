@@ -120,18 +120,7 @@ class _Step:
 
     def _model_sources(self) -> dict[str, Source]:
         """The model's tensors by the names that they have in the module."""
-        sources = self._sections["model"]
-        if "published" not in self._manifest:
-            return sources
-        parameters = self._manifest["published"]["parameters"]
-        shapes = {name: tuple(item["shape"]) for name, item in parameters.items()}
-        records = records_by_parameter(self._manifest["published"]["mapping"], shapes)
-        return {
-            name: _parameter_source(
-                item["dtype"], shapes[name], records.get(name, [whole_record(name, shapes[name])]), sources
-            )
-            for name, item in parameters.items()
-        }
+        return module_sources(self._manifest, self._sections["model"])
 
     def _module(self, model: nn.Module) -> Callable[[], None]:
         if self._manifest["model"] != "module":
@@ -234,6 +223,21 @@ class _Step:
             apply(optimizer, names, options, values)
 
         return load
+
+
+def module_sources(manifest: Mapping[str, Any], sources: dict[str, Source]) -> dict[str, Source]:
+    """A step's ``sources``, by the names that they have in the module if a mapping was applied to them."""
+    if "published" not in manifest:
+        return sources
+    parameters = manifest["published"]["parameters"]
+    shapes = {name: tuple(item["shape"]) for name, item in parameters.items()}
+    records = records_by_parameter(manifest["published"]["mapping"], shapes)
+    return {
+        name: _parameter_source(
+            item["dtype"], shapes[name], records.get(name, [whole_record(name, shapes[name])]), sources
+        )
+        for name, item in parameters.items()
+    }
 
 
 def read_state(folder: Path, records: Mapping[str, dict[str, Any]], entry: str, reader: Reader) -> Any:

@@ -233,10 +233,11 @@ def _follow(job: Job, require_unchanged: Callable[[], None]) -> None:
     except BaseException as error:  # noqa: BLE001 - told to rank 0, and raised below
         own = error
         report = {"failure": describe(error)}
-        # Where the disk is full, this makes room for the report.
+        # Where the disk is full, this makes room for the report. The other ranks still write to files that are shared.
         for file in job.files:
-            with suppress(OSError):
-                (job.staging / "step" / file.path).unlink()
+            if isinstance(file, TensorFile):
+                with suppress(OSError):
+                    (job.staging / "step" / file.path).unlink()
     try:
         _put(job.staging / "ranks" / f"{job.rank:05d}.json", report)
         outcome = _await_outcome(job)

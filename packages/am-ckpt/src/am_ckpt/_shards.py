@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import xxhash
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from am_ckpt._boxes import Box, Shape, require_exact_cover, split
+from am_ckpt._boxes import Box, Shape, describe, require_exact_cover, split
 from am_ckpt._format import ITEM_BYTES
+from am_ckpt._ranks import rank_and_size
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -40,6 +42,8 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+# Of what ranks hold in common, to tell that it is the same.
+_SAMPLE_BYTES = 2**16
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -168,19 +172,45 @@ def byte_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank holds of one tensor: exchanged between ranks, so plain data only."""
+    """What one rank holds of one tensor: exchanged between ranks, so plain data only.
+
+    ``samples``: of each box the digest of its first values, where other ranks could hold the same box.
+    """
 
     dtype: str
     shape: Shape
     boxes: tuple[Box, ...]
+    samples: tuple[str, ...] = ()
+
+
+def held(tensor: torch.Tensor, what: str) -> Held:
+    """What this rank holds of ``tensor``, which ``what`` names in errors."""
+    parts = pieces(tensor, what)
+    samples = tuple(_sample(part.values) for part in parts) if _may_be_replica(tensor) else ()
+    return Held(dtype_name(tensor.dtype, what), tuple(tensor.shape), tuple(part.box for part in parts), samples)
+
+
+def _may_be_replica(tensor: torch.Tensor) -> bool:
+    # Replicas of buffers may differ: each rank counts its own batches in them.
+    size = rank_and_size()[1]
+    if size == 1 or not isinstance(tensor, torch.nn.Parameter):
+        return False
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() < size:
+        return True
+    return any(isinstance(placement, Replicate) for placement in tensor.placements)
+
+
+def _sample(values: torch.Tensor) -> str:
+    first = next(split(tuple(values.shape), values.element_size(), _SAMPLE_BYTES))
+    return xxhash.xxh3_64_hexdigest(plain_bytes(cut(values, first)))
 
 
 def assign(held: Sequence[dict[str, Held]]) -> tuple[dict[str, Held], list[dict[str, list[Box]]]]:
     """Decide who writes what, from what every rank holds (index = rank). Every rank computes the same answer.
 
     Returns each tensor with all its distinct boxes, and per rank the boxes it writes. A box held by several ranks goes
-    to the one with the fewest bytes so far. Raises ``ValueError`` where ranks disagree on dtype or shape, or where the
-    boxes do not tile the tensor.
+    to the one with the fewest bytes so far. Raises ``ValueError`` where ranks disagree on dtype or shape, where they
+    hold other values of the same box, or where the boxes do not tile the tensor.
     """
     names = list(dict.fromkeys(name for rank in held for name in rank))
     merged: dict[str, Held] = {}
@@ -195,6 +225,7 @@ def assign(held: Sequence[dict[str, Held]]) -> tuple[dict[str, Held], list[dict[
         for index, rank in enumerate(held):
             for box in rank[name].boxes if name in rank else ():
                 holders.setdefault(box, []).append(index)
+        _require_replicas(name, held)
         ((dtype, shape),) = described
         require_exact_cover(repr(name), shape, list(holders))
         merged[name] = Held(dtype, shape, tuple(sorted(holders)))
@@ -209,3 +240,17 @@ def assign(held: Sequence[dict[str, Held]]) -> tuple[dict[str, Held], list[dict[
         shares[owner].setdefault(name, []).append(box)
         load[owner] += box.count * ITEM_BYTES[merged[name].dtype]
     return merged, shares
+
+
+def _require_replicas(name: str, held: Sequence[dict[str, Held]]) -> None:
+    """Refuse ranks that mean different tensors by one name."""
+    seen: dict[Box, tuple[int, str]] = {}
+    for index, rank in enumerate(held):
+        for box, sample in zip(rank[name].boxes, rank[name].samples, strict=False) if name in rank else ():
+            first, other = seen.setdefault(box, (index, sample))
+            if sample != other:
+                raise ValueError(
+                    f"{name!r} {describe(box)} has other values on rank {index} than on rank {first}, and one of them "
+                    "would be lost: tensors of one name are replicas. Stages of a pipeline must name their layers as "
+                    "the whole model does, not each from 0"
+                )

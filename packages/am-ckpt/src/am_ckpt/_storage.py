@@ -42,7 +42,7 @@ from am_ckpt._inventory import inspect
 from am_ckpt._io import fsync_directory
 from am_ckpt._layout import STAGING, check_step
 from am_ckpt._read import Reader
-from am_ckpt._restore import read_state
+from am_ckpt._restore import module_sources, read_state
 from am_ckpt._save import TensorFile, create_staging, discard, file_metadata, new_manifest, seal_step, write_files
 from am_ckpt._shards import DTYPES, Piece, dtype_name
 from am_ckpt._sources import Source
@@ -234,6 +234,8 @@ class StorageReader(dcp.StorageReader):
         self._sources = {self._prefix + name: source for name, source in inventory.tensors.items()}
         if inventory.kind == "am-ckpt":
             manifest = check_step(inventory.path)
+            own = module_sources(manifest, inventory.tensors)
+            self._sources = {self._prefix + name: source for name, source in own.items()}
             if "dcp" in manifest:
                 paths = {name: tuple(path) for name, path in manifest["dcp"]["paths"].items()}
                 self._read_own(inventory.path, manifest, inventory.sections)
