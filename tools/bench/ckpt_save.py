@@ -1,36 +1,35 @@
 """Saving, loading and saving in the background, 1 GB on the CPU: am-ckpt against stock torch and safetensors.
 
-Run from the repository root: ``python tools/bench/ckpt_save_cpu.py``. One process; methods are interleaved, ratios are
+A part of ckpt.py. One process, but for the direct layout; methods are interleaved, ratios are
 paired by round, the page cache is warm, torch has one thread. The model is three layers of a 7B model in bfloat16.
 
 save: durable as each does it by default: am-ckpt fsyncs and digests, ``FileSystemWriter`` fsyncs files, the Hugging
 Face writer and safetensors do neither; ``raw`` is fallocate, pwrite and fsync of the same bytes.
-load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four.
+load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four; ``raw`` is as many
+threads that do nothing but pread into the same memory, which is as fast as this machine can be.
 async: how long a save blocks its caller, after the one before has ended; torch as it is by default, and with a stager
 that is kept, to use its memory again; ``copy`` is a copy into warm memory.
-Writes ``tools/bench/results/ckpt_save_cpu.json``.
+direct: four processes save their FSDP shards into the final files, against saving shards and merging them afterwards.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
-import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYERS, HIDDEN, FFN = 3, 4096, 11008
 SAVES = ["am-ckpt", "dcp", "dcp-hf", "safetensors", "raw"]
-LOADS = ["am-ckpt", "dcp", "dcp-hf", "safetensors"]
+LOADS = ["am-ckpt", "dcp", "dcp-hf", "safetensors", "raw"]
 ASYNCS = ["am-ckpt", "dcp", "dcp-kept", "copy"]
 
 
@@ -111,6 +110,24 @@ def loader(method: str, model, path: Path) -> Callable[[], None]:
     if method == "dcp-hf":
         return lambda: dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
 
+    if method == "raw":
+        memory = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
+        starts = itertools.accumulate(map(len, memory), initial=0)
+        pieces = [
+            (view[offset : offset + 2**24], start + offset)
+            for view, start in zip(memory, starts, strict=False)
+            for offset in range(0, len(view), 2**24)
+        ]
+
+        def read_all() -> None:
+            descriptor = os.open(path / "raw", os.O_RDONLY)
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+                done = sum(pool.map(lambda piece: os.preadv(descriptor, [piece[0]], piece[1]), pieces))
+            os.close(descriptor)
+            assert done == sum(map(len, memory))
+
+        return read_all
+
     def load() -> None:
         with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
             for name, tensor in tensors.items():
@@ -172,19 +189,12 @@ def measure(action: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - begin, cpu() - used
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/ckpt_save_cpu"))
-    options = parser.parse_args()
-    folder = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    warnings.simplefilter("ignore")
-    import safetensors
+def run(folder: Path, rounds: int) -> dict[str, Any]:
+    """Everything, in ``folder``."""
     import torch
     import torch.distributed as dist
 
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = build(fill=True)
@@ -194,7 +204,7 @@ def main() -> None:
     }
     try:
         # Round 0 warms up: imports, page cache, memory.
-        for _ in range(options.rounds + 1):
+        for _ in range(rounds + 1):
             for method in SAVES:
                 save = saver(method, model)
                 rows["save"][method].append(measure(functools.partial(save, folder / "out")))
@@ -202,7 +212,7 @@ def main() -> None:
         other = build(fill=False)
         for method in LOADS:
             saver(method, model)(folder / method)
-        for _ in range(options.rounds + 1):
+        for _ in range(rounds + 1):
             for method in LOADS:
                 for parameter in other.parameters():
                     parameter.detach().zero_()
@@ -213,15 +223,15 @@ def main() -> None:
             shutil.rmtree(folder / method)
         del other
         blockers = {method: blocker(method, model, folder) for method in ASYNCS}
-        for _ in range(options.rounds + 1):
+        for _ in range(rounds + 1):
             for method in ASYNCS:
                 rows["async"][method].append((blockers[method](), float(resident_bytes())))
+        shutil.rmtree(folder / "ours")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         dist.destroy_process_group()
     names = dict.fromkeys(rows, ("wall_seconds", "cpu_seconds"))
     names["async"] = ("blocked_seconds", "resident_bytes")
-    result: dict[str, object] = {"bytes": sum(p.nbytes for p in model.parameters()), "rounds": options.rounds}
+    result: dict[str, Any] = {"bytes": sum(p.nbytes for p in model.parameters())}
     for kind, methods in rows.items():
         result[kind] = {
             method: dict(zip(names[kind], map(statistics.median, zip(*values[1:], strict=True)), strict=True))
@@ -232,22 +242,84 @@ def main() -> None:
         pairs = zip(rows[kind][one][1:], rows[kind][two][1:], strict=True)
         return round(statistics.median(a[index] / b[index] for a, b in pairs), 3)
 
+    result["hundred_saves"] = hundred_saves(folder)
     result["ratios"] = {
         **{f"save cpu: am-ckpt / {two}": ratio("save", "am-ckpt", two, 1) for two in SAVES[1:]},
         **{f"save wall: am-ckpt / {two}": ratio("save", "am-ckpt", two, 0) for two in SAVES[1:]},
         **{f"load wall: {one} / am-ckpt": ratio("load", one, "am-ckpt", 0) for one in LOADS[1:]},
         **{f"blocked: am-ckpt / {two}": ratio("async", "am-ckpt", two, 0) for two in ASYNCS[1:]},
     }
-    result["load_average"] = os.getloadavg()
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "safetensors": safetensors.__version__,
-        "cores": os.cpu_count(),
+    return result
+
+
+def hundred_saves(folder: Path) -> dict[str, int]:
+    """Resident memory after the fifth and after the hundredth save in the background of a model of 64 MB."""
+    import torch
+
+    import am_ckpt
+
+    model = torch.nn.Linear(4096, 4096, bias=False)
+    checkpoints = am_ckpt.Checkpointer(folder / "hundred", asynchronous=True, keep_last=1)
+    resident = {}
+    for step in range(1, 101):
+        checkpoints.save(step, {"model": model})
+        checkpoints.wait()
+        resident[f"bytes after {step}"] = resident_bytes()
+    shutil.rmtree(folder / "hundred")
+    return {key: resident[key] for key in ("bytes after 5", "bytes after 100")}
+
+
+RANKS = 4
+
+
+def direct(folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a save by four processes that is a Hugging Face folder at once, and of one that is merged after."""
+    import torch.multiprocessing
+
+    context = torch.multiprocessing.get_context("spawn")
+    rows: Any = context.SimpleQueue()
+    torch.multiprocessing.spawn(_direct_rank, (folder, rounds, rows), RANKS)
+    seconds = rows.get()
+    return {
+        "seconds": {method: statistics.median(values) for method, values in seconds.items()},
+        "direct / sharded and merged": round(
+            statistics.median(a / b for a, b in zip(seconds["direct"], seconds["sharded and merged"], strict=True)), 3
+        ),
     }
-    print(json.dumps(result, indent=1))
-    (ROOT / "tools/bench/results/ckpt_save_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def _direct_rank(rank: int, folder: Path, rounds: int, rows: Any) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    import am_ckpt
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), RANKS), rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = build(fill=False)
+    for name, parameter in list(model.named_parameters()):
+        shape = (parameter.shape[0] // RANKS, *parameter.shape[1:])
+        local = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
+        setattr(model, name, torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)])))
+    seconds: dict[str, list[float]] = {"direct": [], "sharded and merged": []}
+    for number in range(rounds + 1):
+        for method, values in seconds.items():
+            layout = "direct" if method == "direct" else "sharded"
+            dist.barrier()
+            begin = time.perf_counter()
+            am_ckpt.Checkpointer(folder / "run", layout=layout).save(1, {"model": model})
+            if rank == 0 and layout == "sharded":
+                am_ckpt.merge(folder / "run" / "step_000001", folder / "merged")
+            dist.barrier()
+            # The first round warms up.
+            if number:
+                values.append(time.perf_counter() - begin)
+            if rank == 0:
+                shutil.rmtree(folder / "run")
+                shutil.rmtree(folder / "merged", ignore_errors=True)
+    if rank == 0:
+        rows.put(seconds)
+    dist.destroy_process_group()

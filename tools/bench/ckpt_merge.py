@@ -1,35 +1,34 @@
-"""Merging 4 ranks' shards of a 1 GB checkpoint: am-ckpt against ``cp -r`` of the same bytes and torch's consolidation.
+"""Merging 4 ranks' shards of a 1 GB checkpoint: am-ckpt against ``cp -r`` of the same bytes and others' consolidation.
 
-Run from the repository root: ``python tools/bench/ckpt_merge_cpu.py``. Shards are files as torch's
-``HuggingFaceStorageWriter`` lays them out: FSDP (dim 0) and tensor parallel (dim 1 of every matrix). Every measurement
-is a fresh process that imports first; methods are interleaved, ratios are paired by round, the page cache is warm.
-``cp`` does not wait for the disk, so it is compared with ``fsync=False``, and ``cp`` and ``sync`` with the default.
-Results are compared bit for bit once. Then: the peak of resident memory, above that before the merge, for the same
-shards and for sparse files of 20 times their size; and the time to plan 10,000 to 1,000,000 chunks. Writes
-``tools/bench/results/ckpt_merge_cpu.json``.
+A part of ckpt.py. Shards are files as torch's ``HuggingFaceStorageWriter`` lays them out: FSDP (dim 0) and tensor
+parallel (dim 1 of every matrix). Every measurement is a fresh process that imports first; methods are interleaved,
+ratios are paired by round, the page cache is warm. ``cp`` does not wait for the disk, so it is compared with
+``fsync=False``, and ``cp`` and ``sync`` with the default. Results are compared bit for bit once. Then: the peak of
+resident memory, above that before the merge and in all, for sparse files of 1 and 20 GB; and the time to plan 10,000 to
+1,000,000 chunks. NeMo AutoModel's consolidation runs where the Python of an environment that has it is given.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import am_ckpt
-
-ROOT = Path(__file__).resolve().parents[2]
 RANKS, LAYERS, HIDDEN, FFN = 4, 10, 2048, 5632
-METHODS = ["cp", "am-ckpt-1", "am-ckpt-2", "torch-2", "cp-sync", "am-ckpt-2-fsync"]
-PAIRS = [("am-ckpt-1", "cp"), ("am-ckpt-2", "cp"), ("am-ckpt-2-fsync", "cp-sync"), ("torch-2", "am-ckpt-2")]
+METHODS = ["cp", "am-ckpt-1", "am-ckpt-2", "am-ckpt-1-digest", "torch-2", "cp-sync", "am-ckpt-2-fsync"]
+PAIRS = [
+    ("am-ckpt-1", "cp"),
+    ("am-ckpt-2", "cp"),
+    ("am-ckpt-1-digest", "cp"),
+    ("am-ckpt-2-fsync", "cp-sync"),
+    ("torch-2", "am-ckpt-2"),
+]
 
 
 def write_shards(folder: Path, dim: int) -> None:
@@ -91,10 +90,35 @@ def tiny_shards(folder: Path, chunks: int) -> None:
             write_header(folder, first // 1000 * RANKS + rank, header, offsets, 4 * len(names))
 
 
+def many_ranks(folder: Path, ranks: int, dim: int) -> int:
+    """Shards of the 980 matrices of a model of 140 layers; the number of chunks. ``ranks`` is a power of two."""
+    folder.mkdir()
+    hidden, ffn = 4096, 14336
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn)}
+    for rank in range(ranks):
+        header: dict[str, Any] = {}
+        offsets: dict[str, Any] = {}
+        position = 0
+        for layer in range(140):
+            for name, shape in shapes.items():
+                size, offset = list(shape), [0, 0]
+                size[dim] //= ranks
+                offset[dim] = rank * size[dim]
+                end = position + size[0] * size[1] * 2
+                tensor = f"model.layers.{layer}.{name}.weight"
+                header[tensor] = {"dtype": "BF16", "shape": size, "data_offsets": [position, end]}
+                offsets[tensor] = {"saved_offsets": offset}
+                position = end
+        write_header(folder, rank, header, offsets, position)
+    return ranks * 140 * len(shapes)
+
+
 def write_header(folder: Path, number: int, header: dict[str, Any], offsets: dict[str, Any], data_bytes: int) -> None:
     """A shard file whose data is a hole."""
-    header["__metadata__"] = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
-    text = json.dumps(header).encode()
+    # As safetensors writes it.
+    header = {"__metadata__": {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}, **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
     with open(folder / f"shard-{number + 1:05d}-model-00001-of-00001.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + data_bytes)
@@ -113,36 +137,41 @@ def peak_bytes() -> int:
 
 
 def child(method: str, source: str, target: str) -> None:
-    """Print wall seconds, CPU seconds of this process and its children, and growth of the peak memory in bytes."""
-    if method.startswith("am-ckpt"):
-        threads, fsync = int(method.split("-")[2]), method.endswith("fsync")
-        merge = am_ckpt.merge
+    """Print wall seconds, CPU seconds of this process and its children, and the peak memory: its growth, and all."""
+    kind, *arguments = method.replace("am-ckpt", "am_ckpt").split("-")
+    if kind == "am_ckpt":
+        from am_ckpt import merge
 
         def action() -> None:
-            merge(source, target, threads=threads, fsync=fsync)
+            merge(source, target, threads=int(arguments[0]), fsync="fsync" in arguments, digest="digest" in arguments)
 
-    elif method == "plan":
+    elif kind == "plan":
         from am_ckpt._inventory import inspect, paused_collector
+        from am_ckpt._jobs import plan_jobs
         from am_ckpt._merge import _Plan
 
         def action() -> None:
             inventory = inspect(source)
             with paused_collector():
-                _Plan(inventory, None, 5 * 10**9, None)
+                plan_jobs(_Plan(inventory, None, 5 * 10**9, None).outputs)
 
-    elif method.startswith("torch"):
-        from torch.distributed.checkpoint._consolidate_hf_safetensors import (
-            consolidate_safetensors_files,
-        )
+    elif kind in ("torch", "nemo"):
+        if kind == "torch":
+            from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+        else:
+            from nemo_automodel.components.checkpoint._backports.consolidate_hf_safetensors import (
+                consolidate_safetensors_files,
+            )
 
         names = json.loads(os.environ["NAMES"])
+        threads = int(arguments[0])
 
         def action() -> None:
             os.mkdir(target)
-            threads = int(method.split("-")[1])
-            # As many output files as threads: torch's threads share work by file.
+            # As many output files as threads: their threads share work by file.
             files = {name: 1 + index * threads // len(names) for index, name in enumerate(names)}
             consolidate_safetensors_files(source, target, files, num_threads=threads)
+
     else:
 
         def action() -> None:
@@ -157,7 +186,7 @@ def child(method: str, source: str, target: str) -> None:
     wall, used = time.perf_counter(), cpu()
     action()
     wall, used = time.perf_counter() - wall, cpu() - used
-    print(json.dumps([wall, used, peak_bytes() - peak]))
+    print(json.dumps([wall, used, peak_bytes() - peak, peak_bytes()]))
 
 
 def same(folder: Path, other: Path) -> bool:
@@ -173,25 +202,28 @@ def same(folder: Path, other: Path) -> bool:
     )
 
 
-def measure(method: str, source: Path, target: Path, names: list[str]) -> list[float]:
+def measure(method: str, source: Path, target: Path, names: list[str], python: str = sys.executable) -> list[float]:
     """What :func:`child` prints, of a fresh process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "NAMES": json.dumps(names)}
-    command = [sys.executable, __file__, "--child", method, str(source), str(target)]
+    command = [python, __file__, method, str(source), str(target)]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
     row: list[float] = json.loads(output.splitlines()[-1])
     return row
 
 
-def compare(folder: Path, layout: str, dim: int, rounds: int) -> dict[str, Any]:
+def compare(folder: Path, layout: str, dim: int, rounds: int, nemo_python: str | None) -> dict[str, Any]:
     """All methods on the shards of one layout."""
+    import am_ckpt
+
     source, target = folder / layout, folder / "out"
     write_shards(source, dim)
     inventory = am_ckpt.inspect(source)
     names = list(inventory.tensors)
-    rows: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    pythons = dict.fromkeys(METHODS, sys.executable) | ({"nemo-2": nemo_python} if nemo_python is not None else {})
+    rows: dict[str, list[list[float]]] = {method: [] for method in pythons}
     for round_number in range(rounds + 1):
-        for method in METHODS:
-            row = measure(method, source, target, names)
+        for method, python in pythons.items():
+            row = measure(method, source, target, names, python)
             # The first round warms the page cache.
             if round_number:
                 rows[method].append(row)
@@ -203,63 +235,59 @@ def compare(folder: Path, layout: str, dim: int, rounds: int) -> dict[str, Any]:
             shutil.rmtree(target, ignore_errors=True)
     shutil.rmtree(source)
     summary: dict[str, Any] = {"bytes": inventory.num_bytes}
-    for method in METHODS:
+    for method in pythons:
         wall, cpu, peak = (statistics.median(row[index] for row in rows[method]) for index in range(3))
         summary[method] = {"wall_seconds": wall, "cpu_seconds": cpu, "peak_growth_bytes": peak}
-    for one, two in PAIRS:
+    for one, two in [*PAIRS, *([("nemo-2", "am-ckpt-2")] if nemo_python is not None else [])]:
         for index, what in enumerate(("wall", "cpu")):
             ratios = [a[index] / b[index] for a, b in zip(rows[one], rows[two], strict=True)]
             summary[f"{what}: {one} / {two}"] = round(statistics.median(ratios), 3)
     return summary
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/ckpt_merge_cpu"))
-    options = parser.parse_args()
-    folder: Path = options.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    result: dict[str, Any] = {}
-    try:
-        for layout, dim in (("fsdp", 0), ("tp_dim_1", 1)):
-            result[layout] = compare(folder, layout, dim, options.rounds)
-            print(layout, json.dumps(result[layout], indent=1), flush=True)
-        result["planning"] = {}
-        for chunks in (10_000, 100_000, 1_000_000):
-            tiny_shards(folder / "tiny", chunks)
-            rows = [measure("plan", folder / "tiny", folder / "out", []) for _ in range(3)]
-            seconds = statistics.median(row[1] for row in rows)
-            result["planning"][chunks] = {
-                "cpu_microseconds_per_chunk": seconds / chunks * 1e6,
-                "peak_growth_bytes_per_chunk": statistics.median(row[2] for row in rows) / chunks,
-            }
-            shutil.rmtree(folder / "tiny")
-        result["memory"] = {}
-        for gigabytes in (1, 20):
-            sparse_shards(folder / "sparse", gigabytes * 16)
-            row = measure("am-ckpt-2", folder / "sparse", folder / "out", [])
-            result["memory"][f"{gigabytes} GB, 2 threads, peak_growth_bytes"] = row[2]
-            shutil.rmtree(folder / "sparse")
-            shutil.rmtree(folder / "out")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    result["rounds"] = options.rounds
-    result["load_average"] = os.getloadavg()
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "am-ckpt": version("am-ckpt"),
-        "kernel": platform.release(),
-        "cores": os.cpu_count(),
+def plans(folder: Path) -> dict[str, Any]:
+    """CPU time and memory of planning, per chunk."""
+    result = {}
+    for chunks in (10_000, 100_000, 1_000_000):
+        tiny_shards(folder / "tiny", chunks)
+        result[f"4 ranks, {chunks} chunks"] = planning(folder / "tiny", chunks)
+    for ranks, dim in ((16, 0), (128, 0), (1024, 0), (1024, 1)):
+        chunks = many_ranks(folder / "many", ranks, dim)
+        result[f"{ranks} ranks, dim {dim}, {chunks} chunks"] = planning(folder / "many", chunks)
+    return result
+
+
+def planning(shards: Path, chunks: int) -> dict[str, float]:
+    """Of one folder of shards, which is then removed."""
+    rows = [measure("plan", shards, shards.with_name("out"), []) for _ in range(5)]
+    shutil.rmtree(shards)
+    return {
+        "cpu_microseconds_per_chunk": round(statistics.median(row[1] for row in rows) / chunks * 1e6, 2),
+        "peak_growth_bytes_per_chunk": round(statistics.median(row[2] for row in rows) / chunks),
     }
-    print(json.dumps({key: result[key] for key in ("planning", "memory", "versions")}, indent=1))
-    (ROOT / "tools/bench/results/ckpt_merge_cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def memory(folder: Path) -> dict[str, Any]:
+    """Peak memory of a merge with 2 threads, of files of holes."""
+    result = {}
+    for gigabytes in (1, 20):
+        sparse_shards(folder / "sparse", gigabytes * 16)
+        row = measure("am-ckpt-2", folder / "sparse", folder / "out", [])
+        result[f"{gigabytes} GB"] = {"peak_growth_bytes": row[2], "peak_bytes": row[3]}
+        shutil.rmtree(folder / "sparse")
+        shutil.rmtree(folder / "out")
+    return result
+
+
+def run(folder: Path, rounds: int, nemo_python: str | None) -> dict[str, Any]:
+    """Everything, in ``folder``."""
+    return {
+        "fsdp": compare(folder, "fsdp", 0, rounds, nemo_python),
+        "tp_dim_1": compare(folder, "tp_dim_1", 1, rounds, nemo_python),
+        "planning": plans(folder),
+        "memory": memory(folder),
+    }
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
-    else:
-        main()
+    child(*sys.argv[1:])
