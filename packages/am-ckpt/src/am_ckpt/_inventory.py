@@ -188,7 +188,7 @@ def step_folder(folder: Path) -> Path | None:
 def _is_step(folder: Path) -> bool:
     """Whether a manifest.json is ours, damaged or not: other programs have such files too."""
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, _MAX_SMALL_BYTES))
+        manifest = json.loads(read_file(folder / MANIFEST, _MAX_SMALL_BYTES).decode())
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
     except (ValueError, OSError, RecursionError):
