@@ -15,7 +15,8 @@ write and an interrupted call must be absorbed or reported, like any error.
 
 ``--power-cuts N`` records the operations of a save without a fault, and replays them: after each, the power is cut.
 Then a file holds what it had at its last fsync and a folder the names of its own last fsync (the first of N cuts), or
-any of the changes since, in any order (the others). *lied* is then a save that had returned before the cut.
+any of the changes since, in any order (the others); a rename within a folder is one change. *lied* is then a save that
+had returned before the cut.
 
 ``--kills N`` kills a save of one process at N random moments, with SIGKILL, beside the points above.
 """
@@ -24,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -79,18 +82,45 @@ def in_child(action: Callable[[], Any], kill_after: float | None = None) -> tupl
     return False, f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit status {status}"
 
 
+def join_group(store: str, rank: int, ranks: int) -> None:
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+
+
+def import_lazy_modules(writer: dict[str, Any]) -> None:
+    """Import here what the writer imports when it is used: children that all import are slow, and mostly killed there."""
+    before = set(sys.modules)
+    with tempfile.TemporaryDirectory() as place:
+        folder, store, names = f"{place}/folder", f"{place}/store", Path(place, "names")
+        os.mkdir(folder)
+
+        def use() -> None:
+            writer.get("setup", lambda folder: writer["save"](folder, 1))(folder)
+            if "RANKS" in writer:
+                join_group(store, 0, 1)
+            writer["save"](folder, 2)
+            writer["load"](folder)
+            names.write_text("\n".join(sorted(set(sys.modules) - before)))
+
+        returned, _ = in_child(use)
+        for name in names.read_text().split() if returned else []:
+            # Some are modules of nothing that can be found by name.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+
+
 def serve() -> None:
     """The process that has imported the writer, and forks for every point: run with the shim preloaded."""
     writer = runpy.run_path(sys.argv[2])
+    import_lazy_modules(writer)
     shim = ctypes.CDLL(None)
     ranks = writer.get("RANKS", 1)
 
     def run_rank(rank: int, folder: str, number: int, kind: str, journal: str, store: str) -> int:
         if ranks > 1:
-            import torch.distributed as dist
-
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
-            dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+            join_group(store, rank, ranks)
         if rank == number % ranks:
             shim.faultshim_arm(folder.encode(), number // ranks, kind.encode())
         elif journal:
@@ -254,10 +284,17 @@ class Disk:
 
     def _cut(self, folder: Folder, target: Path, chance: random.Random | None) -> None:
         target.mkdir()
-        for name in {**folder.durable, **folder.now}:
-            node = folder.durable.get(name)
-            if chance is not None and chance.random() < 0.5:
-                node = folder.now.get(name)
+        names = {
+            name: (folder.now if chance is not None and chance.random() < 0.5 else folder.durable).get(name)
+            for name in {**folder.durable, **folder.now}
+        }
+        # A rename is one change: what has another name now is under the old one, or under the new one.
+        left = {id(node) for node in names.values()}
+        for name, node in folder.durable.items():
+            renamed = any(node is other for other in folder.now.values())
+            if names[name] is None and renamed and id(node) not in left:
+                names[name] = node
+        for name, node in names.items():
             if isinstance(node, Folder):
                 self._cut(node, target / name, chance)
             elif isinstance(node, Link):

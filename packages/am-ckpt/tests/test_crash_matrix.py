@@ -40,6 +40,8 @@ def crash_matrix() -> ModuleType:
         ("am_ckpt_merge_resumed", 5),
         ("am_ckpt_overwrite", 5),
         ("am_ckpt_overwrite_nfs", 5),
+        ("am_ckpt_export", 5),
+        ("am_ckpt_export_nfs", 5),
     ],
 )
 def test_the_old_checkpoint_or_the_new_one_and_never_a_lie(

@@ -52,7 +52,7 @@ from am_ckpt._restore import restore
 from am_ckpt._retention import Keep, manifests_of, pin_path, tidy
 from am_ckpt._save import Job, TensorFile, discard, file_metadata, join_records, new_manifest, run, stage
 from am_ckpt._shards import Piece
-from am_ckpt._staging import Buffers, Versions, require_unchanged, versions
+from am_ckpt._staging import StagingMemory, Versions, require_unchanged, versions
 from am_ckpt._weight_files import FileShare, WeightFiles
 
 # What of a manifest says what was saved, beside the bytes.
@@ -114,7 +114,7 @@ class Checkpointer:
         self._max_shard_bytes = byte_count(max_shard_size)
         self._timeout = timeout
         self._background = Background() if asynchronous else None
-        self._buffers = Buffers()
+        self._memory = StagingMemory()
         self._stop = threading.Event()
         self._files = dict(files or {})
         for name in self._files:
@@ -301,7 +301,7 @@ class Checkpointer:
             stage(job, planned)
         if self._background is None:
             return job
-        copies = iter(self._buffers.copy([tensor for file in job.files for tensor in file.tensors.values()]))
+        copies = iter(self._memory.copy([tensor for file in job.files for tensor in file.tensors.values()]))
         files = [file.copied(copies) for file in job.files]
         require_unchanged(before, contents.tensors)
         return replace(job, files=files)

@@ -400,7 +400,7 @@ def lease_state(path: Path) -> str:
     if place != (own["boot_id"], own["pid_namespace"]):
         return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
     if pid == own["pid"] and start_time == own["start_time"]:
-        # A save of this process that has ended: saves are synchronous, so none is under way.
+        # Folders that this process still writes into, its caller knows: this writer has ended.
         return "dead"
     if start_time:
         return "alive" if _start_time(pid) == start_time else "dead"

@@ -35,7 +35,8 @@ def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
 
 
 def _place(pair: tuple[Source, Piece]) -> tuple[str, int]:
-    first = min(pair[0].chunks, key=lambda chunk: chunk.box)
+    source, piece = pair
+    first = min(source.rows.chunks_in(piece.box), key=lambda chunk: chunk.box)
     return str(first.path), first.begin
 
 

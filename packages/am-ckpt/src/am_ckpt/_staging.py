@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 _ALIGNMENT = 64
 
 
-class Buffers:
+class StagingMemory:
     """Host memory for copies of tensors, kept from one call of :meth:`copy` to the next."""
 
     def __init__(self) -> None:
