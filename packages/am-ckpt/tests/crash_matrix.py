@@ -90,7 +90,7 @@ def join_group(store: str, rank: int, ranks: int) -> None:
 
 
 def import_lazy_modules(writer: dict[str, Any]) -> None:
-    """Import here what the writer imports when it is used: children that all import are slow, and mostly killed there."""
+    """Import here what the writer imports when it is used: else every child would, and most kills would fall there."""
     before = set(sys.modules)
     with tempfile.TemporaryDirectory() as place:
         folder, store, names = f"{place}/folder", f"{place}/store", Path(place, "names")
