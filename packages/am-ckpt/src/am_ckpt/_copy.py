@@ -122,7 +122,8 @@ class Copier:
         source, target = self._open(job.path), self._targets[job.file]
         done = self._clone(source, target, job)
         while done < job.count:
-            count = min(SCRATCH_BYTES, job.count - done)
+            # Up to a multiple of this: the page cache then has it in few large pieces.
+            count = min(SCRATCH_BYTES - (job.target + done) % SCRATCH_BYTES, job.count - done)
             view = buffers.between(job.begin + done, job.target + done, count)
             read_exactly(source, view, job.begin + done, job.path)
             if self._digest:
