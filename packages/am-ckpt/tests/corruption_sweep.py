@@ -405,6 +405,8 @@ def _mutations(folder: Path, count: int, seed: str) -> dict[str, Any]:
             failures[problem] = f"number {number}, {path.name}: {content[:3000]!r}"
             if len(failures) == 20:
                 break
+        if (number + 1) % 10_000 == 0:
+            print(f"seed {seed}: {number + 1:,} of {count:,} mutations", file=sys.stderr, flush=True)
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return {"mutations": number + 1, "outcomes": outcomes, "failures": failures}
 
