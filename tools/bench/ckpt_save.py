@@ -6,7 +6,7 @@ paired by round, the page cache is warm, torch has one thread. The model is thre
 save: durable as each does it by default: am-ckpt fsyncs and digests, ``FileSystemWriter`` fsyncs files, the Hugging
 Face writer and safetensors do neither; ``raw`` is fallocate, pwrite and fsync of the same bytes.
 load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four; ``raw`` is as many
-threads that do nothing but pread into the same memory, which is as fast as this machine can be.
+threads that do nothing but pread into the same memory, which is as fast as reads without mmap can be.
 async: how long a save blocks its caller, after the one before has ended; torch as it is by default, and with a stager
 that is kept, to use its memory again; ``copy`` is a copy into warm memory.
 direct: four processes save their FSDP shards into the final files, against saving shards and merging them afterwards.
