@@ -15,8 +15,7 @@ write and an interrupted call must be absorbed or reported, like any error.
 
 ``--power-cuts N`` records the operations of a save without a fault, and replays them: after each, the power is cut.
 Then a file holds what it had at its last fsync and a folder the names of its own last fsync (the first of N cuts), or
-any of the changes since, in any order (the others); a rename within a folder is one change. *lied* is then a save that
-had returned before the cut.
+any of the changes since, in any order (the others). *lied* is then a save that had returned before the cut.
 
 ``--kills N`` kills a save of one process at N random moments, with SIGKILL, beside the points above.
 """
@@ -284,17 +283,10 @@ class Disk:
 
     def _cut(self, folder: Folder, target: Path, chance: random.Random | None) -> None:
         target.mkdir()
-        names = {
-            name: (folder.now if chance is not None and chance.random() < 0.5 else folder.durable).get(name)
-            for name in {**folder.durable, **folder.now}
-        }
-        # A rename is one change: what has another name now is under the old one, or under the new one.
-        left = {id(node) for node in names.values()}
-        for name, node in folder.durable.items():
-            renamed = any(node is other for other in folder.now.values())
-            if names[name] is None and renamed and id(node) not in left:
-                names[name] = node
-        for name, node in names.items():
+        for name in {**folder.durable, **folder.now}:
+            node = folder.durable.get(name)
+            if chance is not None and chance.random() < 0.5:
+                node = folder.now.get(name)
             if isinstance(node, Folder):
                 self._cut(node, target / name, chance)
             elif isinstance(node, Link):
