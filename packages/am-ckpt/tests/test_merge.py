@@ -560,6 +560,8 @@ import am_ckpt._io
 # As on NFS.
 am_ckpt._io.exchange = lambda one, other: False
 def hook(event, arguments):
+    if event == "os.link" and sys.argv[4] == "no links":
+        raise OSError(1, "Operation not permitted")
     if event == "os.rename" and os.path.basename(arguments[0]) == "folder" and os.fspath(arguments[1]) == sys.argv[2]:
         if sys.argv[3] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -569,12 +571,15 @@ am_ckpt.merge(sys.argv[1], sys.argv[2], overwrite=True, threads=1)
 """
 
 
+@pytest.mark.parametrize("links", ["links", "no links"])
 @pytest.mark.parametrize("how", ["kill", "error"])
-def test_what_is_replaced_is_put_back_where_that_comes_to_nothing(how: str, shards: Path, tmp_path: Path) -> None:
+def test_what_is_replaced_is_put_back_where_that_comes_to_nothing(
+    how: str, links: str, shards: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "merged"
     am_ckpt.merge(shards, target, max_shard_size="1MB")
     before = snapshot(target)
-    arguments = [sys.executable, "-W", "ignore", "-c", REPLACE, str(shards), str(target), how]
+    arguments = [sys.executable, "-W", "ignore", "-c", REPLACE, str(shards), str(target), how, links]
     ended = subprocess.run(arguments, capture_output=True, text=True)
     if how == "kill":
         assert ended.returncode == -signal.SIGKILL

@@ -36,6 +36,8 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # What kernels and file systems (NFS) answer that know no exchange.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# What file systems without hard links answer.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
 # What file systems without fallocate answer.
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
@@ -295,19 +297,42 @@ def publish_folder(folder: Path, target: Path) -> None:
     """Give ``folder`` the name ``target``. What is there, if anything, gets the name ``folder``.
 
     Where the system cannot exchange folders there is a moment without ``target``; :func:`put_back` then ends what a
-    kill has cut short, an error is undone here. For the one process that writes ``target``.
+    kill or a power cut has cut short, an error is undone here. For the one process that writes ``target``. Without
+    hard links either, a power cut needs a file system that keeps a rename whole.
     """
     if not is_filled(target):
         os.rename(folder, target)
     elif not exchange(folder, target):
         aside = _aside(target)
-        os.rename(target, aside)
+        try:
+            # Durable under its second name, before the first one goes.
+            _link_tree(target, aside)
+            fsync_directory(target.parent)
+            away = folder.with_name(f"{folder.name}-{secrets.token_hex(4)}")
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if error.errno not in _NO_LINKS:
+                raise
+            away = aside
+        os.rename(target, away)
         try:
             os.rename(folder, target)
         except BaseException:
             os.rename(aside, target)
             raise
+        fsync_directory(target.parent)
         os.rename(aside, folder)
+
+
+def _link_tree(folder: Path, copy: Path) -> None:
+    """Make a durable copy of a folder out of hard links."""
+    os.mkdir(copy)
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            _link_tree(entry, copy / entry.name)
+        else:
+            os.link(entry, copy / entry.name)
+    fsync_directory(copy)
 
 
 def put_back(target: Path) -> None:
@@ -316,7 +341,7 @@ def put_back(target: Path) -> None:
     if not aside.exists():
         return
     if is_filled(target):
-        # Killed when the new folder had its name.
+        # Killed when the new folder had its name, or while the links were made.
         remove(aside)
     else:
         os.rename(aside, target)
