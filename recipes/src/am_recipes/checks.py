@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import am_models
-from am_recipes.config import DEFAULT_LOSS, Target
+from am_recipes.configs import DEFAULT_LOSS, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

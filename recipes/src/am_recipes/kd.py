@@ -33,7 +33,7 @@ import am_mesh
 import am_models
 import am_peft
 from am_recipes import assets, checks, optim, runtime
-from am_recipes.config import DEFAULT_LOSS, KdConfig, Target
+from am_recipes.configs import DEFAULT_LOSS, KdConfig, Target
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
 

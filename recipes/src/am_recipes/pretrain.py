@@ -28,7 +28,7 @@ import am_mesh
 import am_models
 import am_peft
 from am_recipes import assets, checks, optim, routing, runtime
-from am_recipes.config import PretrainConfig
+from am_recipes.configs import PretrainConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
 

@@ -23,7 +23,7 @@ import am_loss
 import am_mesh
 import am_models
 from am_recipes import assets
-from am_recipes.config import identity_difference
+from am_recipes.configs import identity_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,9 @@ class Progress:
         self.step = state["step"]
 
 
-def total_steps(steps_per_epoch: int, max_steps: int | None, num_epochs: int | None) -> int:
+def total_steps(
+    steps_per_epoch: int, max_steps: int | None, num_epochs: int | None, max_tokens: int | None = None
+) -> int:
     """Optimizer steps of the whole run: whichever of the two limits comes first; at least one is set."""
     limits = [max_steps, None if num_epochs is None else num_epochs * steps_per_epoch]
     return min(limit for limit in limits if limit is not None)

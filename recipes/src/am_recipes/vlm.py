@@ -29,7 +29,7 @@ import am_mesh
 import am_models
 import am_peft
 from am_recipes import assets, checks, compose, optim, runtime, vision
-from am_recipes.config import VlmConfig
+from am_recipes.configs import VlmConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
 
