@@ -216,7 +216,7 @@ def test_the_recipe_module_answers_before_it_imports_torch(folder, argv, status,
     assert result.returncode == status, result.stderr
     imports = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
     assert message in result.stdout + result.stderr
-    assert any(line.endswith("am_recipes.config") for line in imports)
+    assert any(line.endswith("am_recipes.configs") for line in imports)
     assert [line for line in imports if line.endswith((" torch", " transformers", " numpy"))] == []
     # Processor time, as above; importing torch alone takes four times as much.
     assert os.times().children_user - before < 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from am_recipes.config import ConfigError, SftConfig, Target, check_targets, identity_difference, parse
+from am_recipes.configs import ConfigError, SftConfig, Target, check_targets, identity_difference, parse
 
 MINIMAL = """\
 recipe: sft
@@ -85,7 +85,7 @@ def test_defaults(write):
     assert config.clip_grad_norm.max_norm == 1.0
     assert config.optimizer.hyperparameters() == {"lr": 1e-4}
     assert config.distributed.sizes() == {"dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "pp": 1, "ep": 1}
-    assert config.goal() == {"max_steps": 10, "num_epochs": None}
+    assert config.goal() == {"max_steps": 10, "num_epochs": None, "max_tokens": None}
 
 
 def test_nothing_heavy_is_imported_and_nothing_is_written(write):
@@ -94,7 +94,7 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
     write(MINIMAL + "checkpont: {}\n", "bad.yaml")
     script = """
     import sys
-    from am_recipes.config import ConfigError, parse
+    from am_recipes.configs import ConfigError, parse
     print(parse("config.yaml", [("optimizer.weight_decay", "0.1")]).to_yaml()[:11])
     try:
         parse("bad.yaml")
@@ -123,7 +123,10 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
         ("seed: -1", "config.yaml:10: seed: must be at least 0, got -1"),
         ("run_dir: 2024", "config.yaml:10: run_dir: expected a path, got 2024"),
         ("dataloader: {shuffle: 1}", "config.yaml:10: dataloader.shuffle: expected true or false, got 1"),
-        ("dataloader: true", "config.yaml:10: dataloader: expected a mapping with shuffle, got True"),
+        (
+            "dataloader: true",
+            "config.yaml:10: dataloader: expected a mapping with shuffle, prefetch, drop_last, collate, got True",
+        ),
         (
             "distributed:\n  strategy: fspd2",
             "config.yaml:11: distributed.strategy: must be one of 'fsdp2', 'ddp', got 'fspd2'; did you mean 'fsdp2'?",
@@ -216,7 +219,7 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
         (
             "max_steps: 10",
             "max_steps: null",
-            "config.yaml:8: step_scheduler: set one of max_steps, num_epochs or more",
+            "config.yaml:8: step_scheduler: set one of max_steps, num_epochs, max_tokens or more",
         ),
         (
             "max_steps: 10",
@@ -250,6 +253,52 @@ def test_what_fits_the_run_exactly_is_accepted(write):
     config = parse(write(text + "lr_scheduler: {style: wsd, warmup_steps: 4, decay_steps: 6}\n"))
     assert config.optimizer.options()["adamw"] == {"lr": 0.5}
     assert config.lr_scheduler.decay_steps == 6
+
+
+# What each recipe makes of the capabilities it shares with the others: it takes the section, or says why it does not.
+FOR_ALL = [
+    "peft: {r: 2}",
+    "freeze: [{freeze: a}]",
+    "moe: {balance_loss: 0.01, z_loss: 0.001}",
+    "export: {merge_adapter: true}",
+    "sinks: [{_target_: my_targets.scale, factor: 2}]",
+    "dataloader: {shuffle: false, prefetch: 0, drop_last: true, collate: {_target_: my_targets.scale}}",
+    "model: {name_or_path: a, family: {_target_: my_targets.scale, factor: 2}}",
+    "step_scheduler: {max_tokens: 100}",
+]
+RECIPES = ("sft", "pretrain", "kd", "vlm")
+ONLY_FOR = {
+    "packed_sequence: {packed_sequence_size: 64}": ("sft", "kd"),
+    "tokenizer: {name_or_path: t}": ("sft", "pretrain", "kd"),
+    "processor: {name_or_path: p}": ("vlm",),
+    "model: {name_or_path: a, vision_family: {_target_: my_targets.scale, factor: 2}}": ("vlm",),
+    "generate: {prompts: [a]}": ("sft", "pretrain", "kd"),
+    "kd_ratio: 0.5": ("kd",),
+    "temperature: 0.5": ("kd",),
+    "teacher_model: {name_or_path: a}": ("kd",),
+    "teacher_distributed: {strategy: ddp}": ("kd",),
+    "kd_loss_fn: {_target_: my_targets.scale}": ("kd",),
+}
+
+
+def of_recipe(recipe, extra):
+    """A config of ``recipe`` whose keys ``extra`` replaces."""
+    text = MINIMAL.replace("sft", recipe) + ("teacher_model: {name_or_path: a}\n" if recipe == "kd" else "")
+    return re.sub(rf"^{extra.partition(':')[0]}:.*\n(  .*\n)*", "", text, flags=re.MULTILINE) + extra + "\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("extra", [*FOR_ALL, *ONLY_FOR])
+def test_a_capability_is_in_a_recipe_or_refused_there_by_name(write, recipe, extra):
+    path = write(of_recipe(recipe, extra))
+    if recipe in ONLY_FOR.get(extra, RECIPES):
+        config = parse(path)
+        config.save(Path("saved.yaml"))
+        assert parse("saved.yaml") == config
+    else:
+        message = refused(path)
+        assert f"not in recipe {recipe}: " in message
+        assert extra.partition(":")[0] in message
 
 
 VLM = """\
@@ -737,6 +786,14 @@ def test_the_saved_config_reads_back_equal(write):
         ("clip_grad_norm.max_norm", "0.5", ["clip_grad_norm.max_norm"]),
         ("loss_fn.chunk_size", "64", ["loss_fn.chunk_size"]),
         ("seed", "1", ["seed"]),
+        ("freeze", "[{freeze: a}]", ["freeze"]),
+        ("moe.balance_loss", "0.01", ["moe.balance_loss"]),
+        ("model.family", "{_target_: a.b}", ["model.family"]),
+        ("dataloader.shuffle", "false", ["dataloader.shuffle"]),
+        ("dataloader.drop_last", "true", ["dataloader.drop_last"]),
+        ("dataloader.collate", "{_target_: a.b}", ["dataloader.collate"]),
+        ("dataloader.prefetch", "0", []),
+        ("sinks", "[{_target_: a.b}]", []),
         ("step_scheduler.global_batch_size", "8", ["step_scheduler.global_batch_size"]),
         ("step_scheduler.local_batch_size", "2", []),
         ("step_scheduler.max_steps", "100", []),
@@ -789,9 +846,9 @@ def test_the_shipped_configs_fit_what_they_name(path):
 
 
 def test_public_names():
-    import am_recipes.config
+    import am_recipes.configs
 
-    assert am_recipes.config.__all__ == [
+    assert am_recipes.configs.__all__ == [
         "ConfigError",
         "KdConfig",
         "PretrainConfig",

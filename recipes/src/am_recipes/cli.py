@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from am_recipes import launch
-from am_recipes._yaml import did_you_mean
-from am_recipes.config import ConfigError, RunConfig, check_targets, parse
+from am_recipes.configs import ConfigError, RunConfig, check_targets, parse
+from am_recipes.settings.yaml import did_you_mean
 
 HELP = """\
 usage: automodel CONFIG [options] [overrides]

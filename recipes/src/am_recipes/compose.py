@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from am_recipes import assets
-from am_recipes._schema import plain
-from am_recipes._sections import Compose
+from am_recipes.sections import Compose
+from am_recipes.settings.schema import plain
 
 
 def compose(spec: Compose, seed: int) -> Path:

@@ -13,10 +13,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from am_recipes import _sections as sections
-from am_recipes._saved import fingerprints, written
-from am_recipes._schema import Check, DefaultTarget, Prefixed, Target, plain, read_section
-from am_recipes._yaml import ConfigError, Node, Place, dump, load, nearest, override, resolve, walk
+from am_recipes import sections
+from am_recipes.settings import (
+    Check,
+    ConfigError,
+    DefaultTarget,
+    Node,
+    Place,
+    Prefixed,
+    Target,
+    dump,
+    fingerprints,
+    load,
+    nearest,
+    override,
+    plain,
+    read_section,
+    resolve,
+    walk,
+    written,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -49,6 +65,21 @@ _COMPOSED = {
     "tie_word_embeddings": "language_model",
     "image_token_id": "the processor",
 }
+_OF_KD = {
+    key: f"{what}; recipe kd learns from a teacher"
+    for key, what in {
+        "teacher_model": "this recipe has no teacher",
+        "teacher_distributed": "this recipe has no teacher",
+        "kd_ratio": "weighs the loss of a teacher, and this recipe has none",
+        "temperature": "softens the distributions of a teacher, and this recipe has none",
+        "kd_loss_fn": "compares with a teacher, and this recipe has none",
+    }.items()
+}
+_OF_VLM = {
+    "processor": "this recipe reads text alone and needs only a tokenizer; recipe vlm reads images",
+    "model.vision_family": "this recipe trains language models; recipe vlm trains models with a vision tower",
+    "generate.num_rows": "this recipe answers generate.prompts; recipe vlm answers held-out rows",
+}
 _HELD_OUT = Prefixed("validation_dataset", "val_loss")
 
 
@@ -61,11 +92,15 @@ class RunConfig:
     dotted path was set, ``environment`` maps dotted paths to the ``${VAR}`` text their value came from.
     """
 
-    # The sections that make two runs the same run, and what the recipe passes to the classes it builds.
+    # The sections, or keys of them, that make two runs the same run.
     IDENTITY: ClassVar[tuple[str, ...]] = (
-        *("model", "dataset", "dataloader", "optimizer", "lr_scheduler", "clip_grad_norm", "loss_fn", "seed"),
+        *("model", "dataset", "dataloader.shuffle", "dataloader.drop_last", "dataloader.collate", "peft", "freeze"),
+        *("moe", "optimizer", "lr_scheduler", "clip_grad_norm", "loss_fn", "seed"),
     )
+    # What the recipe passes to the class of its datasets.
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    # Keys of other recipes, and why this one has no use for them.
+    REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | _OF_VLM
 
     recipe: str
     run_dir: Path
@@ -80,9 +115,13 @@ class RunConfig:
     lr_scheduler: sections.LrScheduler = field(default_factory=sections.LrScheduler)
     loss_fn: Annotated[Target, DefaultTarget(DEFAULT_LOSS)] = field(default_factory=lambda: Target(DEFAULT_LOSS))
     clip_grad_norm: sections.ClipGradNorm = field(default_factory=sections.ClipGradNorm)
+    peft: sections.Peft | None = None
+    freeze: tuple[sections.FreezeRule, ...] | None = None
+    moe: sections.Router = field(default_factory=sections.Router)
     checkpoint: sections.Checkpoint = field(default_factory=sections.Checkpoint)
     kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
-    export: sections.Export = field(default_factory=sections.Export)
+    export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
+    sinks: tuple[Target, ...] = ()
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -115,6 +154,15 @@ class RunConfig:
                 f"optimizer.adamw is for {MUON}, which leaves a part to AdamW, and the optimizer is "
                 f"{self.optimizer.target.path}; remove it"
             )
+        if self.model.config is not None and self.peft and self.export.enabled and not self.export.merge_adapter:
+            raise ValueError(
+                "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
+                "weights it belongs to; set export.merge_adapter or give model.name_or_path"
+            )
+
+    def freeze_rules(self) -> list[dict[str, str]] | None:
+        """``freeze`` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
+        return None if self.freeze is None else [rule.rule() for rule in self.freeze]
 
     def error(self, path: str, message: str) -> ConfigError:
         """An error about the value at a dotted path, with the line that set it or the section it would be in."""
@@ -135,7 +183,13 @@ class RunConfig:
         Where the schedule needs the length of the run, that is part of it: it decides the rate of every step.
         """
         values = fingerprints(plain(self), self.environment)
-        result = {key: values[key] for key in self.IDENTITY}
+        result: dict[str, Any] = {}
+        for key in self.IDENTITY:
+            section, _, name = key.partition(".")
+            if name:
+                result.setdefault(section, {})[name] = values[section][name]
+            else:
+                result[section] = values[section]
         result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
         if self.lr_scheduler.style not in ("constant", "inverse_sqrt"):
             result["step_scheduler"] |= self.goal()
@@ -158,21 +212,18 @@ class RunConfig:
 class SftConfig(RunConfig):
     """Everything `am_recipes.sft` needs."""
 
-    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "packed_sequence", "peft")
+    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "packed_sequence")
 
     recipe: Literal["sft"]
     dataset: ChatRows
     validation_datasets: Annotated[Mapping[str, ChatRows], _HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
     packed_sequence: sections.PackedSequence = field(default_factory=sections.PackedSequence)
-    peft: sections.Peft | None = None
     generate: sections.Generate = field(default_factory=sections.Generate)
-    export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_tokenizer(self.model, self.tokenizer)
-        _require_base(self.model, self.peft, self.export)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -187,6 +238,7 @@ class KdConfig(SftConfig):
         *SftConfig.IDENTITY,
         *("teacher_model", "kd_ratio", "temperature", "kd_loss_fn"),
     )
+    REFUSED: ClassVar[Mapping[str, str]] = _OF_VLM | {"teacher_model.vision_family": _OF_VLM["model.vision_family"]}
 
     recipe: Literal["kd"]  # type: ignore[assignment]
     teacher_model: sections.Model
@@ -202,15 +254,18 @@ class KdConfig(SftConfig):
 class PretrainConfig(RunConfig):
     """Everything `am_recipes.pretrain` needs."""
 
-    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "moe")
+    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer", "vocab_size")
+    REFUSED: ClassVar[Mapping[str, str]] = RunConfig.REFUSED | {
+        "packed_sequence": "rows are windows of equal length, packed already; dataset.split_documents says whether "
+        "documents see each other",
+    }
 
     recipe: Literal["pretrain"]
     dataset: Tokens
-    step_scheduler: sections.TokenScheduler
+    step_scheduler: sections.BoundedScheduler
     validation_datasets: Annotated[Mapping[str, Tokens], _HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
-    moe: sections.Router = field(default_factory=sections.Router)
     generate: sections.Generate = field(default_factory=sections.Generate)
 
     def __post_init__(self) -> None:
@@ -225,32 +280,29 @@ class VlmConfig(RunConfig):
     ``freeze`` None freezes the vision tower and trains the rest; with ``peft`` it changes nothing.
     """
 
-    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor", "freeze", "peft")
+    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("processor",)
+    REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | {
+        "tokenizer": "it is the processor's; set processor.name_or_path or processor.chat_template",
+        "packed_sequence": "rows with images are padded, each a row of its own; set step_scheduler.local_batch_size",
+        "generate.prompts": "this recipe answers held-out rows: generate.num_rows",
+    }
 
     recipe: Literal["vlm"]
     model: sections.VisionModel
     dataset: Pictures
     validation_datasets: Annotated[Mapping[str, Pictures], _HELD_OUT] = field(default_factory=dict)
     processor: sections.Processor = field(default_factory=sections.Processor)
-    freeze: tuple[sections.FreezeRule, ...] | None = None
-    peft: sections.Peft | None = None
     generate: sections.GenerateFromRows = field(default_factory=sections.GenerateFromRows)
-    export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model.name_or_path is None and self.model.compose is None and self.processor.name_or_path is None:
             raise ValueError("processor.name_or_path is required with model.config: a random model brings no processor")
-        _require_base(self.model, self.peft, self.export)
         if self.generate.num_rows and not self.validation_datasets:
             raise ValueError(
                 f"generate.num_rows={self.generate.num_rows} needs a validation_dataset, whose rows are asked; add one"
             )
-
-    def freeze_rules(self) -> list[dict[str, str]] | None:
-        """``freeze`` as `am_recipes.vision.freeze` takes it."""
-        return None if self.freeze is None else [rule.rule() for rule in self.freeze]
 
 
 RECIPES: Mapping[str, type[RunConfig]] = {
@@ -264,14 +316,6 @@ RECIPES: Mapping[str, type[RunConfig]] = {
 def _require_tokenizer(model: sections.Model, tokenizer: sections.Tokenizer) -> None:
     if model.name_or_path is None and tokenizer.name_or_path is None:
         raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
-
-
-def _require_base(model: sections.Model, peft: sections.Peft | None, export: sections.AdapterExport) -> None:
-    if model.config is not None and peft and export.enabled and not export.merge_adapter:
-        raise ValueError(
-            "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
-            "weights it belongs to; set export.merge_adapter or give model.name_or_path"
-        )
 
 
 _DATASETS = {"sft": _CHAT, "pretrain": _TOKENS, "kd": _CHAT, "vlm": _PICTURES}
@@ -292,6 +336,7 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
         raise root.error(f"the key 'recipe' is required: one of {', '.join(RECIPES)}")
     if recipe.value not in list(RECIPES):
         raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
+    _refuse(root, RECIPES[recipe.value])
     for key, child in root.value.items():
         if key == "dataset" or key.startswith("validation_dataset"):
             _name_path(child, _DATASETS[recipe.value])
@@ -307,6 +352,16 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
         places={dotted_path: node.place for dotted_path, node in nodes.items()},
         environment={path: node.reference for path, node in nodes.items() if node.reference is not None},
     )
+
+
+def _refuse(root: Node, kind: type[RunConfig]) -> None:
+    """Refuse what the recipe has no use for and says so, which is more than that it does not know the key."""
+    for key, reason in kind.REFUSED.items():
+        node: Node | None = root
+        for name in key.split("."):
+            node = node.value.get(name) if node is not None and isinstance(node.value, dict) else None
+        if node is not None:
+            raise node.error(f"not in recipe {root.value['recipe'].value}: {reason}")
 
 
 def _name_path(node: Node, default: str) -> None:
@@ -341,8 +396,16 @@ def check_targets(config: RunConfig) -> None:
     config.loss_fn.bind(partial=True)
     if isinstance(config, KdConfig):
         config.kd_loss_fn.bind(("kd_ratio", "temperature", "num_tokens"), partial=True)
-    if isinstance(config, (SftConfig, VlmConfig)) and config.peft is not None:
+    if config.peft is not None:
         config.peft.lora.bind()
+    if config.model.family is not None:
+        config.model.family.bind()
+    if isinstance(config, VlmConfig) and config.model.vision_family is not None:
+        config.model.vision_family.bind()
+    if config.dataloader.collate is not None:
+        config.dataloader.collate.bind(partial=True)
+    for sink in config.sinks:
+        sink.bind()
     if config.model.config is not None:
         _check_model_config(config, "model.config", config.model.config)
     if isinstance(config, KdConfig) and config.teacher_model.config is not None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from am_recipes._yaml import is_secret
+from am_recipes.settings.yaml import is_secret
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:

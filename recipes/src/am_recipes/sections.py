@@ -1,4 +1,4 @@
-"""The sections of a config file, one frozen dataclass each: what `am_recipes.config` puts together per recipe."""
+"""The sections of a config file, one frozen dataclass each: what `am_recipes.configs` puts together per recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from am_recipes._schema import Check, DefaultTarget, Inline, Target
+from am_recipes.settings import Check, DefaultTarget, Inline, Target
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,15 @@ _ADAMW = DefaultTarget("torch.optim.AdamW", ("amsgrad", "capturable", "different
 
 @dataclass(frozen=True)
 class Model:
-    """Weights by ``name_or_path`` (a folder, a hub id or ``package:<asset>``), or a random model by ``config``."""
+    """Weights by ``name_or_path`` (a folder, a hub id or ``package:<asset>``), or a random model by ``config``.
+
+    ``family`` builds a row of am-models' table of families, for a model that has none or in place of its own.
+    """
 
     name_or_path: Text | None = None
     config: Mapping[str, Any] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    family: Target | None = None
 
     def __post_init__(self) -> None:
         _require_one_source({"name_or_path": self.name_or_path, "config": self.config})
@@ -80,8 +84,9 @@ class Compose:
 
 @dataclass(frozen=True)
 class VisionModel(Model):
-    """`Model`, or a new one by ``compose``."""
+    """`Model`, or a new one by ``compose``; ``vision_family`` is to the vision tower what ``family`` is to the rest."""
 
+    vision_family: Target | None = None
     compose: Compose | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +126,12 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class DataLoader:
+    """How rows become batches; ``collate`` replaces the recipe's own: a callable that is given a list of samples."""
+
     shuffle: bool = True
+    prefetch: NonNegativeInt = 1
+    drop_last: bool = False
+    collate: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -179,12 +189,17 @@ class Distributed:
 
 @dataclass(frozen=True)
 class StepScheduler:
-    """Batch sizes in samples, lengths in optimizer steps. The run ends at whichever of steps and epochs comes first."""
+    """Batch sizes in samples, intervals in optimizer steps.
+
+    The run ends at whichever of ``max_steps``, ``num_epochs`` and ``max_tokens`` comes first; tokens are counted over
+    all ranks, without padding.
+    """
 
     global_batch_size: PositiveInt = 32
     local_batch_size: PositiveInt = 1
     max_steps: PositiveInt | None = None
     num_epochs: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
     ckpt_every_steps: PositiveInt | None = 100
     val_every_steps: PositiveInt | None = None
 
@@ -205,11 +220,10 @@ class StepScheduler:
 
 
 @dataclass(frozen=True)
-class TokenScheduler(StepScheduler):
-    """Also a length in tokens. ``num_epochs`` is how often the data may be seen: a longer run is refused."""
+class BoundedScheduler(StepScheduler):
+    """``num_epochs`` is how often the data may be seen: a longer run is refused."""
 
     num_epochs: PositiveInt = 1
-    max_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
@@ -332,16 +346,10 @@ class GenerateFromRows:
 
 
 @dataclass(frozen=True)
-class Export:
-    """The Hugging Face folder written at the end."""
+class AdapterExport:
+    """The Hugging Face folder written at the end; ``merge_adapter`` folds a LoRA adapter into the weights first."""
 
     enabled: bool = True
-
-
-@dataclass(frozen=True)
-class AdapterExport(Export):
-    """``merge_adapter`` folds a LoRA adapter into the weights first."""
-
     merge_adapter: bool = False
 
 

@@ -1,0 +1,47 @@
+"""Typed settings from a YAML file, command-line overrides and the environment.
+
+An engine that names no recipe and no section: `load` gives a tree of values that know where they stand, `override` and
+`resolve` change it, `read_section` turns it into a frozen dataclass, `plain`, `written` and `dump` turn that into YAML
+again. A `Target` is a callable with its arguments. Imports neither torch nor anything a file names.
+"""
+
+from __future__ import annotations
+
+from am_recipes.settings.saved import fingerprints, written
+from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
+from am_recipes.settings.target import DefaultTarget, Target
+from am_recipes.settings.yaml import (
+    ConfigError,
+    Node,
+    Place,
+    did_you_mean,
+    dump,
+    load,
+    nearest,
+    override,
+    resolve,
+    walk,
+)
+
+__all__ = [
+    "Check",
+    "ConfigError",
+    "DefaultTarget",
+    "Inline",
+    "Node",
+    "Place",
+    "Prefixed",
+    "Target",
+    "did_you_mean",
+    "dump",
+    "fingerprints",
+    "load",
+    "nearest",
+    "override",
+    "plain",
+    "read",
+    "read_section",
+    "resolve",
+    "walk",
+    "written",
+]
