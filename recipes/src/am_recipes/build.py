@@ -150,7 +150,7 @@ def model_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | Non
 
 
 def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
-    report = am_models.optimize(model, kernels=config.kernels, **config.model.families())
+    report = am_models.optimize(model, kernels=config.kernels)
     for key, target in losses.items():
         checks.require_loss_function(report, target, key)
     return report

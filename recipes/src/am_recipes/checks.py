@@ -60,7 +60,9 @@ def require_sum(loss_fn: am_models.Loss, model: PreTrainedModel, key: str = "los
         further = {name: torch.ones(rows.shape) for name in others}
         loss = loss_fn(hidden.repeat(times, 1, 1), weight, rows, bias=None, softcap=None, scale=None, **further)
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.requires_grad:
-            given = f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, torch.Tensor) else loss
+            given = (
+                f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, torch.Tensor) else loss
+            )
             raise TypeError(
                 f"{key} gave a {type(loss).__name__} ({given}); a loss is one scalar tensor with a graph, the sum over "
                 "target tokens, also where there is no target (am_models.Loss)"

@@ -33,6 +33,7 @@ from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sourc
 from am_recipes.configs import DEFAULT_LOSS, KdConfig
 from am_recipes.settings import Target
 from am_recipes.stop import StopSignal
+from am_recipes.tokenizer import load_tokenizer
 
 
 def main(config: KdConfig) -> int:
@@ -51,7 +52,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     # Data: every rank reads the same index and takes its share of each global batch.
     folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
     teacher_folder = sources.resolve(config.teacher_model.name_or_path) if config.teacher_model.name_or_path else None
-    tokenizer = sources.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
@@ -59,7 +60,9 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     total_steps = data.total_steps(config, loader)
 
     with torch.device("meta"):
-        model = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
+        model = am_models.AutoModelForCausalLM.from_config(
+            config.model.hf_config(folder), kernels="off", **config.model.families()
+        )
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
@@ -138,9 +141,11 @@ def load_teacher(
 ) -> PreTrainedModel:
     """The frozen teacher in its own dtype and layout; it must read the student's tokens and embed those of the data."""
     if folder is not None:
-        checks.require_same_tokens(tokenizer, sources.load_tokenizer(folder, None), "teacher_model")
+        checks.require_same_tokens(tokenizer, load_tokenizer(folder, None), "teacher_model")
     with torch.device("meta"):
-        teacher = am_models.AutoModelForCausalLM.from_config(config.teacher_model.hf_config(folder), kernels="off")
+        teacher = am_models.AutoModelForCausalLM.from_config(
+            config.teacher_model.hf_config(folder), kernels="off", **config.teacher_model.families()
+        )
     checks.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
     build.build_teacher(
         config,

@@ -26,6 +26,7 @@ import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import PretrainConfig
 from am_recipes.stop import StopSignal
+from am_recipes.tokenizer import load_tokenizer
 
 
 def main(config: PretrainConfig) -> int:
@@ -41,7 +42,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
 
     # Data: windows of the token stream; every rank takes its share of each global batch.
     folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    tokenizer = sources.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     hf_config = config.model.hf_config(folder)
     given = {"tokenizer": tokenizer, "vocab_size": hf_config.vocab_size}
     dataset = config.dataset.build(**given)
@@ -51,7 +52,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     total_steps = count_steps(config, loader, dataset)
 
     with torch.device("meta"):
-        model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off")
+        model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
     checks.require_sum(loss_fn, model)

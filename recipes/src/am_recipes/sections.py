@@ -45,6 +45,10 @@ class Model:
     def __post_init__(self) -> None:
         _require_one_source({"name_or_path": self.name_or_path, "config": self.config})
 
+    def families(self) -> dict[str, Any]:
+        """The rows of am-models' tables that the config gives: keyword arguments of `am_models.optimize`."""
+        return {} if self.family is None else {"family": self.family.build()}
+
     def hf_config(self, folder: Path | None) -> PretrainedConfig:
         """The transformers config, from ``folder`` or the inline ``config``, with ``dtype`` set unless it is auto."""
         import torch
@@ -88,6 +92,10 @@ class VisionModel(Model):
 
     vision_family: Target | None = None
     compose: Compose | None = None
+
+    def families(self) -> dict[str, Any]:
+        row = {} if self.vision_family is None else {"vision_family": self.vision_family.build()}
+        return super().families() | row
 
     def __post_init__(self) -> None:
         _require_one_source({"name_or_path": self.name_or_path, "config": self.config, "compose": self.compose})
@@ -355,9 +363,12 @@ class AdapterExport:
 
 @dataclass(frozen=True)
 class Router:
-    """Losses that keep the experts of a mixture evenly used: coefficients per token, 0 leaves a loss out."""
+    """Losses that keep the experts of a mixture evenly used: coefficients per token, 0 leaves a loss out.
 
-    balance_loss: NonNegativeFloat = 0.0
+    `balance_loss` null is 0, but for a model whose own config asks for transformers' auxiliary loss: then say it.
+    """
+
+    balance_loss: NonNegativeFloat | None = None
     z_loss: NonNegativeFloat = 0.0
 
 

@@ -26,6 +26,7 @@ import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import SftConfig
 from am_recipes.stop import StopSignal
+from am_recipes.tokenizer import load_tokenizer
 
 
 def main(config: SftConfig) -> int:
@@ -41,7 +42,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
 
     # Data: every rank reads the same index and takes its share of each global batch.
     folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    tokenizer = sources.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
@@ -49,7 +50,9 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     total_steps = data.total_steps(config, loader)
 
     with torch.device("meta"):
-        model = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
+        model = am_models.AutoModelForCausalLM.from_config(
+            config.model.hf_config(folder), kernels="off", **config.model.families()
+        )
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()

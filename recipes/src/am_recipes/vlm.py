@@ -27,6 +27,7 @@ import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources, vision
 from am_recipes.configs import VlmConfig
 from am_recipes.stop import StopSignal
+from am_recipes.tokenizer import load_processor
 
 
 def main(config: VlmConfig) -> int:
@@ -44,10 +45,10 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
     hf_config = config.model.hf_config(folder)
     with torch.device("meta"):
-        model = am_models.AutoModelForImageTextToText.from_config(hf_config, kernels="off")
+        model = am_models.AutoModelForImageTextToText.from_config(hf_config, kernels="off", **config.model.families())
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    processor = sources.load_processor(config.processor.name_or_path or folder, config.processor.chat_template)
+    processor = load_processor(config.processor.name_or_path or folder, config.processor.chat_template)
     dataset = config.dataset.build(processor=processor)
     held_out = {name: target.build(processor=processor) for name, target in config.validation_datasets.items()}
     vision.require_processor(hf_config, dataset.processor_adapter)
