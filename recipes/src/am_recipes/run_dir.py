@@ -24,7 +24,8 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the very run that `config` describes has finished in its directory; says so where it has.
 
     Every rank calls this before anything is loaded or written. Raises NotADirectoryError or PermissionError where the
-    run could not write, ValueError where the directory holds another run (with the keys that differ) or a broken record.
+    run could not write, ValueError where the directory holds another run (with the keys that differ) or a record that
+    is broken.
     """
     run_dir = config.run_dir
     _require_writable(run_dir)

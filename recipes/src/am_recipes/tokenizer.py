@@ -8,7 +8,10 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 
 def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; `chat_template` (Jinja) replaces its own. Raises ValueError where there is none."""
+    """The tokenizer of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+
+    Raises ValueError where there is none.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -22,7 +25,10 @@ def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -
 
 
 def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
-    """The processor of a folder or Hub id; `chat_template` (Jinja) replaces its own. Raises ValueError where there is none."""
+    """The processor of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+
+    Raises ValueError where there is none.
+    """
     try:
         # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
         processor: ProcessorMixin = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
