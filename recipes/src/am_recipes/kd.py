@@ -35,7 +35,7 @@ import am_peft
 from am_recipes import assets, checks, optim, runtime
 from am_recipes.config import DEFAULT_LOSS, KdConfig, Target
 from am_recipes.launch import PREEMPTED
-from am_recipes.report import Report
+from am_recipes.log import Log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
         config.kd_loss_fn.callable(), kd_ratio=config.kd_ratio, temperature=config.temperature, num_tokens=num_tokens
     )
     require_options(kd_loss_fn, num_tokens)
-    with Report(
+    with Log(
         config.run_dir,
         config.to_yaml(),
         total_steps=total_steps,
@@ -189,7 +189,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=held_out_losses)
-                log.write_page()
+                log.sync()
             if stopping and progress.step < total_steps:
                 checkpoints.wait()
                 log.finish(status=f"stopped after step {progress.step}; the same command continues")

@@ -30,7 +30,7 @@ import am_peft
 from am_recipes import assets, checks, optim, runtime
 from am_recipes.config import SftConfig
 from am_recipes.launch import PREEMPTED
-from am_recipes.report import Report
+from am_recipes.log import Log
 
 
 def main(config: SftConfig) -> int:
@@ -100,7 +100,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
     loss_fn = config.loss_fn.callable()
-    with Report(
+    with Log(
         config.run_dir,
         config.to_yaml(),
         total_steps=total_steps,
@@ -157,7 +157,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=losses)
-                log.write_page()
+                log.sync()
             if stopping and progress.step < total_steps:
                 checkpoints.wait()
                 log.finish(status=f"stopped after step {progress.step}; the same command continues")

@@ -31,7 +31,7 @@ import am_peft
 from am_recipes import assets, checks, compose, optim, runtime, vision
 from am_recipes.config import VlmConfig
 from am_recipes.launch import PREEMPTED
-from am_recipes.report import Report
+from am_recipes.log import Log
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,7 +112,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
 
     loss_fn = config.loss_fn.callable()
     vision.require_features(model, loss_fn, dataset, device)
-    with Report(
+    with Log(
         config.run_dir,
         config.to_yaml(),
         total_steps=total_steps,
@@ -169,7 +169,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
             due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
             if stopping or (due and config.checkpoint.enabled):
                 checkpoints.save(progress.step, state, metrics=losses)
-                log.write_page()
+                log.sync()
             if stopping and progress.step < total_steps:
                 checkpoints.wait()
                 log.finish(status=f"stopped after step {progress.step}; the same command continues")
@@ -192,7 +192,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
             answers = vision.answer_rows(
                 model, processor, rows, config.generate.num_rows, config.generate.max_new_tokens
             )
-            log.pictures(answers.rows, f"{answers}")
+            log.images(answers.rows, f"{answers}")
         log.finish(goal=config.goal(), next_steps=runtime.next_steps(config.run_dir, None))
     return 0
 
