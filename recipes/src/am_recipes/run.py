@@ -183,6 +183,7 @@ class Run:
         """Commit a checkpoint where one is due, or the run is told to stop."""
         due = self._config.checkpoint.enabled and self._is_due(self._config.step_scheduler.ckpt_every_steps)
         if due or self._stopping:
+            self.log.sync()
             self._checkpoints.save(self.step, self._state, metrics=self._validated)
 
     def stopped(self) -> bool:
