@@ -1,4 +1,4 @@
-"""What a user adds without editing the tree: a dataset, a stream, a collate, a loss, a family, a sink, by `_target_`."""
+"""What a user adds by `_target_` without editing the tree: dataset, stream, collate, loss, family, sink."""
 
 from __future__ import annotations
 
