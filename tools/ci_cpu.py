@@ -2,9 +2,10 @@
 
     python tools/ci_cpu.py [--json FILE] COMMAND ...
 
-The kernel adds the CPU time of a process to the parent that waits for it; where the parent has ended first, init waits and
-the time is lost. So this process becomes the one that such orphans are given to (`PR_SET_CHILD_SUBREAPER`) and waits for
-all of them: what it counts is exact, but for children of a process that ignores SIGCHLD, for which nobody waits.
+The kernel adds the CPU time of a process to the parent that waits for it; where the parent has ended first, init waits
+and the time is lost. So this process becomes the one that such orphans are given to (`PR_SET_CHILD_SUBREAPER`) and
+waits for all of them: what it counts is exact, but for children of a process that ignores SIGCHLD, for which nobody
+waits.
 
 What still runs `GRACE` seconds after the command has ended is killed, counted and named.
 """
