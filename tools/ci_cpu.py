@@ -43,7 +43,7 @@ class Usage:
 
 
 def run(command: list[str]) -> Usage:
-    """Run ``command`` with this process's environment, folder and streams, and wait for all of its descendants."""
+    """Run `command` with this process's environment, folder and streams, and wait for all of its descendants."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed; it needs Linux 3.4 or newer")

@@ -4,8 +4,8 @@
 
 Checked over the sources of every package: lines of a file and of a function, parameters of a function, lines of a
 recipe's `train`, the lines that all `train` share (a recipe says what no sibling says), and that no model, dataset or
-config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each `train`, counted
-as radon does. A recipe is a module directly in am_recipes with a function `train`.
+config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each `train`, as
+radon counts it. A recipe is a module directly in am_recipes with a function `train`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NEVER_ANY = ("model", "dataset", "config")
 
 @dataclass(frozen=True)
 class Allowed:
-    """Up to ``most`` instead of the limit, and why."""
+    """Up to `most` instead of the limit, and why."""
 
     most: int
     reason: str
 
 
-# By rule and place: a file, or a file and the dotted name in it. An entry that allows nothing any more is an error too.
 IN_WORK = "being rewritten"
+# By rule and place: a file, or a file and the dotted name in it. An entry that allows nothing any more is an error too.
 ALLOWED: dict[tuple[str, str], Allowed] = {
     ("lines of the file", "packages/am-ckpt/src/am_ckpt/_checkpointer.py"): Allowed(489, IN_WORK),
     ("model, dataset or config annotated Any", "packages/am-ckpt/src/am_ckpt/_contents.py::parameter_names"): Allowed(
@@ -173,20 +173,20 @@ class Function:
         return self.node.end_lineno - self.node.lineno + 1
 
     def arguments(self) -> list[ast.arg]:
-        """All of its parameters but ``self`` and ``cls``."""
+        """All of its parameters but `self` and `cls`."""
         given = self.node.args
         found = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
         return [argument for argument in found if argument is not None and argument.arg not in ("self", "cls")]
 
 
 def sources(root: Path) -> dict[str, str]:
-    """The text of every source file by its path under ``root``."""
+    """The text of every source file by its path under `root`."""
     files = sorted(file for pattern in FOLDERS for folder in root.glob(pattern) for file in folder.rglob("*.py"))
     return {file.relative_to(root).as_posix(): file.read_text() for file in files}
 
 
 def functions(path: str, node: ast.AST, prefix: str = "") -> Iterator[Function]:
-    """Every function under ``node``, methods and inner functions included."""
+    """Every function under `node`, methods and inner functions included."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = prefix + child.name
