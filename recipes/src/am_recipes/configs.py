@@ -55,7 +55,7 @@ DEFAULT_KD_LOSS = "am_loss.linear_distillation"
 MUON = "torch.optim.Muon"
 _CHAT, _TOKENS, _PICTURES = "am_data.ChatDataset", "am_data.TokenShards", "am_data.VisionChatDataset"
 # In the short form of a dataset, ``path`` is what its class calls its first argument.
-_PATHS = {_CHAT: "rows", _TOKENS: "paths", _PICTURES: "rows"}
+_PATHS = {}
 ChatRows = Annotated[Target, DefaultTarget(_CHAT)]
 Tokens = Annotated[Target, DefaultTarget(_TOKENS)]
 Pictures = Annotated[Target, DefaultTarget(_PICTURES)]

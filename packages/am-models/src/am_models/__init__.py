@@ -2,7 +2,7 @@
 
 from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
 from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts
-from am_models._loss import Loss, forward_with_loss, split_batch
+from am_models._loss import Loss, RouterLoss, forward_with_loss, split_batch
 from am_models._optimize import OptimizeReport, optimize
 from am_models._separate import require_separate_documents
 from am_models._weight_map import weight_map
@@ -12,6 +12,7 @@ __all__ = [
     "AutoModelForImageTextToText",
     "Loss",
     "OptimizeReport",
+    "RouterLoss",
     "VisionParts",
     "forward_with_loss",
     "multi_axis_positions",

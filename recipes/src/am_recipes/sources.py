@@ -1,0 +1,1 @@
+from am_recipes.assets import base_name, fingerprint, resolve
