@@ -23,8 +23,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from am_recipes import cli
-from am_recipes import config as configs
+from am_recipes import cli, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 # What two equal runs differ in.

@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from am_recipes import config as configs
-from am_recipes import sft
+from am_recipes import configs, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = [("peft.r", "4"), ("peft.target_modules", "all-linear")]

@@ -32,8 +32,7 @@ import am_loss
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import config as configs
-from am_recipes import kd
+from am_recipes import configs, kd
 from integration_tests import runs
 
 TINY = yaml.safe_load((runs.ROOT / "recipes/configs/kd/tiny.yaml").read_text())

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 import am_ckpt
-from am_recipes import config as configs
-from am_recipes import runtime, sft
+from am_recipes import configs, run_dir, sft
 from integration_tests import runs
 from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
@@ -161,12 +160,12 @@ def test_a_resume_says_what_it_restored(tmp_path: Path, capsys: pytest.CaptureFi
     try:
         saved, loaded = ({"model": torch.nn.Linear(3, 2)} for _ in range(2))
         checkpoints = am_ckpt.Checkpointer(tmp_path)
-        assert runtime.resume(checkpoints, loaded, "auto", 9) is None
+        assert run_dir.resume(checkpoints, loaded, "auto", 9) is None
         checkpoints.save(4, saved)
         digest = checkpoints.digest(saved)["xxh3_128"]
         assert checkpoints.digest(loaded)["xxh3_128"] != digest
         capsys.readouterr()
-        assert runtime.resume(checkpoints, loaded, "auto", 9) == 4
+        assert run_dir.resume(checkpoints, loaded, "auto", 9) == 4
         line = f"resumed from step 4 in {tmp_path}: rank 0 restored 2 tensors, 0.0 MB, xxh3-128 {digest}\n"
         assert capsys.readouterr().out == line
     finally:

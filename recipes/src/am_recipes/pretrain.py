@@ -49,7 +49,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     held_out = {name: target.build(**given) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
     validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
-    total_steps = count_steps(config, loader, dataset)
+    total_steps = count_steps(config, loader)
 
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
@@ -119,20 +119,17 @@ def make_loader(
     return data.loader(config, dataset, dims, functools.partial(am_data.collate, layout="padded"), training=training)
 
 
-def count_steps(config: PretrainConfig, loader: am_data.DataLoader, dataset: am_data.Dataset | am_data.Stream) -> int:
+def count_steps(config: PretrainConfig, loader: am_data.DataLoader) -> int:
     """Optimizer steps of the run. Raises ValueError where that is longer than the data, read `num_epochs` times."""
     scheduler = config.step_scheduler
+    if loader.is_stream:
+        return data.total_steps(config, loader)
     available = len(loader) * scheduler.num_epochs
-    asked = [] if scheduler.max_steps is None else [scheduler.max_steps]
-    if scheduler.max_tokens is not None:
-        # The last step of an epoch is a short one where the windows do not divide.
-        epochs, rest = divmod(scheduler.max_tokens, int(dataset.lengths.sum()))
-        tokens_per_step = scheduler.global_batch_size * int(dataset.lengths.max())
-        asked.append(epochs * len(loader) + -(-rest // tokens_per_step))
-    steps = min(asked, default=available)
+    tokens = None if scheduler.max_tokens is None else loader.steps_for_tokens(scheduler.max_tokens)
+    steps = min((limit for limit in (scheduler.max_steps, tokens) if limit is not None), default=available)
     if steps > available:
         raise ValueError(
-            f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} over {len(dataset)} windows has "
-            f"{available}; lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}"
+            f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} of the dataset are {available}; "
+            f"lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}"
         )
     return steps

@@ -1,1 +1,0 @@
-from am_recipes.assets import base_name, fingerprint, resolve
