@@ -32,7 +32,7 @@ import am_loss
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, checks, optim, runtime
+from am_recipes import checks, optim, runtime, sources
 from am_recipes.configs import DEFAULT_LOSS, KdConfig, Target
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -58,8 +58,8 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
     data_ranks = dims.mesh("dp")
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    teacher_folder = assets.resolve(config.teacher_model.name_or_path) if config.teacher_model.name_or_path else None
+    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
+    teacher_folder = sources.resolve(config.teacher_model.name_or_path) if config.teacher_model.name_or_path else None
     tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
@@ -100,7 +100,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
         "data": loader,
         "progress": progress,
     }
-    base = assets.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
+    base = sources.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
     # An adapter means nothing on other weights than those it was trained on, and a run has one teacher.
     others = {"base": folder if config.peft is not None else None, "teacher": teacher_folder}
     keep_best = config.checkpoint.keep_best
@@ -112,7 +112,7 @@ def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> i
         keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
         files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
         mapping=mapping,
-        fingerprints={name: assets.fingerprint(other) for name, other in others.items() if other is not None},
+        fingerprints={name: sources.fingerprint(other) for name, other in others.items() if other is not None},
     )
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 

@@ -27,7 +27,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, checks, optim, routing, runtime
+from am_recipes import checks, optim, routing, runtime, sources
 from am_recipes.configs import PretrainConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -48,7 +48,7 @@ def train(config: PretrainConfig, device: torch.device, stop: runtime.StopSignal
     data_ranks = dims.mesh("dp")
 
     # Data: windows of the token stream; every rank takes its share of each global batch.
-    folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
+    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
     tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     hf_config = config.model.hf_config(folder)
     given = {"tokenizer": tokenizer, "vocab_size": hf_config.vocab_size}

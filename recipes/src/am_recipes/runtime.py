@@ -22,7 +22,7 @@ import am_ckpt
 import am_loss
 import am_mesh
 import am_models
-from am_recipes import assets
+from am_recipes import sources
 from am_recipes.configs import identity_difference
 
 if TYPE_CHECKING:
@@ -173,8 +173,7 @@ def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -
 
     Raises ValueError where there is none.
     """
-    if isinstance(name_or_path, str) and name_or_path.startswith(assets.PACKAGE_PREFIX):
-        name_or_path = assets.resolve(name_or_path)
+    name_or_path = None if name_or_path is None else sources.locate(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

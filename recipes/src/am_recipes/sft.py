@@ -27,7 +27,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, checks, optim, runtime
+from am_recipes import checks, optim, runtime, sources
 from am_recipes.configs import SftConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -48,7 +48,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
     data_ranks = dims.mesh("dp")
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    folder = assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
+    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
     tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
@@ -84,7 +84,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
         "data": loader,
         "progress": progress,
     }
-    base = assets.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
+    base = sources.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
     keep_best = config.checkpoint.keep_best
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
@@ -95,7 +95,7 @@ def train(config: SftConfig, device: torch.device, stop: runtime.StopSignal) -> 
         files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
         mapping=mapping,
         # An adapter means nothing on other weights than those it was trained on.
-        fingerprints={"base": assets.fingerprint(folder)} if config.peft is not None and folder else None,
+        fingerprints={"base": sources.fingerprint(folder)} if config.peft is not None and folder else None,
     )
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 

@@ -28,7 +28,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import assets, checks, compose, optim, runtime, vision
+from am_recipes import checks, optim, runtime, sources, vision
 from am_recipes.configs import VlmConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.report import Report
@@ -74,7 +74,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
     if config.peft is not None:
         am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
     vision.freeze(model, config.freeze_rules(), has_adapter=config.peft is not None)
-    if config.model.compose is not None:
+    if folder is not None and sources.random_parts(folder):
         vision.require_trained_tower(model)
     kernels = am_models.optimize(model, kernels=config.kernels)
     checks.require_loss_function(kernels, config.loss_fn)
@@ -95,7 +95,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
         "data": loader,
         "progress": progress,
     }
-    base = assets.base_name(config.model.name_or_path or str(folder), folder) if folder else None
+    base = sources.base_name(config.model.name_or_path or str(folder), folder) if folder else None
     keep_best = config.checkpoint.keep_best
     checkpoints = am_ckpt.Checkpointer(
         config.run_dir / "checkpoints",
@@ -106,7 +106,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
         files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
         mapping=mapping,
         # An adapter means nothing on other weights than those it was trained on.
-        fingerprints={"base": assets.fingerprint(folder)} if config.peft is not None and folder else None,
+        fingerprints={"base": sources.fingerprint(folder)} if config.peft is not None and folder else None,
     )
     resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
 
@@ -199,9 +199,7 @@ def train(config: VlmConfig, device: torch.device, stop: runtime.StopSignal) -> 
 
 def find_model(config: VlmConfig) -> Path | None:
     """The folder of the weights, composed where the config says so; None for a random model."""
-    if config.model.compose is not None:
-        return compose.compose(config.model.compose, config.seed)
-    return assets.resolve(config.model.name_or_path) if config.model.name_or_path else None
+    return sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
 
 
 def make_loader(
