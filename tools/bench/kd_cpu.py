@@ -54,7 +54,7 @@ def run_recipe(dtype: str, inputs: Path, folder: Path) -> dict[str, float]:
     """The recipe itself; the loss function it is given notes the CPU time at every optimizer step."""
     import yaml
 
-    from am_recipes import config, kd
+    from am_recipes import configs, kd
 
     path = folder / "bench.yaml"
     document = {
@@ -73,7 +73,7 @@ def run_recipe(dtype: str, inputs: Path, folder: Path) -> dict[str, float]:
         "export": {"enabled": False},
     }
     path.write_text(yaml.safe_dump(document))
-    kd.main(config.parse(path, []))
+    kd.main(configs.parse(path, []))
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(CALLS) == len(rows) == WARMUP + STEPS + 1
     tokens = sum(row["tokens"] for row in rows if WARMUP < row["step"] <= WARMUP + STEPS)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -26,8 +27,10 @@ def make_dataset(processor, num_rows=11, with_picture=lambda number: number % 3 
 
 
 def make_loader(dataset, **options):
-    options = {"global_batch_size": 8, "local_batch_size": 2, "layout": "padded", "num_epochs": 1, **options}
-    return am_data.DataLoader(dataset, join=dataset.processor_adapter.join, **options)
+    options = {"global_batch_size": 8, "local_batch_size": 2, "num_epochs": 1, **options}
+    layout = {name: options.pop(name) for name in ("layout", "position_ids") if name in options}
+    collate = partial(am_data.collate, **{"layout": "padded", "join": dataset.processor_adapter.join, **layout})
+    return am_data.DataLoader(dataset, collate=collate, **options)
 
 
 def test_pictures_are_concatenated_over_rows():
@@ -77,11 +80,16 @@ def test_a_batch_without_pictures_has_no_picture_keys(make):
 def test_position_ids_are_made_of_the_finished_batch():
     dataset = make_dataset(make_llava(), 2)
 
+    keys = []
+
     def three_axes(batch):
-        assert {"input_ids", "document_ids", "pixel_values"} <= batch.keys()
+        keys.append(set(batch))
         return torch.stack([batch["position_ids"] * axis for axis in (1, 2, 3)])
 
     (step,) = make_loader(dataset, global_batch_size=2, position_ids=three_axes)
+    text = {"input_ids", "position_ids", "shift_labels", "document_ids"}
+    # Of no samples, of the first one, and of the step.
+    assert keys == [text, text | {"pixel_values"}, text | {"pixel_values"}]
     (plain,) = make_loader(dataset, global_batch_size=2)
     batch_size, length = step[0]["input_ids"].shape
     assert step[0]["position_ids"].shape == (3, batch_size, length)

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class Problem:
         self.labels[0] = 1
 
     def loss(self, rows=slice(None), **options):
-        """The loss of ``rows``."""
+        """The loss of `rows`."""
         hidden, weight, *bias = self.student
         teacher_hidden, teacher_weight, *teacher_bias = self.teacher
         return linear_distillation(
@@ -77,7 +79,7 @@ class Problem:
 
 
 def assert_near(actual, expected, tolerance):
-    """``max|a - b| <= tolerance * max|b|``."""
+    """`max|a - b| <= tolerance * max|b|`."""
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -341,7 +343,7 @@ def test_second_derivative_is_refused():
 
 
 def shard_sums(seed, divergence):
-    """Rank r takes every ``world_size``-th row in float32; the sums over the ranks of loss parts and gradients."""
+    """Rank r takes every `world_size`-th row in float32; the sums over the ranks of loss parts and gradients."""
     import torch.distributed as dist
 
     torch.manual_seed(seed)
@@ -368,7 +370,7 @@ def test_ranks_sum_to_the_single_process_result_in_float64(world_size, divergenc
 
 
 def peak_bytes(function):
-    """Largest number of bytes allocated at one time by torch inside ``function``."""
+    """Largest number of bytes allocated at one time by torch inside `function`."""
     import torch.profiler
 
     cpu = [torch.profiler.ProfilerActivity.CPU]

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import itertools
 
 import pytest
@@ -32,7 +34,7 @@ def problem(tokens, width, vocabulary, dtype=torch.float32, ignored=0.3, spread=
 
 
 def assert_near(actual, expected, tolerance):
-    """``max|a - b| <= tolerance * max|b|``."""
+    """`max|a - b| <= tolerance * max|b|`."""
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -185,7 +187,7 @@ def test_ignored_rows_are_not_multiplied_by_the_head():
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the multiply-adds of matrix products, those with ``out=`` included."""
+    """Counts the multiply-adds of matrix products, those with `out=` included."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +233,7 @@ def test_frozen_weight_gets_no_gradient():
 
 
 def peak_bytes(function):
-    """Largest number of bytes allocated at one time by torch inside ``function``."""
+    """Largest number of bytes allocated at one time by torch inside `function`."""
     import torch.profiler
 
     cpu = [torch.profiler.ProfilerActivity.CPU]

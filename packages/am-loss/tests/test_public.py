@@ -1,9 +1,14 @@
+from __future__ import annotations
+
 import am_loss
 
 
 def test_all_is_the_documented_names():
     assert am_loss.__all__ == [
+        "ChunkLoss",
         "DistillationLoss",
+        "Head",
+        "chunked",
         "cross_entropy",
         "distillation",
         "linear_cross_entropy",

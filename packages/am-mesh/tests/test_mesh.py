@@ -102,6 +102,33 @@ def test_the_coordinates_of_a_four_dimensional_layout(fake_rank):
     }
 
 
+def test_ranks_are_asked_for_by_what_they_do(fake_rank):
+    fake_rank(5, 16)
+    dims = ParallelDims(pp=2, dp_shard=2, cp=2, tp=2).build("cpu")
+    assert dims.row_ranks.mesh.tolist() == [1, 5]
+    assert (dims.row_ranks.get_local_rank(), dims.row_ranks.size()) == (1, 2)
+    assert dims.loss_ranks.mesh.flatten().tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert tuple(dims.loss_ranks.get_coordinate() or ()) == (0, 1, 0)
+    assert dims.all_ranks.mesh.flatten().tolist() == list(range(16))
+    fake_rank(5, WORLD)
+    dims = ParallelDims(dp_replicate=2, tp=2).build("cpu")
+    assert dims.row_ranks.mesh.tolist() == [1, 3, 5, 7]
+    assert dims.loss_ranks.mesh.flatten().tolist() == [1, 3, 5, 7]
+    assert dims.all_ranks.mesh.flatten().tolist() == list(range(WORLD))
+
+
+def sums_over_named_ranks(axes: dict[str, int]) -> list[int]:
+    dims = ParallelDims(**axes).build("cpu")
+    here = 10 ** dist.get_rank()
+    return [sum_over(ranks, here) for ranks in (dims.row_ranks, dims.loss_ranks, dims.all_ranks)]
+
+
+def test_everybody_includes_the_ranks_of_one_row():
+    for axes in ({"dp_shard": 1, "tp": 2}, {"dp_shard": 1, "cp": 2}, {"dp_shard": 1, "pp": 2}):
+        losses = [11, 11] if "tp" not in axes else [1, 10]
+        assert run_distributed(sums_over_named_ranks, 2, axes) == [[1, losses[0], 11], [10, losses[1], 11]]
+
+
 def test_meshes_of_several_axes(fake_rank):
     fake_rank(5, WORLD)
     dims = ParallelDims(dp_replicate=2, cp=2, ep=4).build("cpu")

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from am_mesh import (
     ParallelDims,
     clip_grad_norm_,
+    forward_backward,
     grad_norm,
     gradient_sync,
     parallelize,
@@ -87,13 +88,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 def train_step(model: nn.Module, rank: int, world_size: int, accumulation: int = 1) -> float:
     """Loss (this rank's part) and gradients of all samples, divided by the global number of targets."""
     input_ids, labels = (rows.chunk(world_size)[rank].chunk(accumulation) for rows in data())
-    total = 0.0
-    for index in range(accumulation):
-        with gradient_sync(model, index == accumulation - 1):
-            loss = model.forward_with_loss(input_ids[index], labels[index]) / (SAMPLES * LENGTH)
-            loss.backward()
-        total += loss.item()
-    return total
+
+    def forward(number: int, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"loss": model.forward_with_loss(*batch)}
+
+    return forward_backward(model, list(zip(input_ids, labels)), forward, SAMPLES * LENGTH)["loss"].item()
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ def test_packed_documents_equal_each_document_alone(family):
     # Stock packing by position_ids has no document_ids to tell padding: it is left out there.
     batch = documents(LENGTHS, padding=0 if family == "gpt2" else 3)
     expected = stock_loss_per_document(reference, batch)
-    actual = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    actual = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     assert_close(actual, expected, "loss")
     expected.backward()
     actual.backward()
@@ -76,7 +76,7 @@ def test_padded_rows_equal_each_row_alone(family):
     batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     batch["position_ids"] = torch.arange(9).expand(3, 9)
     expected = stock_loss_per_document(reference, batch)
-    actual = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    actual = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     assert_close(actual, expected, "loss")
     expected.backward()
     actual.backward()
@@ -175,7 +175,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, use_reentrant):
     stock_loss_per_document(reference, batch).backward()
     calls = []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    am_models.forward_with_loss(model, linear_cross_entropy, **batch).backward()
+    am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)).backward()
     assert len(calls) == 2
     assert_same_gradients(model, reference)
 
@@ -205,7 +205,7 @@ def test_zero_targets_give_a_zero_that_reaches_every_parameter():
         _, model = pair(family)
         batch = documents([4, 3])
         batch["shift_labels"] = torch.full_like(batch["shift_labels"], -100)
-        loss = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+        loss = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
         loss.backward()
         assert loss.item() == 0.0
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -214,7 +214,7 @@ def test_zero_targets_give_a_zero_that_reaches_every_parameter():
 def test_router_loss_is_refused():
     _, model = pair("qwen3_moe", output_router_logits=True)
     with pytest.raises(ValueError, match="output_router_logits"):
-        am_models.forward_with_loss(model, linear_cross_entropy, **documents([4]))
+        am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, documents([4])))
 
 
 def test_adapter_on_the_head_is_part_of_the_loss():
@@ -229,7 +229,9 @@ def test_adapter_on_the_head_is_part_of_the_loss():
     head.weight = model.lm_head.weight
     model.lm_head = head
     expected = torch.nn.functional.cross_entropy(logits[0], batch["shift_labels"][0], reduction="sum")
-    assert_close(am_models.forward_with_loss(model, linear_cross_entropy, **batch), expected, "loss")
+    assert_close(
+        am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)), expected, "loss"
+    )
     assert "logits" in am_models.optimize(model).loss
 
 

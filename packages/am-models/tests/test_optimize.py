@@ -141,9 +141,9 @@ def test_off_swaps_nothing_and_still_installs_the_loss():
     assert all(text.startswith("stock") for text in report.parts.values())
     assert model.config._attn_implementation == "sdpa"
     batch = documents([6, 3])
-    expected = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    expected = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     am_models.optimize(model)
-    assert_close(model.forward_with_loss(linear_cross_entropy, **batch), expected, "loss")
+    assert_close(model.forward_with_loss(linear_cross_entropy, *am_models.split_batch(model, batch)), expected, "loss")
 
 
 def test_requests_by_part():
@@ -200,45 +200,38 @@ def test_document_ids_are_refused_where_they_would_be_ignored():
             model(**batch)
 
 
-def test_unknown_batch_keys_are_refused():
-    model = stock("llama")
-    am_models.optimize(model)
-    with pytest.raises(TypeError, match="attention_mask"):
-        am_models.forward_with_loss(model, linear_cross_entropy, **documents([3]), attention_mask=torch.ones(1, 3))
-
-
 @pytest.mark.parametrize("family", CONFIGS)
-def test_leak_test_passes_and_changes_nothing(family):
+def test_require_separate_documents_passes_and_changes_nothing(family):
     model = stock(family)
     am_models.optimize(model)
     model.get_input_embeddings().eval()
     modes = [module.training for module in model.modules()]
-    am_models.leak_test(model)
+    am_models.require_separate_documents(model)
     assert [module.training for module in model.modules()] == modes
 
 
-def test_leak_test_names_what_leaked():
+def test_require_separate_documents_names_what_leaked():
     # An attention name without a mask function: transformers then makes no mask at all.
     transformers.AttentionInterface.register("leaky", transformers.integrations.sdpa_attention.sdpa_attention_forward)
     model = stock("llama")
     model.set_attn_implementation("leaky")
     with pytest.raises(RuntimeError, match=r"llama: the logits of document 2 move .* when document 1 changes"):
-        am_models.leak_test(model)
+        am_models.require_separate_documents(model)
 
 
-def test_leak_test_refuses_broken_weights():
+def test_require_separate_documents_refuses_broken_weights():
     model = stock("llama")
     with torch.no_grad():
         model.lm_head.weight[3] = float("inf")
     with pytest.raises(ValueError, match=r"llama: 48 of \d+ logits .* NaN or infinite; the weights are broken"):
-        am_models.leak_test(model)
+        am_models.require_separate_documents(model)
 
 
-def test_leak_test_needs_weights():
+def test_require_separate_documents_needs_weights():
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(config_of("llama"))
     with pytest.raises(ValueError, match="meta device"):
-        am_models.leak_test(model)
+        am_models.require_separate_documents(model)
 
 
 def tensors_by_map(model: torch.nn.Module, records: list[dict]) -> dict[str, torch.Tensor]:

@@ -9,8 +9,9 @@ import am_models
 
 
 def test_public_names():
-    names = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "OptimizeReport", "forward_with_loss", "leak_test"}
-    names |= {"VisionParts", "multi_axis_positions", "num_position_axes", "optimize", "vision_parts", "weight_map"}
+    names = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "Loss", "OptimizeReport", "VisionParts"}
+    names |= {"forward_with_loss", "multi_axis_positions", "num_position_axes", "optimize", "split_batch"}
+    names |= {"require_separate_documents", "vision_parts", "weight_map"}
     assert set(am_models.__all__) == names
     assert all(callable(vars(am_models)[name]) for name in names)
 

@@ -67,9 +67,11 @@ def test_value_and_gradients_equal_stock(family, kernels, recomputed):
         recompute(model, use_reentrant=False)
     batch = documents([7, 1, 5], padding=3)
     expected = expected_loss(reference, batch)
-    actual = am_models.forward_with_loss(model, linear_cross_entropy, router_loss=_weighted, **batch)
+    actual = am_models.forward_with_loss(
+        model, linear_cross_entropy, *am_models.split_batch(model, batch), router_loss=_weighted
+    )
     assert_close(actual, expected, "loss")
-    assert actual > am_models.forward_with_loss(model, linear_cross_entropy, **batch) + 0.1
+    assert actual > am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)) + 0.1
     expected.backward()
     actual.backward()
     gradients = dict(reference.named_parameters())
@@ -83,9 +85,12 @@ def test_recording_router_logits_changes_no_bit(family):
     model = stock(family)
     am_models.optimize(model)
     batch = documents([7, 1, 5], padding=3)
-    plain = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    plain = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     recorded = am_models.forward_with_loss(
-        model, linear_cross_entropy, router_loss=lambda router_logits, _: router_logits[0].new_zeros(()), **batch
+        model,
+        linear_cross_entropy,
+        *am_models.split_batch(model, batch),
+        router_loss=lambda router_logits, _: router_logits[0].new_zeros(()),
     )
     assert torch.equal(recorded, plain)
 
@@ -96,8 +101,15 @@ def test_a_configured_router_loss_is_replaced_by_a_given_one():
     twin = stock("qwen3_moe")
     am_models.optimize(twin)
     batch = documents([7, 5])
-    given = am_models.forward_with_loss(model, linear_cross_entropy, router_loss=_weighted, **batch)
-    assert torch.equal(given, am_models.forward_with_loss(twin, linear_cross_entropy, router_loss=_weighted, **batch))
+    given = am_models.forward_with_loss(
+        model, linear_cross_entropy, *am_models.split_batch(model, batch), router_loss=_weighted
+    )
+    assert torch.equal(
+        given,
+        am_models.forward_with_loss(
+            twin, linear_cross_entropy, *am_models.split_batch(twin, batch), router_loss=_weighted
+        ),
+    )
 
 
 def test_models_without_a_declared_router_refuse():
@@ -105,7 +117,9 @@ def test_models_without_a_declared_router_refuse():
         model = stock(family)
         am_models.optimize(model)
         with pytest.raises(ValueError, match=f"no router of {family} is declared; leave it out"):
-            am_models.forward_with_loss(model, linear_cross_entropy, router_loss=_weighted, **documents([4]))
+            am_models.forward_with_loss(
+                model, linear_cross_entropy, *am_models.split_batch(model, documents([4])), router_loss=_weighted
+            )
 
 
 def test_router_logits_without_a_graph_are_refused():
@@ -113,10 +127,14 @@ def test_router_logits_without_a_graph_are_refused():
     am_models.optimize(model)
     recompute(model, use_reentrant=True)
     with pytest.raises(ValueError, match="reentrant"):
-        am_models.forward_with_loss(model, linear_cross_entropy, router_loss=_weighted, **documents([4]))
+        am_models.forward_with_loss(
+            model, linear_cross_entropy, *am_models.split_batch(model, documents([4])), router_loss=_weighted
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mlp.gate." not in name)
-    am_models.forward_with_loss(model, linear_cross_entropy, router_loss=_weighted, **documents([4]))
+    am_models.forward_with_loss(
+        model, linear_cross_entropy, *am_models.split_batch(model, documents([4])), router_loss=_weighted
+    )
 
 
 def _model():
@@ -160,7 +178,9 @@ def _sharded(base_model_alone):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
-    loss = am_models.forward_with_loss(model, _cross_entropy, router_loss=_weighted, **_batch(rank))
+    loss = am_models.forward_with_loss(
+        model, _cross_entropy, *am_models.split_batch(model, _batch(rank)), router_loss=_weighted
+    )
     loss.backward()
     gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     return loss.item(), {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients.items()}
@@ -170,7 +190,10 @@ def test_shards_with_recompute_equal_one_process():
     results = run_distributed(_sharded, 2, False)
     model = _model()
     losses = [
-        am_models.forward_with_loss(model, _cross_entropy, router_loss=_weighted, **_batch(rank)) for rank in range(2)
+        am_models.forward_with_loss(
+            model, _cross_entropy, *am_models.split_batch(model, _batch(rank)), router_loss=_weighted
+        )
+        for rank in range(2)
     ]
     sum(losses).backward()
     for result, loss in zip(results, losses, strict=True):

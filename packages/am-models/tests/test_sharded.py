@@ -53,8 +53,8 @@ def _sharded_gradients(family):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
-    am_models.leak_test(model)
-    loss = am_models.forward_with_loss(model, _loss, **_batch(rank))
+    am_models.require_separate_documents(model)
+    loss = am_models.forward_with_loss(model, _loss, *am_models.split_batch(model, _batch(rank)))
     loss.backward()
     return loss.item(), {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
@@ -65,7 +65,9 @@ def test_loss_and_gradients_of_shards_equal_one_process():
     for family in ("llama", "qwen3_moe", "gpt2"):
         results = run_distributed(_sharded_gradients, 2, family)
         model = _model(family)
-        losses = [am_models.forward_with_loss(model, _loss, **_batch(rank)) for rank in range(2)]
+        losses = [
+            am_models.forward_with_loss(model, _loss, *am_models.split_batch(model, _batch(rank))) for rank in range(2)
+        ]
         sum(losses).backward()
         assert all(
             abs(result[0] - loss.item()) < 1e-5 * loss.item() for result, loss in zip(results, losses, strict=True)

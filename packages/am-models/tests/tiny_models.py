@@ -67,7 +67,7 @@ def _axes(*sections: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}}
 
 
-# Pictures are 8 x 8, or grids of 4 x 4 and 2 x 4 patches; a token stands for 2 x 2 patches, in llava for one.
+# Images are 8 x 8, or grids of 4 x 4 and 2 x 4 patches; a token stands for 2 x 2 patches, in llava for one.
 VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "idefics3": ("Idefics3Config", SHUFFLED),
     "smolvlm": ("SmolVLMConfig", SHUFFLED),
@@ -149,14 +149,14 @@ def documents(lengths: list[int], padding: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def picture_rows(family: str, numbers: list[int]) -> list[dict[str, torch.Tensor]]:
-    """One unpadded row per entry: text with that many pictures in it, labels on the text alone; no positions yet."""
+def image_rows(family: str, numbers: list[int]) -> list[dict[str, torch.Tensor]]:
+    """One unpadded row per entry: text with that many images in it, labels on the text alone; no positions yet."""
     generator = torch.Generator().manual_seed(3)
     rows = []
     for length, number in enumerate(numbers, start=3):
         ids, sizes = torch.randint(3, 60, (length,), generator=generator).tolist(), []
-        for picture in range(number):
-            grid = (1, 4, 4) if picture == 0 else (1, 2, 4)
+        for image in range(number):
+            grid = (1, 4, 4) if image == 0 else (1, 2, 4)
             sizes.append(grid)
             num_tokens = 16 if family.startswith("llava") else 4
             if family in GRID_FAMILIES:

@@ -1,7 +1,8 @@
-"""What a recipe refuses before it trains on: each ``require_...`` raises with the value, the constraint and the fix."""
+"""What a recipe refuses before it trains on: each `require_...` raises with the value, the constraint and the fix."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -10,32 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
+import am_data
 import am_models
-from am_recipes.configs import DEFAULT_LOSS, Target
+import am_peft
+from am_recipes.configs import DEFAULT_LOSS
+from am_recipes.settings import Target
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-def require_run_dir(run_dir: Path) -> None:
-    """Find out before anything is loaded, not at the first save, that a run cannot write where it should.
-
-    Every rank calls this. Raises NotADirectoryError or PermissionError; creates nothing.
-    """
-    for folder in (run_dir / "checkpoints", run_dir / "export"):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise NotADirectoryError(
-                f"run_dir={run_dir} needs the folder {folder}, but {existing} is a file; remove it or choose another "
-                "run_dir"
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"run_dir={run_dir} needs the folder {folder}, and {existing} cannot be written by this user or is "
-                "read-only; choose another run_dir"
-            )
+Rows = am_data.Dataset | am_data.Stream
 
 
 def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key: str = "loss_fn") -> None:
@@ -48,13 +36,56 @@ def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key
         )
 
 
-def require_positions(model: Any, datasets: Iterable[Any]) -> None:
+def require_sum(loss_fn: am_models.Loss, model: PreTrainedModel, key: str = "loss_fn") -> None:
+    """Refuse a loss that is no sum over target tokens, as `am_models.Loss` says: it is asked about a few made-up rows.
+
+    Raises TypeError where it gives something else than a scalar tensor with a graph, ValueError where twice the rows
+    are not twice the loss, or rows without targets are not 0.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(num_embeddings(model), 4, generator=generator)
+    hidden = torch.randn(1, 3, 4, generator=generator).requires_grad_()
+    labels = torch.tensor([[0, -100, len(weight) - 1]])
+    # What else it takes of each token.
+    others = [
+        name
+        for name, parameter in inspect.signature(loss_fn).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.default is parameter.empty
+        and name not in ("bias", "softcap", "scale")
+    ]
+
+    def ask(times: int, labels: torch.Tensor) -> float:
+        rows = labels.repeat(times, 1)
+        further = {name: torch.ones(rows.shape) for name in others}
+        loss = loss_fn(hidden.repeat(times, 1, 1), weight, rows, bias=None, softcap=None, scale=None, **further)
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.requires_grad:
+            given = (
+                f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, torch.Tensor) else loss
+            )
+            raise TypeError(
+                f"{key} gave a {type(loss).__name__} ({given}); a loss is one scalar tensor with a graph, the sum over "
+                "target tokens, also where there is no target (am_models.Loss)"
+            )
+        return loss.item()
+
+    once, twice, nothing = ask(1, labels), ask(2, labels), ask(1, torch.full_like(labels, -100))
+    if abs(twice - 2 * once) > 1e-3 * abs(once) or nothing != 0:
+        raise ValueError(
+            f"{key} gave {once:.4g} for two targets, {twice:.4g} for the same rows twice and {nothing:.4g} for rows "
+            "without targets; a loss is the SUM over target tokens, which the recipe divides once by the targets of "
+            'the whole step: sum where it takes a mean (reduction="sum"), and leave out what is -100'
+        )
+
+
+def require_positions(model: PreTrainedModel, datasets: Iterable[Rows]) -> None:
     """Refuse rows longer than a model's table of positions: ValueError. Rotary positions have no such end."""
     config = model.config.get_text_config()
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     settings = config.to_dict()
     positions = settings.get(name)
-    longest = max(int(data.lengths.max()) for data in datasets)
+    # How long the rows of a stream are, nobody knows before they come.
+    longest = max((int(data.lengths.max()) for data in datasets if isinstance(data, am_data.Dataset)), default=0)
     if "rope_parameters" not in settings and positions is not None and longest > positions:
         raise ValueError(
             f"the data has rows of {longest} tokens, but the {model.config.model_type} model has a table of "
@@ -63,7 +94,7 @@ def require_positions(model: Any, datasets: Iterable[Any]) -> None:
 
 
 def require_finite(step: int, **values: float) -> None:
-    """Refuse to go on from a loss or gradient norm of ``step`` that is NaN or infinite: FloatingPointError.
+    """Refuse to go on from a loss or gradient norm of `step` that is NaN or infinite: FloatingPointError.
 
     Call it before such a step changes the weights and before they are saved. Equal on every rank, so all of them raise.
     """
@@ -76,17 +107,33 @@ def require_finite(step: int, **values: float) -> None:
         )
 
 
-def require_embeddings(
-    model: Any, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Any], name: str = "the model"
-) -> None:
-    """Refuse data with token ids that ``model`` has no embedding for: ValueError, where a GPU would abort.
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many token ids `model` embeds."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
 
-    A tokenizer may know more tokens than the model, as long as the data does not use them; only then is it read.
+
+def require_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, datasets: Iterable[Rows], name: str = "the model"
+) -> None:
+    """Refuse data with token ids that `model` has no embedding for: ValueError, where a GPU would abort.
+
+    A tokenizer may know more tokens than the model, as long as the data does not use them; only then is it read. A
+    stream cannot be read beforehand.
     """
-    rows = model.get_input_embeddings().num_embeddings
-    if max(tokenizer.get_vocab().values()) < rows:
+    rows, known = num_embeddings(model), max(tokenizer.get_vocab().values())
+    if known < rows:
         return
-    largest = max(int(data[index]["input_ids"].max()) for data in datasets for index in range(len(data)))
+    largest = -1
+    for data in datasets:
+        if not isinstance(data, am_data.Dataset):
+            raise ValueError(
+                f"the tokenizer has ids up to {known}, {name} embeds 0..{rows - 1} (vocab_size={rows}), and which of "
+                f"them a stream uses is not known before; use {name}'s own tokenizer, or a larger vocab_size"
+            )
+        examples = (example for index in range(len(data)) for example in _examples(data[index]))
+        largest = max(largest, *(int(example["input_ids"].max()) for example in examples))
     if largest >= rows:
         raise ValueError(
             f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds "
@@ -94,8 +141,12 @@ def require_embeddings(
         )
 
 
+def _examples(sample: am_data.Sample) -> list[am_data.Example]:
+    return sample if isinstance(sample, list) else [sample]
+
+
 def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:
-    """Refuse a model, the one at ``key`` of the config, that reads other tokens in the same ids: ValueError.
+    """Refuse a model, the one at `key` of the config, that reads other tokens in the same ids: ValueError.
 
     Sizes say nothing: vocabularies are padded. Compared are the tokens of all ids and how text is split into them.
     """
@@ -126,8 +177,8 @@ def _tokenizer_rule(tokenizer: PreTrainedTokenizerBase, rule: str) -> Any:
     return json.loads(tokenizer.backend_tokenizer.to_str())[rule]
 
 
-def require_memory(model: torch.nn.Module, device: torch.device, key: str) -> None:
-    """Refuse a model, the one at ``key`` of the config, whose weights on this rank exceed the free memory: ValueError.
+def require_memory(model: nn.Module, device: torch.device, key: str) -> None:
+    """Refuse a model, the one at `key` of the config, whose weights on this rank exceed the free memory: ValueError.
 
     Call it between layout and weights. Every rank calls it; processes of one machine share its main memory.
     """
@@ -141,6 +192,17 @@ def require_memory(model: torch.nn.Module, device: torch.device, key: str) -> No
         raise ValueError(
             f"{key} needs {needed / 2**30:.1f} GiB on each of {sharing} processes of this machine, and "
             f"{free / 2**30:.1f} GiB are free; shard it over more ranks, give it dtype bfloat16, or take a smaller one"
+        )
+
+
+def require_adapter_alone(model: nn.Module) -> None:
+    """Refuse to train what no checkpoint or export of an adapter would hold: ValueError."""
+    kept = {id(parameter) for _, parameter in am_peft.Adapter(model).named_parameters()}
+    lost = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in kept]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} parameters would train beside the adapter, such as {lost[0]}, and its files would not hold "
+            "them; name their modules in peft.modules_to_save instead of unfreezing them"
         )
 
 

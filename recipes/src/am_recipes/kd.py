@@ -3,7 +3,7 @@
     automodel CONFIG             python -m am_recipes.kd -c CONFIG             torchrun ... -m am_recipes.kd -c CONFIG
 
 The student learns from the rows and from the teacher's distribution over the next token (Hinton et al. 2015,
-arXiv:1503.02531): ``(1 - kd_ratio) * cross-entropy + kd_ratio * temperature^2 * divergence``, both as sums over target
+arXiv:1503.02531): `(1 - kd_ratio) * cross-entropy + kd_ratio * temperature^2 * divergence`, both as sums over target
 tokens divided once by the targets of the whole optimizer step. The teacher is frozen and never trained; neither model's
 logits are ever held for more than a chunk of tokens.
 """
@@ -17,270 +17,199 @@ if __name__ == "__main__":
     raise SystemExit(cli.main_recipe("kd"))
 
 import functools
-import itertools
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import am_ckpt
 import am_data
 import am_loss
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import checks, optim, runtime, sources
-from am_recipes.configs import DEFAULT_LOSS, KdConfig, Target
-from am_recipes.launch import PREEMPTED
-from am_recipes.report import Report
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
+from am_recipes.configs import DEFAULT_LOSS, KdConfig
+from am_recipes.settings import Target
+from am_recipes.stop import StopSignal
+from am_recipes.tokenizer import load_tokenizer
 
 
 def main(config: KdConfig) -> int:
-    """Train as ``config`` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
+    """Train as `config` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
     if config.kd_ratio > 0 and config.loss_fn != Target(DEFAULT_LOSS):
         raise config.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
-    checks.require_run_dir(config.run_dir)
-    if runtime.already_finished(config.run_dir, config.identity(), config.goal()):
-        print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+    if run_dir.is_finished(config):
         return 0
-    with am_mesh.process_group(config.distributed.timeout_minutes) as device, runtime.StopSignal() as stop:
+    with am_mesh.process_group(config.distributed.timeout_minutes) as device, StopSignal() as stop:
         return train(config, device, stop)
 
 
-def train(config: KdConfig, device: torch.device, stop: runtime.StopSignal) -> int:
+def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
-    data_ranks = dims.mesh("dp")
 
     # Data: every rank reads the same index and takes its share of each global batch.
     folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
     teacher_folder = sources.resolve(config.teacher_model.name_or_path) if config.teacher_model.name_or_path else None
-    tokenizer = runtime.load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
-    loader = make_loader(config, dataset, data_ranks, training=True)
-    validation = {name: make_loader(config, rows, data_ranks, training=False) for name, rows in held_out.items()}
-    total_steps = runtime.total_steps(len(loader), **config.goal())
+    loader = make_loader(config, dataset, dims, training=True)
+    validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
+    total_steps = data.total_steps(config, loader)
 
-    # Model: meta device -> adapters -> faster parts -> parallel layout -> weights.
     with torch.device("meta"):
-        model: Any = am_models.AutoModelForCausalLM.from_config(config.model.hf_config(folder), kernels="off")
+        model = am_models.AutoModelForCausalLM.from_config(
+            config.model.hf_config(folder), kernels="off", **config.model.families()
+        )
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
-    if config.peft is not None:
-        am_peft.apply_lora(model, config.peft.lora_config(), adapter_dtype=config.peft.dtype())
-    kernels = am_models.optimize(model, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.loss_fn)
-    if config.kd_ratio > 0:
-        checks.require_loss_function(kernels, config.kd_loss_fn, "kd_loss_fn")
-    mapping = am_models.weight_map(model)
-    model_files = runtime.model_files(model, tokenizer, folder)
-    model = am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **config.distributed.options())
-    fresh = ("*lora_*",) if folder else ("*",)
-    am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
-    if config.packed_sequence.packed_sequence_size:
-        am_models.leak_test(model)
+    loss_fn = config.loss_fn.callable()
+    checks.require_sum(loss_fn, model)
+    built = build.build(
+        config,
+        model,
+        dims,
+        device,
+        folder=folder,
+        tokenizer=tokenizer,
+        losses={"loss_fn": config.loss_fn} | ({"kd_loss_fn": config.kd_loss_fn} if config.kd_ratio > 0 else {}),
+        freeze=config.freeze_rules() or (),
+        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(dataset),
+    )
 
     # At kd_ratio 0 this is supervised fine-tuning, and nothing asks the teacher.
     teacher = load_teacher(config, teacher_folder, tokenizer, dataset, device) if config.kd_ratio > 0 else None
+    kd_loss_fn = distillation_loss(config, tokenizer, (model,) if teacher is None else (model, teacher))
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
-    progress = runtime.Progress()
     state = {
-        "model": am_peft.Adapter(model) if config.peft is not None else model,
+        "model": built.state,
         "optimizer": optimizer,
         "schedule": schedule,
         "data": loader,
-        "progress": progress,
+        "progress": run.Progress(),
     }
-    base = sources.base_name(config.model.name_or_path, folder) if config.model.name_or_path and folder else None
-    # An adapter means nothing on other weights than those it was trained on, and a run has one teacher.
-    others = {"base": folder if config.peft is not None else None, "teacher": teacher_folder}
-    keep_best = config.checkpoint.keep_best
-    checkpoints = am_ckpt.Checkpointer(
-        config.run_dir / "checkpoints",
-        asynchronous=config.checkpoint.asynchronous,
-        layout=config.checkpoint.layout,
-        keep_last=config.checkpoint.keep_last,
-        keep_best=(next(iter(validation)), "min", keep_best) if keep_best is not None else None,
-        files=am_peft.adapter_files(model, base_model_name_or_path=base) if config.peft is not None else model_files,
-        mapping=mapping,
-        fingerprints={name: sources.fingerprint(other) for name, other in others.items() if other is not None},
-    )
-    resumed = runtime.resume(checkpoints, state, config.checkpoint.resume, total_steps)
+    # A run has one teacher.
+    facts = built.checkpoint({"teacher": teacher_folder})
+    with run.Run(config, dims, stop, state, total_steps=total_steps, **facts) as this:
+        this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        if this.resumed is None and this.validation_is_due:
+            this.validated(evaluate.evaluate(model, validation, dims, device))
 
-    loss_fn = config.loss_fn.callable()
-    # Vocabularies are padded to different sizes, but the tokens are the same.
-    models = (model,) if teacher is None else (model, teacher)
-    num_tokens = min(
-        1 + max(tokenizer.get_vocab().values()), *(m.get_input_embeddings().num_embeddings for m in models)
-    )
-    kd_loss_fn = functools.partial(
-        config.kd_loss_fn.callable(), kd_ratio=config.kd_ratio, temperature=config.temperature, num_tokens=num_tokens
-    )
-    require_options(kd_loss_fn, num_tokens)
-    with Report(
-        config.run_dir,
-        config.to_yaml(),
-        total_steps=total_steps,
-        rank=torch.distributed.get_rank(),
-        world_size=dims.world_size,
-        resume_step=resumed,
-        identity=config.identity(),
-    ) as log:
-        for fact in (dataset.report, kernels, am_peft.trainable_report(model), optim.describe(optimizer)):
-            log.note(fact)
-        log.samples(dataset.report.samples)
-        if resumed is None and validation:
-            log.validation(0, runtime.evaluate(model, validation, data_ranks, device))
+        def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
+            this.seed(number)
+            inputs, targets = am_models.split_batch(model, data.to_device(batch, device))
+            if teacher is None:
+                loss = am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)
+                return {"loss": loss, "ce_loss": loss, "kd_loss": torch.zeros_like(loss)}
+            return distil(model, teacher, kd_loss_fn, inputs, targets, built.router.loss)
 
-        for micro_batches in itertools.islice(loader, total_steps - progress.step):
-            began = time.monotonic()
+        for micro_batches in this.steps(loader):
             # The divisor is known before any backward, so that every token of the step weighs the same.
-            targets = am_mesh.sum_over(data_ranks, runtime.count(micro_batches, "shift_labels", but=-100))
-            tokens = am_mesh.sum_over(data_ranks, runtime.count(micro_batches, "document_ids", but=0))
-
+            targets = this.count(micro_batches)
             model.train()
-            parts = torch.zeros(3, device=device)
-            for number, batch in enumerate(micro_batches):
-                runtime.seed_everything(config.seed, progress.step, number, data_ranks.get_local_rank())
-                with am_mesh.gradient_sync(model, number == len(micro_batches) - 1):
-                    batch = runtime.to_device(batch, device)
-                    if teacher is None:
-                        total = am_models.forward_with_loss(model, loss_fn, **batch)
-                        losses = am_loss.DistillationLoss(total, total, torch.zeros_like(total))
-                    else:
-                        losses = distil(model, teacher, kd_loss_fn, batch)
-                    (losses.loss / targets).backward()
-                parts += torch.stack([part.detach() / targets for part in losses])
-            mean_loss, ce_loss, kd_loss = am_mesh.sum_over(data_ranks, parts).tolist()
-            grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm).item()
-            checks.require_finite(progress.step + 1, loss=mean_loss, grad_norm=grad_norm)
-            rate = schedule.get_last_lr()[0]
+            sums = am_mesh.forward_backward(model, micro_batches, forward, targets)
+            grad_norm = am_mesh.clip_grad_norm_(model, config.clip_grad_norm.max_norm)
+            this.measure(sums, grad_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            progress.step += 1
+            this.done(built.router.metrics(dims))
+            if this.validation_is_due:
+                this.validated(evaluate.evaluate(model, validation, dims, device))
+            this.save()
+        if this.stopped():
+            return this.preempted()
 
-            log.step(
-                progress.step,
-                epoch=loader.epoch,
-                loss=mean_loss,
-                grad_norm=grad_norm,
-                lr=rate,
-                tokens=tokens,
-                target_tokens=targets,
-                seconds=time.monotonic() - began,
-                others={"ce_loss": ce_loss, "kd_loss": kd_loss},
-            )
-            stopping = stop.requested(data_ranks)
-            held_out_losses: dict[str, float] | None = None
-            if validation and runtime.is_due(progress.step, config.step_scheduler.val_every_steps, total_steps):
-                held_out_losses = runtime.evaluate(model, validation, data_ranks, device)
-                log.validation(progress.step, held_out_losses)
-                checks.require_finite(progress.step, **held_out_losses)
-            due = runtime.is_due(progress.step, config.step_scheduler.ckpt_every_steps, total_steps)
-            if stopping or (due and config.checkpoint.enabled):
-                checkpoints.save(progress.step, state, metrics=held_out_losses)
-                log.write_page()
-            if stopping and progress.step < total_steps:
-                checkpoints.wait()
-                log.finish(status=f"stopped after step {progress.step}; the same command continues")
-                return PREEMPTED
-        checkpoints.wait()
-
-        # Out: a plain Hugging Face folder, or the adapter alone.
-        export = config.run_dir / "export"
-        if config.export.enabled:
-            if config.peft is not None and not config.export.merge_adapter:
-                am_peft.save_adapter(model, export, base_model_name_or_path=base)
-                if torch.distributed.get_rank() == 0:
-                    tokenizer.save_pretrained(export)
-            else:
-                if config.peft is not None:
-                    am_peft.merge_lora(model)
-                am_ckpt.save_hf(model, export, mapping=mapping, files=model_files)
+        build.export(config, built, tokenizer)
         if config.generate.prompts:
-            answers = runtime.generate_answers(
-                model, tokenizer, config.generate.prompts, config.generate.max_new_tokens
-            )
-            log.answers("after", answers)
-        log.finish(
-            goal=config.goal(),
-            next_steps=runtime.next_steps(config.run_dir, runtime.CHAT if config.export.enabled else None),
-        )
-    return 0
+            asked = (config.generate.prompts, config.generate.max_new_tokens)
+            this.log.answers("after", evaluate.generate_answers(model, tokenizer, *asked))
+        return this.finish(run_dir.CHAT)
 
 
 def load_teacher(
-    config: KdConfig, folder: Path | None, tokenizer: PreTrainedTokenizerBase, dataset: Any, device: torch.device
-) -> Any:
+    config: KdConfig,
+    folder: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: am_data.Dataset | am_data.Stream,
+    device: torch.device,
+) -> PreTrainedModel:
     """The frozen teacher in its own dtype and layout; it must read the student's tokens and embed those of the data."""
     if folder is not None:
-        checks.require_same_tokens(tokenizer, runtime.load_tokenizer(folder, None), "teacher_model")
-    layout = config.teacher_distributed or config.distributed
-    dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
+        checks.require_same_tokens(tokenizer, load_tokenizer(folder, None), "teacher_model")
     with torch.device("meta"):
-        teacher: Any = am_models.AutoModelForCausalLM.from_config(config.teacher_model.hf_config(folder), kernels="off")
+        teacher = am_models.AutoModelForCausalLM.from_config(
+            config.teacher_model.hf_config(folder), kernels="off", **config.teacher_model.families()
+        )
     checks.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
-    kernels = am_models.optimize(teacher, kernels=config.kernels)
-    checks.require_loss_function(kernels, config.kd_loss_fn, "kd_loss_fn")
-    mapping = am_models.weight_map(teacher)
-    teacher.requires_grad_(False).eval()
-    teacher = am_mesh.parallelize(teacher, dims, forward_methods=("forward_with_loss",), **layout.options())
-    checks.require_memory(teacher, device, "teacher_model")
-    fresh = () if folder else ("*",)
-    am_ckpt.load_hf(teacher, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
-    if config.packed_sequence.packed_sequence_size:
-        am_models.leak_test(teacher)
+    build.build_teacher(
+        config,
+        teacher,
+        config.teacher_distributed or config.distributed,
+        device,
+        folder=folder,
+        losses={"kd_loss_fn": config.kd_loss_fn},
+        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(dataset),
+    )
     return teacher
 
 
-def require_options(kd_loss_fn: Callable[..., am_loss.DistillationLoss], num_tokens: int) -> None:
-    """Let the loss function refuse its options before anything is written: it is asked about no target at all."""
+def distillation_loss(
+    config: KdConfig, tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...]
+) -> Callable[..., am_loss.DistillationLoss]:
+    """`kd_loss_fn` with the options of the run; it refuses those it cannot honour before anything is written."""
+    # Vocabularies are padded to different sizes, but the tokens are the same.
+    num_tokens = min(1 + max(tokenizer.get_vocab().values()), *map(checks.num_embeddings, models))
+    kd_loss_fn = functools.partial(
+        config.kd_loss_fn.callable(), kd_ratio=config.kd_ratio, temperature=config.temperature, num_tokens=num_tokens
+    )
+    # It is asked about no target at all.
     head = {"bias": None, "softcap": None, "scale": None}
     hidden, weight = torch.zeros(1, 1), torch.zeros(num_tokens, 1)
     teacher_head = {f"teacher_{name}": value for name, value in ({"hidden": hidden, "weight": weight} | head).items()}
     kd_loss_fn(hidden, weight, torch.tensor([-100]), **head, **teacher_head)
+    return kd_loss_fn
 
 
 def distil(
-    student: Any, teacher: Any, kd_loss_fn: Callable[..., am_loss.DistillationLoss], batch: am_data.Batch
-) -> am_loss.DistillationLoss:
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    kd_loss_fn: Callable[..., am_loss.DistillationLoss],
+    inputs: Mapping[str, torch.Tensor],
+    targets: Mapping[str, torch.Tensor],
+    router_loss: am_models.RouterLoss | None,
+) -> dict[str, torch.Tensor]:
     """The losses of one micro-batch as sums. The student runs inside the teacher's forward, where both models' heads
     are gathered at once.
     """
+    sums: dict[str, torch.Tensor] = {}
 
-    def run_student(
-        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any
-    ) -> am_loss.DistillationLoss:
+    def run_student(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any) -> torch.Tensor:
         teacher_head = {f"teacher_{name}": value for name, value in head.items()}
-        loss_fn = functools.partial(kd_loss_fn, teacher_hidden=hidden, teacher_weight=weight, **teacher_head)
+
+        def loss_fn(*student_head: torch.Tensor, **options: Any) -> torch.Tensor:
+            losses = kd_loss_fn(*student_head, teacher_hidden=hidden, teacher_weight=weight, **options, **teacher_head)
+            sums.update(ce_loss=losses.cross_entropy, kd_loss=losses.divergence)
+            return losses.loss
+
         with torch.enable_grad():
-            return am_models.forward_with_loss(student, loss_fn, **batch)
+            return am_models.forward_with_loss(student, loss_fn, inputs, targets, router_loss=router_loss)
 
     with torch.no_grad():
-        return am_models.forward_with_loss(teacher, run_student, **batch)
+        loss = am_models.forward_with_loss(teacher, run_student, inputs, targets)
+    return {"loss": loss, **sums}
 
 
-def make_loader(config: KdConfig, dataset: Any, data_ranks: DeviceMesh, *, training: bool) -> am_data.DataLoader:
-    """Steps over ``dataset`` packed or padded as the config says; for validation one epoch, in order."""
+def make_loader(
+    config: KdConfig, dataset: am_data.Dataset | am_data.Stream, dims: am_mesh.ParallelDims, *, training: bool
+) -> am_data.DataLoader:
+    """Steps over `dataset` packed or padded as the config says."""
     pack_size = config.packed_sequence.packed_sequence_size
-    scheduler = config.step_scheduler
-    return am_data.DataLoader(
-        am_data.PackedDataset(dataset, pack_size) if pack_size else dataset,
-        layout="packed" if pack_size else "padded",
-        global_batch_size=scheduler.global_batch_size,
-        local_batch_size=scheduler.local_batch_size,
-        mesh=data_ranks,
-        seed=config.seed,
-        shuffle=training and config.dataloader.shuffle,
-        num_epochs=scheduler.num_epochs if training else 1,
-    )
+    rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
+    collate = functools.partial(am_data.collate, layout="packed" if pack_size else "padded")
+    return data.loader(config, rows, dims, collate, training=training)

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
 import am_mesh
 import am_models
 import am_moe
+from am_recipes.configs import RunConfig
 
 
 class Routing:
-    """The losses of a mixture's router, and how evenly its experts were used since the last `metrics`."""
+    """The losses of a mixture's router, and how evenly its experts were used since the last `metrics`.
 
-    def __init__(self, num_experts_per_token: int, balance_loss: float, z_loss: float) -> None:
+    num_experts_per_token: None for a model without a declared router, which has neither.
+    """
+
+    def __init__(self, num_experts_per_token: int | None, balance_loss: float, z_loss: float) -> None:
         self._num_experts_per_token = num_experts_per_token
         self._balance_loss = balance_loss
         self._z_loss = z_loss
         self._counts = torch.zeros((), dtype=torch.int64)
 
-    def loss(self, router_logits: Sequence[torch.Tensor], document_ids: torch.Tensor | None) -> torch.Tensor:
-        """The ``router_loss`` of `am_models.forward_with_loss`; counts the tokens of each expert."""
+    @property
+    def loss(self) -> am_models.RouterLoss | None:
+        """The `router_loss` of `am_models.forward_with_loss`."""
+        return None if self._num_experts_per_token is None else self._count_and_balance
+
+    def _count_and_balance(
+        self, router_logits: Sequence[torch.Tensor], document_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Count the tokens of each expert; the losses as a sum."""
+        assert self._num_experts_per_token is not None
         counts = am_moe.expert_counts(router_logits, document_ids, self._num_experts_per_token)
         self._counts = self._counts.to(counts.device) + counts
         return am_moe.balance_loss(
@@ -34,19 +45,41 @@ class Routing:
             z_loss=self._z_loss,
         )
 
-    def metrics(self, data_ranks: DeviceMesh) -> dict[str, float]:
-        """`am_moe.load_metrics` of the counts over all ranks, which start anew. Every rank calls it."""
-        counts, self._counts = am_mesh.sum_over(data_ranks, self._counts), torch.zeros((), dtype=torch.int64)
+    def metrics(self, dims: am_mesh.ParallelDims) -> dict[str, float]:
+        """`am_moe.load_metrics` of the counts over all ranks, which start anew; nothing without a router.
+
+        Every rank calls it.
+        """
+        if self._num_experts_per_token is None:
+            return {}
+        counts, self._counts = am_mesh.sum_over(dims.loss_ranks, self._counts), torch.zeros((), dtype=torch.int64)
         return am_moe.load_metrics(counts)
 
 
-def routing(model: Any, kernels: am_models.OptimizeReport, balance_loss: float, z_loss: float) -> Routing | None:
-    """The routing of ``model``, None where no router is declared; ValueError where losses are asked of such a one."""
-    if kernels.router:
-        return Routing(model.config.num_experts_per_tok, balance_loss, z_loss)
-    if balance_loss or z_loss:
-        raise ValueError(
-            f"moe.balance_loss={balance_loss} and moe.z_loss={z_loss} are for models with experts, and am-models "
-            f"declares no router of {kernels.family}; leave the section out"
-        )
-    return None
+def routing(config: RunConfig, model: PreTrainedModel, report: am_models.OptimizeReport) -> Routing:
+    """The routing of `model` as the section `moe` asks.
+
+    Raises ConfigError where losses are asked of a model without a declared router, and where the model's own config
+    asks for transformers' auxiliary loss, which is another formula, without a word from `moe.balance_loss`.
+    """
+    asked = config.moe
+    balance_loss = asked.balance_loss or 0.0
+    if not report.router:
+        if balance_loss or asked.z_loss:
+            raise config.error(
+                "moe",
+                f"balance_loss={balance_loss} and z_loss={asked.z_loss} are for models with experts, and am-models "
+                f"declares no router of {report.family}; leave the section out",
+            )
+        return Routing(None, 0.0, 0.0)
+    settings = model.config.to_dict()
+    if settings["output_router_logits"]:
+        if asked.balance_loss is None:
+            raise config.error(
+                "moe.balance_loss",
+                f"is required: the model's config has output_router_logits=true, so transformers would add its own "
+                f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; "
+                "say how much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
+            )
+        model.config.output_router_logits = False
+    return Routing(settings["num_experts_per_tok"], balance_loss, asked.z_loss)

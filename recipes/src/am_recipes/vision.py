@@ -1,48 +1,32 @@
-"""What a recipe needs around pictures: the processor, what trains, and answers about held-out rows."""
+"""What a recipe needs around images: that processor and model fit, what trains, and answers about held-out rows."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoProcessor
 
 import am_data
 import am_models
-import am_peft
+from am_recipes.configs import VlmConfig
+from am_recipes.data import to_device
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from transformers import PretrainedConfig, ProcessorMixin
-
-
-def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
-    """The processor of a folder or Hub id; ``chat_template`` (Jinja) replaces its own. Raises ValueError."""
-    try:
-        # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
-        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(name_or_path)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
-            "processor.name_or_path to a folder with processor_config.json, or to a Hub id"
-        ) from error
-    if chat_template is not None:
-        processor.chat_template = chat_template
-    return processor
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 
 def require_processor(config: PretrainedConfig, adapter: am_data.VisionProcessor) -> None:
-    """Refuse a processor that marks pictures with another token than the model looks for: ValueError."""
+    """Refuse a processor that marks images with another token than the model looks for: ValueError."""
     wanted = config.to_dict().get("image_token_id")
     if adapter.image_token_id != wanted:
         raise ValueError(
-            f"{type(adapter.processor).__name__} marks pictures with token {adapter.image_token_id} "
+            f"{type(adapter.processor).__name__} marks images with token {adapter.image_token_id} "
             f"({adapter.image_token!r}), but the {config.model_type} model looks for {wanted}; set "
             "processor.name_or_path to the model's own processor"
         )
@@ -50,9 +34,9 @@ def require_processor(config: PretrainedConfig, adapter: am_data.VisionProcessor
 
 @torch.no_grad()
 def require_features(
-    model: Any, loss_fn: Callable[..., torch.Tensor], dataset: am_data.VisionChatDataset, device: torch.device
+    model: PreTrainedModel, loss_fn: am_models.Loss, dataset: am_data.VisionChatDataset, device: torch.device
 ) -> None:
-    """Run ``model`` on the first row with pictures: ValueError where it cannot take them as the processor made them.
+    """Run `model` on the first row with images: ValueError where it cannot take them as the processor made them.
 
     How many features a tower makes is known to the tower alone. Every rank calls it, and runs the same row.
     """
@@ -62,16 +46,17 @@ def require_features(
     if row is None:
         return
     batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(model.config))
+    inputs, targets = am_models.split_batch(model, to_device(batch, device))
     model.eval()
     try:
-        am_models.forward_with_loss(model, loss_fn, **{name: tensor.to(device) for name, tensor in batch.items()})
+        am_models.forward_with_loss(model, loss_fn, inputs, targets)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(row[name].shape)}" for name in adapter.tensor_names)
         num_tokens = int((row["input_ids"] == adapter.image_token_id).sum())
         raise ValueError(
-            f"{type(adapter.processor).__name__} writes the pictures of a row as {num_tokens} tokens with {shapes}, "
+            f"{type(adapter.processor).__name__} writes the images of a row as {num_tokens} tokens with {shapes}, "
             f"which do not fit the {model.config.model_type} model: {error}; set processor.name_or_path to the model's "
             "own processor"
         ) from error
@@ -88,43 +73,25 @@ def position_ids(config: PretrainedConfig) -> Callable[[Mapping[str, torch.Tenso
     return build
 
 
-def freeze(model: Any, rules: Sequence[Mapping[str, Any]] | None, *, has_adapter: bool) -> None:
-    """Apply the rules, in order; None freezes the vision tower and trains the rest.
+def freeze_rules(config: VlmConfig, model: PreTrainedModel) -> list[dict[str, str]]:
+    """`freeze` of the config; left out, it freezes the vision tower and trains the rest.
 
-    With an adapter, None changes nothing: what trains is what PEFT's files hold, its factors (in the tower too, where
-    its targets match there) and ``modules_to_save``. Raises ValueError where something else would train, since no
-    checkpoint or export would have it.
+    With an adapter, left out, it changes nothing: what trains is what PEFT's files hold, its factors (in the tower too,
+    where its targets match there) and `modules_to_save`. Raises ValueError for a family without declared parts.
     """
-    if rules is None:
-        parts = am_models.vision_parts(model)
-        rules = [] if has_adapter else [{"freeze": parts.tower}, *({"unfreeze": name} for name in parts.projector)]
-    am_peft.freeze(model, rules)
-    if has_adapter:
-        kept = {id(parameter) for _, parameter in am_peft.Adapter(model).named_parameters()}
-        lost = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in kept]
-        if lost:
-            raise ValueError(
-                f"{len(lost)} parameters would train beside the adapter, such as {lost[0]}, and its files would not "
-                "hold them; name their modules in peft.modules_to_save instead of unfreezing them"
-            )
-
-
-def require_trained_tower(model: Any) -> None:
-    """Refuse to leave a vision tower of random weights as it is: ValueError."""
-    tower = am_models.vision_parts(model).tower
-    if not any(parameter.requires_grad for parameter in model.get_submodule(tower).parameters()):
-        raise ValueError(
-            f"model.compose gives {tower} random weights, and nothing of it would train; without an adapter say which "
-            "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
-        )
+    rules = config.freeze_rules()
+    if rules is not None or config.peft is not None:
+        return rules or []
+    parts = am_models.vision_parts(model)
+    return [{"freeze": parts.tower}, *({"unfreeze": name} for name in parts.projector)]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said about pictures.
+    """What a model said about images.
 
-    rows: pictures as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where pictures
-    of the same shape with another answer took their place: what the pictures do not explain.
+    rows: images as PNG bytes, prompt, answer, expected answer. shuffled: answer and expected answer where images
+    of the same shape with another answer took their place: what the images do not explain.
     """
 
     rows: list[tuple[list[bytes], str, str, str]]
@@ -134,7 +101,7 @@ class Answers:
         num_expected = len({wanted for *_, wanted in self.rows})
         right = _share([(answer, wanted) for *_, answer, wanted in self.rows])
         return (
-            f"exactly the expected answer: {right} of the held-out pictures, {_share(self.shuffled)} with pictures of "
+            f"exactly the expected answer: {right} of the held-out images, {_share(self.shuffled)} with images of "
             f"another answer; there are {num_expected} expected answers, so chance is {1 / max(num_expected, 1):.1%}"
         )
 
@@ -154,9 +121,13 @@ class _Question:
 
 @torch.no_grad()
 def answer_rows(
-    model: Any, processor: ProcessorMixin, dataset: am_data.VisionChatDataset, num_rows: int, max_new_tokens: int
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    dataset: am_data.VisionChatDataset,
+    num_rows: int,
+    max_new_tokens: int,
 ) -> Answers:
-    """First answers in the first ``num_rows`` rows, decoded greedily; rows without pictures before it are left out.
+    """First answers in the first `num_rows` rows, decoded greedily; rows without images before it are left out.
 
     Every rank calls it.
     """
@@ -168,12 +139,12 @@ def answer_rows(
         text = tokenizer.decode([token for token in ids if token != adapter.image_token_id], skip_special_tokens=True)
         return str(text).strip()
 
-    def ask(question: _Question, pictures: Mapping[str, Any]) -> str:
+    def ask(question: _Question, images: Mapping[str, Any]) -> str:
         input_ids = torch.from_numpy(question.prompt)[None].to(model.device)
-        tensors = {name: value.to(model.device) for name, value in adapter.join([pictures]).items()}
+        tensors = {name: value.to(model.device) for name, value in adapter.join([images]).items()}
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **tensors}
         if am_models.num_position_axes(model.config) > 1:
-            # Where generate finds the pictures, whose positions have rows and columns.
+            # Where generate finds the images, whose positions have rows and columns.
             inputs["mm_token_type_ids"] = (input_ids == adapter.image_token_id).int()
         if isinstance(model, FSDPModule):
             # generate runs the vision tower on its own, outside the forward that gathers its first weights.
@@ -187,7 +158,7 @@ def answer_rows(
     shuffled: list[tuple[str, str]] = []
     for place, question in enumerate(questions):
         expected = decode(question.expected)
-        images = [_png(picture) for picture in dataset.pictures(question.index)]
+        images = [_png(image) for image in dataset.images(question.index)]
         rows.append((images, decode(question.prompt), ask(question, question.example), expected))
         # From far away: neighbours in a table are often alike.
         half = (place + len(questions) // 2) % len(questions)
@@ -204,8 +175,8 @@ def _question(dataset: am_data.VisionChatDataset, index: int) -> _Question | Non
     ids, supervised = example["input_ids"], example["labels"] != -100
     begin = int(supervised.argmax())
     end = begin + int((~supervised[begin:]).argmax() or len(ids) - begin)
-    is_picture = ids == dataset.processor_adapter.image_token_id
-    if not is_picture.any() or is_picture[begin:].any():
+    is_image = ids == dataset.processor_adapter.image_token_id
+    if not is_image.any() or is_image[begin:].any():
         return None
     return _Question(index, example, ids[:begin], ids[begin:end])
 
@@ -215,8 +186,8 @@ def _share(pairs: Sequence[tuple[str, str]]) -> str:
     return f"{right} of {len(pairs)} ({right / max(len(pairs), 1):.1%})"
 
 
-def _png(picture: Any) -> bytes:
+def _png(image: Any) -> bytes:
     stream = io.BytesIO()
-    picture.thumbnail((192, 192))
-    picture.save(stream, format="PNG")
+    image.thumbnail((192, 192))
+    image.save(stream, format="PNG")
     return stream.getvalue()

@@ -1,10 +1,13 @@
+from __future__ import annotations
+
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from am_testing import run_distributed
+from am_testing import Pool, run_distributed
 
 
 def total(value: float) -> float:
@@ -26,6 +29,23 @@ def hang() -> None:
 def test_every_rank_takes_part() -> None:
     assert run_distributed(total, 4, 1.5) == [15.0] * 4
     assert run_distributed(total, 2, 1.0) == [3.0] * 2
+
+
+def own_pid() -> int:
+    return os.getpid()
+
+
+def test_no_more_workers_than_ranks_and_they_stay() -> None:
+    pool = Pool(3)
+    try:
+        first = pool.run(own_pid, 1)
+        two = pool.run(own_pid, 2)
+        assert two[:1] == first
+        assert pool.run(own_pid, 1) == first
+        assert pool.run(own_pid, 3)[:2] == two
+        assert len({*pool.run(own_pid, 3), os.getpid()}) == 4
+    finally:
+        pool.close()
 
 
 def test_a_failing_rank_is_reported_and_the_pool_recovers() -> None:

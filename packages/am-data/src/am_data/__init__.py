@@ -7,8 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from am_data._batch import Batch, collate
+    from am_data._batch import collate
     from am_data._chat import ChatDataset
+    from am_data._contracts import Batch, Collate, Dataset, Example, Report, Reported, Sample, Stream
     from am_data._loader import DataLoader
     from am_data._pack import PackedDataset, pack
     from am_data._render import render_and_mask
@@ -22,9 +23,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "ChatDataset",
+    "Collate",
     "DataLoader",
+    "Dataset",
     "DatasetReport",
+    "Example",
     "PackedDataset",
+    "Report",
+    "Reported",
+    "Sample",
+    "Stream",
     "TokenDataset",
     "TokenShards",
     "TokenShardsReport",
@@ -38,11 +46,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Batch": "am_data._batch",
+    "Batch": "am_data._contracts",
     "ChatDataset": "am_data._chat",
+    "Collate": "am_data._contracts",
     "DataLoader": "am_data._loader",
+    "Dataset": "am_data._contracts",
     "DatasetReport": "am_data._report",
+    "Example": "am_data._contracts",
     "PackedDataset": "am_data._pack",
+    "Report": "am_data._contracts",
+    "Reported": "am_data._contracts",
+    "Sample": "am_data._contracts",
+    "Stream": "am_data._contracts",
     "TokenDataset": "am_data._tokens",
     "TokenShards": "am_data._token_shards",
     "TokenShardsReport": "am_data._token_shards",

@@ -15,7 +15,7 @@ from am_data._render import Renderer, TrainOn
 from am_data._report import DatasetReport
 from am_data._row_filter import NUM_SAMPLES, Refused, check_options, collect, cut, digest_of, layout_of, segments
 from am_data._rows import Row, Rows, read_rows
-from am_data._tokens import Example, TokenDataset
+from am_data._tokens import TextExample, TokenDataset
 
 if TYPE_CHECKING:
     import datasets
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class ChatDataset:
     """A map-style dataset of conversations: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64 [S]}`.
 
-    `rows`: a JSON, JSONL, Parquet, CSV or Arrow file, a folder, a hub id (`name` its configuration), a
-    `datasets.Dataset` or a list of dicts. `format`: "messages" (role and content, `tools` column optional), "sharegpt"
-    (`conversations` of from and value), "alpaca" (instruction, input, output), "prompt_completion", or "auto" by the
-    columns. `chat_template` and `chat_template_kwargs` override the tokenizer's template and reach it as variables.
+    `path`: a JSON, JSONL, Parquet, CSV or Arrow file, a folder, a hub id (`name` its configuration), or rows in memory:
+    a `datasets.Dataset` or a list of dicts. `format`: "messages" (role and content, `tools` column optional),
+    "sharegpt" (`conversations` of from and value), "alpaca" (instruction, input, output), "prompt_completion", or
+    "auto" by the columns. `chat_template` and `chat_template_kwargs` override the tokenizer's template and reach it as
+    variables.
 
     Labels are not shifted and are -100 but for what the model must write (`render_and_mask` says what that is):
     every assistant turn, or the last one with `train_on="last"`. A row longer than `max_length` tokens is refused, or
@@ -41,7 +42,7 @@ class ChatDataset:
 
     def __init__(
         self,
-        rows: Rows,
+        path: Rows,
         tokenizer: "PreTrainedTokenizerBase",
         *,
         split: str = "train",
@@ -59,10 +60,10 @@ class ChatDataset:
         if num_proc < 1:
             raise ValueError(f"num_proc={num_proc} must be at least 1 process")
         renderer = Renderer(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
-        source = read_rows(rows, split=split, name=name)
-        layout = layout_of(source, format, rows, split)
+        source = read_rows(path, split=split, name=name)
+        layout = layout_of(source, format, path, split)
         masker = _Masker(renderer, layout, train_on, max_length, truncation)
-        _, kept, dropped = collect(_outcomes(masker, source, num_proc), source, rows, on_bad_row)
+        _, kept, dropped = collect(_outcomes(masker, source, num_proc), source, path, on_bad_row)
         fingerprint = hashlib.blake2b(b"".join(row.digest for row in kept), digest_size=16).hexdigest()
         self._tokens = TokenDataset((row.example for row in kept), fingerprint=fingerprint)
         self._report = DatasetReport(
@@ -93,13 +94,13 @@ class ChatDataset:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> TextExample:
         return self._tokens[index]
 
 
 @dataclass(frozen=True)
 class _Kept:
-    example: Example
+    example: TextExample
     truncated: bool
     digest: bytes
 

@@ -1,35 +1,28 @@
 """Optimizer steps whose content depends on the data, the seed and the step alone, never on the number of ranks.
 
 The position is one global number, the samples consumed of the epoch, so a run that was stopped goes on with any number
-of ranks, and neither repeats nor skips a sample. An epoch's order is a pure function of seed and epoch.
+of ranks, and neither repeats nor skips a sample. An epoch's order is a pure function of seed and epoch, or a stream's
+own.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh
 
-from am_data._batch import Batch, Join, Layout, Sample, check_layout, collate
+from am_data._batch import collate as default_collate
+from am_data._checks import check_batch, check_source, empty_batch
+from am_data._contracts import Batch, Collate, Dataset, Sample, Stream
+from am_data._prefetch import Prefetcher
+from am_data._sources import Chosen, DatasetSource, Plan, Position, StreamSource
 
-
-class SampleDataset(Protocol):
-    """What the loader needs: a dataset of examples or a `PackedDataset`."""
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample, int64 `[num_samples]`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal content."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any:
-        """An example, or the list of the examples of a pack."""
+# A rank's micro-batches and the position after them; None where a run ends.
+_Step: TypeAlias = tuple[list[Batch] | None, Position]
 
 
 class DataLoader:
@@ -37,19 +30,38 @@ class DataLoader:
 
     Every rank builds it with the same arguments but `rank`. A step takes the next `global_batch_size` samples (rows of
     a dataset, packs of a `PackedDataset`) of the epoch's order; they are dealt to micro-batches and ranks by length, so
-    that ranks have like work. `local_batch_size` is the samples of one micro-batch of one rank. The last step of an
-    epoch takes what is left, unless `drop_last`; a rank that runs out gets batches without targets. Give `rank` and
-    `world_size` of the data-parallel ranks, or their one-dimensional `mesh`.
+    that ranks have like work. The last step of an epoch takes what is left, unless `drop_last`; a rank that runs out
+    gets batches without targets.
 
-    `num_epochs=None` never ends. A loop goes on where the last one was left; a loop after the last epoch starts over.
-    For validation: `shuffle=False, num_epochs=1`. The other arguments are those of `collate`.
-    Raises ValueError where `global_batch_size` is not a multiple of `local_batch_size * world_size`.
+    Of a `Stream` every rank reads all samples, in the stream's order, one sample ahead of the step that is given; its
+    end is the end of an epoch. It is read in the thread that prepares steps, and its saved state is that of the step
+    given last. Datasets and streams draw from generators of their own: the thread runs beside the training.
+
+    A loop goes on where the last one was left; a loop after the last epoch starts over. There is one loop at a time.
+    For validation: `shuffle=False, num_epochs=1`.
+
+    Args:
+        collate: makes a micro-batch of samples: `functools.partial(am_data.collate, layout="padded")`, or your own
+            (see `Collate`). It is called once without samples here, and once with one sample before the first step.
+        global_batch_size: samples of one step over all ranks, a multiple of `local_batch_size * world_size`.
+        local_batch_size: samples of one micro-batch of one rank.
+        rank: with `world_size`, the place among the data-parallel ranks; or give their one-dimensional `mesh`.
+        seed: of the order; not used for a stream.
+        shuffle: a new order in every epoch; must be False for a stream.
+        num_epochs: None never ends.
+        prefetch: steps that a thread prepares ahead, 0 for none. Errors come at the step that they belong to.
+
+    Raises:
+        TypeError: the dataset or what `collate` returns is not of the contract; the message says what is missing.
+        ValueError: sizes that do not divide, an empty dataset, `lengths` of another length than the dataset, batches
+            whose tensors do not belong together, `shuffle=True` with a stream.
     """
 
     def __init__(
         self,
-        dataset: SampleDataset,
+        dataset: Dataset | Stream,
         *,
+        collate: Collate = default_collate,
         global_batch_size: int,
         local_batch_size: int,
         rank: int | None = None,
@@ -59,132 +71,136 @@ class DataLoader:
         shuffle: bool = True,
         num_epochs: int | None = None,
         drop_last: bool = False,
-        layout: Layout = "packed",
-        pad_token_id: int = 0,
-        pad_to_multiple_of: int | None = None,
-        max_length: int | None = None,
-        join: Join | None = None,
-        position_ids: Callable[[Batch], torch.Tensor] | None = None,
+        prefetch: int = 1,
     ) -> None:
-        check_layout(layout, join)
+        check_source(dataset)
         self._rank, self._world_size = _coordinates(rank, world_size, mesh)
         _check_sizes(global_batch_size, local_batch_size, self._world_size)
-        if len(dataset) == 0:
-            raise ValueError("the dataset is empty; a loader needs at least one sample")
-        if drop_last and len(dataset) < global_batch_size:
-            raise ValueError(
-                f"{len(dataset)} samples make no full step of global_batch_size={global_batch_size}, and drop_last "
-                "drops the rest; lower global_batch_size or set drop_last=False"
-            )
         if num_epochs is not None and num_epochs < 1:
             raise ValueError(f"num_epochs={num_epochs} must be at least 1, or None for no end")
-        self._dataset = dataset
-        self._lengths = dataset.lengths
-        self._global_batch_size = global_batch_size
+        if prefetch < 0:
+            raise ValueError(f"prefetch={prefetch} must be at least 0 steps")
+        plan = Plan(global_batch_size, num_epochs, drop_last, shuffle, seed)
+        self._is_stream = not isinstance(dataset, Dataset)
+        self._source = DatasetSource(dataset, plan) if isinstance(dataset, Dataset) else StreamSource(dataset, plan)
+        self._collate = collate
         self._local_batch_size = local_batch_size
-        self._seed = seed
-        self._shuffle = shuffle
-        self._num_epochs = num_epochs
-        self._drop_last = drop_last
-        self._layout: Layout = layout
-        self._pad_token_id = pad_token_id
-        self._pad_to_multiple_of = pad_to_multiple_of
-        self._max_length = max_length
-        self._join = join
-        self._position_ids = position_ids
-        self._epoch = 0
-        self._cursor = 0
+        self._prefetch = prefetch
+        self._position = self._source.start
         self._finished = False
+        self._running: Prefetcher[_Step] | Generator[_Step] | None = None
+        self._empty = empty_batch(collate)
+        # The per-token tensors that the loss takes, by name: dtype and dims after [B, S]; known from the first step on.
+        self._targets: dict[str, tuple[torch.dtype, torch.Size]] | None = None
 
     @property
     def epoch(self) -> int:
         """The epoch, from 0, of the step that was given last, or of the first one."""
-        return self._epoch
-
-    def __len__(self) -> int:
-        """Optimizer steps of one epoch."""
-        return self._samples_per_epoch // self._global_batch_size + bool(
-            self._samples_per_epoch % self._global_batch_size
-        )
+        return self._position.epoch
 
     @property
-    def _samples_per_epoch(self) -> int:
-        samples = len(self._dataset)
-        return samples - samples % self._global_batch_size if self._drop_last else samples
+    def is_stream(self) -> bool:
+        """Whether samples come from a `Stream`, so that nobody knows how many there are."""
+        return self._is_stream
+
+    def __len__(self) -> int:
+        """Optimizer steps of one epoch; TypeError for a stream."""
+        return self._source.steps_per_epoch
+
+    def steps_for_tokens(self, max_tokens: int) -> int:
+        """Optimizer steps from the start of a run until at least `max_tokens` tokens, padding left out, were seen.
+
+        Exact, from lengths and order, over as many epochs as it takes, whatever `num_epochs`. ValueError for a stream.
+        """
+        return self._source.steps_for_tokens(max_tokens)
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        self._stop_running()
         if self._finished:
-            self._epoch, self._cursor, self._finished = 0, 0, False
-        while self._num_epochs is None or self._epoch < self._num_epochs:
-            order = self._order(self._epoch)
-            while self._cursor < self._samples_per_epoch:
-                chosen = order[self._cursor : min(self._cursor + self._global_batch_size, self._samples_per_epoch)]
-                micro_batches = [self._collate(indices) for indices in self._share(chosen)]
+            self._position, self._finished = self._source.restart(self._position), False
+        self._source.move(self._position)
+        steps = self._steps(self._source.steps(self._position))
+        running = Prefetcher(steps, self._prefetch) if self._prefetch else steps
+        self._running = running
+        try:
+            for micro_batches, position in running:
                 # Moved before the step is given, so that a state taken during the step does not repeat it.
-                self._cursor += len(chosen)
-                yield micro_batches
-            self._epoch, self._cursor = self._epoch + 1, 0
-        self._finished = True
+                self._position = position
+                if micro_batches is not None:
+                    yield micro_batches
+            if self._running is not running:
+                raise RuntimeError(
+                    "the loader was iterated anew or got another position, so this loop is over; use one loop at a time"
+                )
+            self._finished = True
+        finally:
+            running.close()
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, Any]:
         """The position after the step that was given last, the same on every rank."""
-        return {
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "seed": self._seed,
-            "num_samples": len(self._dataset),
-            "fingerprint": self._identity,
-        }
+        return self._source.state(self._position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position saved by any number of ranks; ValueError if it is one in other data or order."""
-        ours = self.state_dict()
-        for key in ("fingerprint", "num_samples", "seed"):
-            if state[key] != ours[key]:
-                raise ValueError(
-                    f"the saved position has {key}={state[key]!r}, this loader {ours[key]!r}: the samples or their "
-                    "order differ; resume with the data, tokenizer, template, packing and seed of the saved run"
-                )
-        self._epoch, self._cursor, self._finished = int(state["epoch"]), int(state["cursor"]), False
+        self._stop_running()
+        self._position, self._finished = self._source.position(state), False
 
-    @property
-    def _identity(self) -> str:
-        return self._dataset.fingerprint + ("" if self._shuffle else "-in-order")
+    def _stop_running(self) -> None:
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.close()
+        if isinstance(running, Prefetcher):
+            running.join()
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Sample indices of an epoch; from raw random bits, whose values NumPy guarantees across its versions."""
-        samples = len(self._dataset)
-        if not self._shuffle:
-            return np.arange(samples, dtype=np.int64)
-        return np.argsort(np.random.PCG64([self._seed, epoch]).random_raw(samples), kind="stable")
+    def _steps(self, steps: Iterable[Chosen]) -> Generator[_Step]:
+        for chosen in steps:
+            if not len(chosen.lengths):
+                yield None, chosen.position
+                continue
+            if self._targets is None:
+                # Every rank looks at the same sample, also one that has none of the first micro-batch.
+                self._targets = _targets(check_batch(self._collate([chosen.read(0)]), "collate"))
+            places = share(chosen.lengths, self._local_batch_size, self._rank, self._world_size)
+            shares = ([chosen.read(place) for place in mine] for mine in places)
+            yield [self._batch(samples, self._targets) for samples in shares], chosen.position
 
-    def _share(self, chosen: NDArray[np.int64]) -> list[list[int]]:
-        """Sample indices of each of this rank's micro-batches; the union over ranks is `chosen`, each once."""
-        by_length = chosen[np.argsort(-self._lengths[chosen], kind="stable")].tolist()
-        per_micro_batch = self._local_batch_size * self._world_size
-        shares = []
-        for begin in range(0, len(by_length), per_micro_batch):
-            part = by_length[begin : begin + per_micro_batch]
-            mine = []
-            for turn, start in enumerate(range(0, len(part), self._world_size)):
-                # Back and forth, so that no rank always gets the longest.
-                place = start + (self._rank if turn % 2 == 0 else self._world_size - 1 - self._rank)
-                if place < len(part):
-                    mine.append(part[place])
-            shares.append(mine)
-        return shares
+    def _batch(self, samples: Sequence[Sample], targets: dict[str, tuple[torch.dtype, torch.Size]]) -> Batch:
+        if not samples:
+            # A copy: a batch is the loop's own. What the loss takes beside the labels, it takes of this rank too.
+            batch = {name: tensor.clone() for name, tensor in self._empty.items()}
+            shape = batch["input_ids"].shape
+            missing = {name: kind for name, kind in targets.items() if name not in batch}
+            return batch | {name: torch.zeros((*shape, *rest), dtype=dtype) for name, (dtype, rest) in missing.items()}
+        batch = check_batch(self._collate(samples), "collate")
+        differing = sorted(_targets(batch).keys() ^ targets.keys())
+        if differing:
+            raise ValueError(
+                f"a micro-batch and the first sample differ in {', '.join(differing)}; every example of a dataset has "
+                "the same arrays beside input_ids and labels"
+            )
+        return batch
 
-    def _collate(self, indices: list[int]) -> Batch:
-        samples: list[Sample] = [self._dataset[index] for index in indices]
-        return collate(
-            samples,
-            layout=self._layout,
-            pad_token_id=self._pad_token_id,
-            pad_to_multiple_of=self._pad_to_multiple_of,
-            max_length=self._max_length,
-            join=self._join,
-            position_ids=self._position_ids,
-        )
+
+def _targets(batch: Batch) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape[2:]) for name, tensor in batch.items() if name.startswith("shift_")}
+
+
+def share(lengths: NDArray[np.int64], local_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Places of each of a rank's micro-batches in a step; the union over ranks is every place once."""
+    by_length = np.argsort(-lengths, kind="stable").tolist()
+    per_micro_batch = local_batch_size * world_size
+    shares = []
+    for begin in range(0, len(by_length), per_micro_batch):
+        part = by_length[begin : begin + per_micro_batch]
+        mine = []
+        for turn, start in enumerate(range(0, len(part), world_size)):
+            # Back and forth, so that no rank always gets the longest.
+            place = start + (rank if turn % 2 == 0 else world_size - 1 - rank)
+            if place < len(part):
+                mine.append(part[place])
+        shares.append(mine)
+    return shares
 
 
 def _coordinates(rank: int | None, world_size: int | None, mesh: DeviceMesh | None) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from bisect import bisect_left, insort
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from am_data._tokens import Example, ExampleDataset
+from am_data._checks import check_lengths, check_source, examples_of
+from am_data._contracts import Dataset, Example, Stream
 
 
 def pack(lengths: ArrayLike, capacity: int) -> list[NDArray[np.int64]]:
@@ -59,14 +60,21 @@ class PackedDataset:
     """Packs of a dataset's examples, each of at most `capacity` tokens: an index over the dataset, no copies.
 
     `packed[i]` is the list of the examples of pack `i`; documents stay apart until `collate` lays them out. The packs
-    depend on the lengths alone, so reshuffling never changes them. Raises ValueError saying how many examples are
-    longer than `capacity`.
+    depend on the lengths alone, so reshuffling never changes them. `dataset` is any `Dataset`; one of packs, such as
+    windows of several documents, gives packs of all of their examples. Raises ValueError saying how many examples are
+    longer than `capacity`, and TypeError for a `Stream`, whose lengths nobody knows.
     """
 
-    def __init__(self, dataset: ExampleDataset, capacity: int) -> None:
+    def __init__(self, dataset: Dataset, capacity: int) -> None:
+        check_source(dataset)
+        if isinstance(dataset, Stream) and not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"PackedDataset needs the lengths of all examples, which a stream ({type(dataset).__name__}) does not "
+                "have; let the stream itself give packs (lists of examples), or leave it unpacked"
+            )
         self._dataset = dataset
         self._capacity = capacity
-        example_lengths = dataset.lengths
+        example_lengths = check_lengths(dataset)
         self._packs = pack(example_lengths, capacity)
         self._lengths = np.array([example_lengths[indices].sum() for indices in self._packs], dtype=np.int64)
 
@@ -100,4 +108,5 @@ class PackedDataset:
 
     def __getitem__(self, index: int) -> list[Example]:
         """The examples of pack `index`, in the order of the dataset."""
-        return [self._dataset[int(member)] for member in self._packs[index]]
+        members = self._packs[index].tolist()
+        return [example for member in members for example in examples_of(self._dataset[member], f"dataset[{member}]")]

@@ -17,7 +17,7 @@ from am_data._messages import Format, Message, RowRefusedError, detect_format
 from am_data._render import IGNORE_INDEX
 from am_data._report import Dropped, Segment, describe_dropped
 from am_data._rows import Row, Rows
-from am_data._tokens import Example
+from am_data._tokens import TextExample
 
 if TYPE_CHECKING:
     import datasets
@@ -118,7 +118,7 @@ def _note(dropped: dict[str, Dropped], refusal: Refused, row_id: str) -> None:
         entry.examples.append(row_id)
 
 
-def segments(example: Example, decode: Callable[[NDArray[np.int64]], str]) -> list[Segment]:
+def segments(example: TextExample, decode: Callable[[NDArray[np.int64]], str]) -> list[Segment]:
     """The decoded example, cut where its loss mask changes; for the samples of a report."""
     supervised = example["labels"] != IGNORE_INDEX
     edges = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(supervised)]

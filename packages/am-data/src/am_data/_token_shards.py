@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from am_data._report import Segment
 from am_data._shard_files import HEADER_BYTES, ShardHeader, bos_index_path, read_header
-from am_data._tokens import Example
+from am_data._tokens import TextExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ class TokenShardsReport:
 class TokenShards:
     """A map-style dataset of windows of `sequence_length` tokens over nanoGPT `.bin` shards, without overlap.
 
-    `paths`: a file, a glob, a folder with the shards of one corpus, or several of them; those of a glob or a folder
+    `path`: a file, a glob, a folder with the shards of one corpus, or several of them; those of a glob or a folder
     come in the order of their names, numbers by value. `dataset[i]` is `{"input_ids": int64 [S], "labels": int64
     [S + 1]}`: labels are the window's tokens and the next one, so that `collate` finds a target for the last.
 
@@ -88,7 +88,7 @@ class TokenShards:
 
     def __init__(
         self,
-        paths: Paths,
+        path: Paths,
         sequence_length: int,
         *,
         bos_token_id: int | None = None,
@@ -110,7 +110,7 @@ class TokenShards:
             )
         if bos_token_id is not None and vocab_size is not None and not 0 <= bos_token_id < vocab_size:
             raise ValueError(f"bos_token_id={bos_token_id} is not in 0..{vocab_size - 1}, the ids of vocab_size")
-        self._files = _find_shards(paths)
+        self._files = _find_shards(path)
         self._headers = [read_header(path) for path in self._files]
         self._ends = np.cumsum([header.num_tokens for header in self._headers], dtype=np.int64)
         self._sequence_length = sequence_length
@@ -152,7 +152,7 @@ class TokenShards:
     def __len__(self) -> int:
         return self._num_windows
 
-    def __getitem__(self, index: int) -> Example | list[Example]:
+    def __getitem__(self, index: int) -> TextExample | list[TextExample]:
         """Window `index`, or its documents with `split_documents`; negative indices count from the end."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} windows")

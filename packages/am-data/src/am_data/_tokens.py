@@ -2,30 +2,15 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from am_data._render import IGNORE_INDEX
 
-Example: TypeAlias = dict[str, NDArray[np.int64]]
-
-
-class ExampleDataset(Protocol):
-    """What `PackedDataset` and `DataLoader` need of a dataset of examples."""
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, int64 `[num_examples]`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal content: a saved position is valid for this content alone."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Example: ...
+# The example of a text: `input_ids` and `labels` alone.
+TextExample: TypeAlias = dict[str, NDArray[np.int64]]
 
 
 class TokenDataset:
@@ -87,7 +72,7 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> TextExample:
         """`{"input_ids": int64 [S], "labels": int64 [S]}`, labels not shifted; negative indices count from the end."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} examples")

@@ -31,7 +31,7 @@ from am_data._row_filter import (
     segments,
 )
 from am_data._rows import Row, Rows, read_rows
-from am_data._tokens import Example, TokenDataset
+from am_data._tokens import TextExample, TokenDataset
 from am_data._vision_pictures import load_picture, require_pillow
 from am_data._vision_processor import VisionProcessor, vision_processor
 
@@ -46,7 +46,7 @@ class VisionChatDataset:
     """A map-style dataset of conversations with pictures: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64
     [S]}` and, where the row has pictures, the processor's own tensors (`pixel_values`, ...).
 
-    `rows` and `format` are those of `ChatDataset`; a content is a string or a list of parts. A picture is a part
+    `path` and `format` are those of `ChatDataset`; a content is a string or a list of parts. A picture is a part
     `{"type": "image"}` with `image` or `path` (a path, the bytes of a file, `{"bytes", "path"}`, a PIL image), or it is
     taken in order from the row's column `images` (or `image`) by parts that hold none and by `<image>` in strings,
     whose text stays as it is. Relative paths start from `images`; without it, from the folder of the rows' file, or the
@@ -63,7 +63,7 @@ class VisionChatDataset:
 
     def __init__(
         self,
-        rows: Rows,
+        path: Rows,
         *,
         processor: Any,
         images: str | Path | None = None,
@@ -80,16 +80,16 @@ class VisionChatDataset:
         require_pillow()
         check_options(format, on_bad_row, max_length, truncation)
         adapter = processor if isinstance(processor, VisionProcessor) else vision_processor(processor)
-        source = _undecoded(read_rows(rows, split=split, name=name))
-        layout = layout_of(source, format, rows, split)
+        source = _undecoded(read_rows(path, split=split, name=name))
+        layout = layout_of(source, format, path, split)
         tokenizer = adapter.processor.tokenizer
         template = chat_template or adapter.processor.chat_template
         if not isinstance(template, str):
             holder = type(adapter.processor).__name__
             raise ValueError(f"the {holder} has chat_template={template!r}; pass chat_template= (Jinja text)")
         renderer = Renderer(tokenizer, chat_template=template, chat_template_kwargs=chat_template_kwargs)
-        masker = _Masker(adapter, renderer, layout, _folder(images, rows), train_on, max_length, truncation)
-        indices, kept, dropped = collect(map(masker, source), source, rows, on_bad_row)
+        masker = _Masker(adapter, renderer, layout, _folder(images, path), train_on, max_length, truncation)
+        indices, kept, dropped = collect(map(masker, source), source, path, on_bad_row)
 
         digests = [digest for row in kept for digest in (row.digest, *row.pictures)]
         fingerprint = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
@@ -160,7 +160,7 @@ class VisionChatDataset:
 
 @dataclass(frozen=True)
 class _Kept:
-    example: Example
+    example: TextExample
     truncated: bool
     digest: bytes
     pictures: list[bytes]

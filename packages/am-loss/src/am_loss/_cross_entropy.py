@@ -18,19 +18,23 @@ def cross_entropy(
     scale: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Sum over target tokens of ``-log softmax(z)[label]``, in float32.
+    """Sum over target tokens of `-log softmax(z)[label]`, in float32.
 
-    ``z = logits``, times ``scale`` if given, then ``softcap * tanh(z / softcap)`` if given. Positions whose label is
-    ``ignore_index`` are left out before anything is computed, so what stands there (NaN included) has no effect and
-    gets a zero gradient.
+    `z = logits`, times `scale` if given, then `softcap * tanh(z / softcap)` if given. Returns a float32 scalar (float64
+    for float64 logits): a SUM; divide by the number of targets of the whole optimizer step. Without any target it is a
+    0 that is connected to the graph. Use `linear_cross_entropy` where the head's weight is at hand: it never holds the
+    logits.
 
-    - ``logits``: ``[..., V]``, floating. ``labels``: ``[...]`` integers, already shifted.
-    - ``z_loss``: adds ``z_loss * logsumexp(z)^2`` of each target token (PaLM, arXiv:2204.02311, uses 1e-4).
-    - Returns a float32 scalar (float64 for float64 logits): a SUM; divide by the number of targets of the whole
-      optimizer step. Without any target it is a 0 that is connected to the graph.
-    - Raises ``ValueError`` for a label outside ``[0, V)`` or a shape that does not fit, ``TypeError`` for a DTensor.
+    Args:
+        logits: `[..., V]`, floating.
+        labels: `[...]` integers, already shifted.
+        ignore_index: positions with this label are left out before anything is computed, so what stands there (NaN
+            included) has no effect and gets a zero gradient.
+        z_loss: adds `z_loss * logsumexp(z)^2` of each target token (PaLM, arXiv:2204.02311, uses 1e-4).
 
-    Use :func:`linear_cross_entropy` where the head's weight is at hand: it never holds the logits.
+    Raises:
+        ValueError: a label outside `[0, V)`, or shapes that do not fit.
+        TypeError: a DTensor, or a dtype that does not fit.
     """
     refuse_dtensor(logits=logits, labels=labels)
     check_floating(logits=logits)

@@ -1,8 +1,8 @@
 """Distillation: the divergence of a student's distribution over the next token from a teacher's.
 
-With P the teacher's distribution and Q the student's, both softened by a temperature: forward KL is ``KL(P || Q)``
-(Hinton et al. 2015, arXiv:1503.02531), reverse KL is ``KL(Q || P)`` (MiniLLM, arXiv:2306.08543) and Jensen-Shannon is
-``(KL(P || M) + KL(Q || M)) / 2`` with ``M = (P + Q) / 2``. Each counts ``temperature^2`` times, so that the size of
+With P the teacher's distribution and Q the student's, both softened by a temperature: forward KL is `KL(P || Q)`
+(Hinton et al. 2015, arXiv:1503.02531), reverse KL is `KL(Q || P)` (MiniLLM, arXiv:2306.08543) and Jensen-Shannon is
+`(KL(P || M) + KL(Q || M)) / 2` with `M = (P + Q) / 2`. Each counts `temperature^2` times, so that the size of
 its gradients does not depend on the temperature.
 """
 
@@ -15,19 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from am_loss._chunks import Divergence, Objective, checked_head, chunked_loss, log_ratio_to_middle
+from am_loss._chunks import chunked_sums
+from am_loss._head import Head, checked_head
+from am_loss._objectives import CrossEntropy, Distillation, Divergence, log_ratio_to_middle
 from am_loss._targets import check_floating, check_labels, refuse_dtensor, select_targets
 
 
 class DistillationLoss(NamedTuple):
-    """Float32 sums over target tokens; ``loss`` alone has a graph."""
+    """Float32 sums over target tokens; `loss` alone has a graph."""
 
     loss: Tensor
-    """``(1 - kd_ratio) * cross_entropy + kd_ratio * divergence``."""
+    """`(1 - kd_ratio) * cross_entropy + kd_ratio * divergence`."""
     cross_entropy: Tensor
-    """Of the student; 0 where ``kd_ratio`` is 1, since it is then not computed."""
+    """Of the student; 0 where `kd_ratio` is 1, since it is then not computed."""
     divergence: Tensor
-    """Times ``temperature^2``; 0 where ``kd_ratio`` is 0, since the teacher is then not computed."""
+    """Times `temperature^2`; 0 where `kd_ratio` is 0, since the teacher is then not computed."""
 
 
 def distillation(
@@ -40,23 +42,25 @@ def distillation(
     num_tokens: int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Sum over target tokens of ``temperature^2 * divergence``, in float32. The teacher gets no gradient.
+    """Sum over target tokens of `temperature^2 * divergence`, in float32. The teacher gets no gradient.
 
-    - ``logits``: ``[..., V]`` of the student, ``teacher_logits``: ``[..., V']``, both floating, finite and final (after
-      soft-cap and scale). ``labels``: ``[...]`` integers, already shifted: they say which positions count.
-    - ``divergence``: ``"forward_kl"``, ``"reverse_kl"`` or ``"jensen_shannon"``, of the distributions
-      ``softmax(z / temperature)``.
-    - ``num_tokens``: both distributions are over the first so many ids, for vocabularies that are padded to different
-      sizes (the length of the tokenizer); by default V and V' must be equal. That equal ids are equal tokens is the
-      caller's to check.
-    - Positions with label ``ignore_index`` are left out before anything is computed; without any target the result is a
-      0 that is connected to the graph.
-    - Returns a float32 scalar (float64 for float64 ``logits``): a SUM; divide by the number of targets of the whole
-      optimizer step.
-    - Raises ``ValueError`` for an impossible option, a label outside ``[0, V)`` or shapes that do not fit,
-      ``TypeError`` for a DTensor.
+    Returns a float32 scalar (float64 for float64 `logits`): a SUM; divide by the number of targets of the whole
+    optimizer step. Without any target it is a 0 that is connected to the graph. Use `linear_distillation` where both
+    heads' weights are at hand: it never holds the logits.
 
-    Use :func:`linear_distillation` where both heads' weights are at hand: it never holds the logits.
+    Args:
+        logits: `[..., V]` of the student, floating, finite and final (after soft-cap and scale).
+        teacher_logits: `[..., V']`, as `logits`.
+        labels: `[...]` integers, already shifted: they say which positions count.
+        divergence: of the distributions `softmax(z / temperature)`.
+        num_tokens: both distributions are over the first so many ids, for vocabularies that are padded to different
+            sizes (the length of the tokenizer); by default V and V' must be equal. That equal ids are equal tokens is
+            the caller's to check.
+        ignore_index: positions with this label are left out before anything is computed.
+
+    Raises:
+        ValueError: an impossible option, a label outside `[0, V)` or shapes that do not fit.
+        TypeError: a DTensor, or a dtype that does not fit.
     """
     refuse_dtensor(logits=logits, teacher_logits=teacher_logits, labels=labels)
     check_floating(logits=logits)
@@ -106,33 +110,40 @@ def linear_distillation(
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> DistillationLoss:
-    """``(1 - kd_ratio) * cross_entropy + kd_ratio * distillation`` without holding the logits of student or teacher.
+    """`(1 - kd_ratio) * cross_entropy + kd_ratio * distillation` without holding the logits of student or teacher.
 
-    - ``hidden``: ``[..., D]``, ``weight``: ``[V, D]``, ``bias``: ``[V]``, ``softcap``, ``scale``, ``labels``,
-      ``ignore_index``, ``chunk_size``: the student's, as in :func:`linear_cross_entropy`. The cross entropy is over all
-      V ids.
-    - ``teacher_hidden``: ``[..., D']``, ``teacher_weight``: ``[V', D']`` and so on: the teacher's, of a floating dtype
-      of their own. They get no gradient.
-    - ``divergence``, ``temperature``, ``num_tokens``: as in :func:`distillation`.
-    - ``kd_ratio``: 0 gives :func:`linear_cross_entropy` bit for bit, and the teacher's head is not multiplied; at 1 no
-      cross entropy is computed. The part that is not computed is reported as 0.
-    - Returns float32 SUMS over target tokens (float64 for a float64 student), see :class:`DistillationLoss`. Without
-      any target: zeros, ``loss`` connected to the graph.
-    - Raises what :func:`linear_cross_entropy` and :func:`distillation` raise.
+    Returns float32 SUMS over target tokens (float64 for a float64 student), see `DistillationLoss`. Without any target:
+    zeros, `loss` connected to the graph. The arguments without `teacher_` are the student's, as in
+    `linear_cross_entropy`; the cross entropy is over all V ids.
+
+    Args:
+        teacher_hidden: `[..., D']`, of a floating dtype of the teacher's own. What is the teacher's gets no gradient.
+        teacher_weight: `[V', D']`; `teacher_bias`, `teacher_softcap` and `teacher_scale` as the student's.
+        kd_ratio: 0 gives `linear_cross_entropy` bit for bit, and the teacher's head is not multiplied; at 1 no cross
+            entropy is computed. The part that is not computed is reported as 0.
+        divergence: as in `distillation`, and so are `temperature` and `num_tokens`.
+
+    Raises:
+        ValueError: what `linear_cross_entropy` and `distillation` refuse, or a `kd_ratio` outside `[0, 1]`.
+        TypeError: as those two.
+        RuntimeError: when differentiated twice.
     """
-    student = checked_head("", hidden, weight, bias, softcap, scale, labels)
+    student = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
     teacher = checked_head(
-        "teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale, labels
+        Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale), labels, "teacher_"
     )
     _check_options(divergence, temperature)
     if not 0 <= kd_ratio <= 1:
         raise ValueError(f"kd_ratio={kd_ratio} must be in [0, 1]; 0 is cross entropy alone, 1 distillation alone")
     num_tokens = _shared_tokens(weight.shape[0], teacher_weight.shape[0], num_tokens)
     index, targets = select_targets(labels, weight.shape[0], ignore_index)
-    objective = Objective(kd_ratio=kd_ratio, divergence=divergence, temperature=temperature, num_tokens=num_tokens)
-    return DistillationLoss(
-        *chunked_loss(student, teacher if kd_ratio > 0 else None, index, targets, objective, chunk_size)
-    )
+    if kd_ratio == 0:
+        loss, cross_entropy = chunked_sums(student, index, {"labels": targets}, CrossEntropy(), chunk_size)
+        return DistillationLoss(loss, cross_entropy, torch.zeros_like(cross_entropy))
+    teacher_rows = teacher.hidden if index is None else teacher.hidden[index]
+    rows = {"labels": targets, "teacher_hidden": teacher_rows.detach()}
+    objective = Distillation(teacher, kd_ratio, divergence, temperature, num_tokens)
+    return DistillationLoss(*chunked_sums(student, index, rows, objective, chunk_size))
 
 
 def _check_options(divergence: str, temperature: float) -> None:

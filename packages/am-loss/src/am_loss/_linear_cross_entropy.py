@@ -1,10 +1,12 @@
-"""Cross entropy of ``hidden @ weight.T`` without ever holding the logits."""
+"""Cross entropy of `hidden @ weight.T` without ever holding the logits."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from am_loss._chunks import Objective, checked_head, chunked_loss
+from am_loss._chunks import chunked_sums
+from am_loss._head import Head, checked_head
+from am_loss._objectives import CrossEntropy
 from am_loss._targets import check_z_loss, select_targets
 
 
@@ -20,24 +22,33 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """``cross_entropy(F.linear(hidden, weight, bias), labels)`` without holding the logits: a float32 SUM.
+    """`cross_entropy(F.linear(hidden, weight, bias), labels)` without holding the logits: a float32 SUM.
 
-    - ``hidden``: ``[..., D]``, ``weight``: ``[V, D]``, ``bias``: ``[V]``, of one floating dtype. ``labels``: ``[...]``
-      integers, already shifted. Under ``torch.autocast`` the three are cast as ``F.linear`` would.
-    - ``z = hidden @ weight.T + bias``, times ``scale`` if given, then ``softcap * tanh(z / softcap)`` if given.
-    - ``z_loss``: adds ``z_loss * logsumexp(z)^2`` of each target token (PaLM, arXiv:2204.02311, uses 1e-4).
-    - Positions with label ``ignore_index`` are never multiplied by the head; their gradient is zero.
-    - ``chunk_size``: rows whose logits exist at one time; the default keeps the buffer near 8 M elements. The result
-      does not depend on it beyond rounding.
-    - Returns a float32 scalar (float64 for float64 inputs). Softmax and loss are computed in float32; the weight's
-      gradient is accumulated in float32 over the chunks and rounded once. Without any target: a 0 that is connected
-      to the graph, whose gradients are zeros.
-    - Only gradients that are required are computed: none under ``torch.no_grad``, none of a frozen weight.
-    - Raises ``ValueError`` for a label outside ``[0, V)`` or shapes that do not fit, ``TypeError`` for DTensors or
-      mixed dtypes, ``RuntimeError`` when differentiated twice.
+    Returns a float32 scalar (float64 for float64 inputs). Softmax and loss are computed in float32; the weight's
+    gradient is accumulated in float32 over the chunks and rounded once. Without any target: a 0 that is connected to
+    the graph, whose gradients are zeros. Only gradients that are required are computed: none under `torch.no_grad`,
+    none of a frozen weight.
+
+    Args:
+        hidden: `[..., D]`, of one floating dtype with `weight` and `bias`; under `torch.autocast` the three are cast as
+            `F.linear` would.
+        weight: `[V, D]`.
+        labels: `[...]` integers, already shifted.
+        bias: `[V]`.
+        ignore_index: positions with this label are never multiplied by the head; their gradient is zero.
+        softcap: `z = softcap * tanh(z / softcap)`, after the scale.
+        scale: `z = scale * (hidden @ weight.T + bias)`.
+        z_loss: adds `z_loss * logsumexp(z)^2` of each target token (PaLM, arXiv:2204.02311, uses 1e-4).
+        chunk_size: rows whose logits exist at one time; the default keeps the buffer near 8 M elements. The result
+            does not depend on it beyond rounding.
+
+    Raises:
+        ValueError: a label outside `[0, V)`, an impossible option, or shapes that do not fit.
+        TypeError: DTensors or mixed dtypes.
+        RuntimeError: when differentiated twice.
     """
     check_z_loss(z_loss)
-    head = checked_head("", hidden, weight, bias, softcap, scale, labels)
+    head = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
     index, targets = select_targets(labels, weight.shape[0], ignore_index)
-    loss, _, _ = chunked_loss(head, None, index, targets, Objective(z_loss=z_loss), chunk_size)
+    loss, _ = chunked_sums(head, index, {"labels": targets}, CrossEntropy(z_loss=z_loss), chunk_size)
     return loss

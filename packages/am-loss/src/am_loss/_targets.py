@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def refuse_dtensor(**tensors: Tensor | None) -> None:
-    """Raise ``TypeError`` for a DTensor: its shards would be treated as the whole vocabulary or batch."""
+    """Raise `TypeError` for a DTensor: its shards would be treated as the whole vocabulary or batch."""
     # A DTensor exists only once its module is imported, and importing it costs two seconds: so look, do not import.
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
@@ -24,7 +24,7 @@ def refuse_dtensor(**tensors: Tensor | None) -> None:
 
 
 def check_labels(name: str, rows: Tensor, labels: Tensor) -> None:
-    """``rows`` is ``[..., X]``: ``labels`` must be integers of shape ``[...]`` on the same device."""
+    """`rows` is `[..., X]`: `labels` must be integers of shape `[...]` on the same device."""
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"labels has dtype {labels.dtype}; pass class indices, for example labels.long()")
     if rows.dim() == 0 or rows.shape[:-1] != labels.shape:
@@ -58,18 +58,15 @@ def check_z_loss(z_loss: float) -> None:
 
 
 def select_targets(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
-    """Positions with a target, and their targets.
+    """Positions with a target, and their targets: `index [N]` into the flattened labels (None: all), `targets [N]`.
 
-    **Arguments:** ``labels`` integers of any shape, ``T`` of them. **Returns** ``index [N]`` int64 into the flattened
-    labels, or ``None`` where all positions are targets, and ``targets [N]`` int64. Raises ``ValueError`` for a target
-    outside ``[0, vocabulary)``. On CUDA this waits for the device (so does the selection itself).
+    Both int64; `labels` are integers of any shape. Raises `ValueError` for a target outside `[0, vocabulary)`. On CUDA
+    this waits for the device (so does the selection itself).
     """
     labels_T = labels.reshape(-1).long()
-    index = (labels_T != ignore_index).nonzero().squeeze(1)
-    if index.numel() == labels_T.numel():
-        index, targets = None, labels_T
-    else:
-        targets = labels_T[index]
+    found = (labels_T != ignore_index).nonzero().squeeze(1)
+    index = None if found.numel() == labels_T.numel() else found
+    targets = labels_T if index is None else labels_T[index]
     if targets.numel() > 0:
         lowest, highest = torch.stack(targets.aminmax()).tolist()
         if lowest < 0 or highest >= vocabulary:

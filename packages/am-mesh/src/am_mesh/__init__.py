@@ -7,10 +7,12 @@ from am_mesh._process_group import process_group
 from am_mesh._recompute import recompute
 from am_mesh._reduce import sum_over
 from am_mesh._shard import fully_shard, gradient_sync, replicate
+from am_mesh._step import forward_backward
 
 __all__ = [
     "ParallelDims",
     "clip_grad_norm_",
+    "forward_backward",
     "fully_shard",
     "grad_norm",
     "gradient_sync",

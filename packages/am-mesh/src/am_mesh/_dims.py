@@ -7,8 +7,10 @@ The world is one block of ranks seen in four ways. Outer to inner:
     pp, dp, cp, tp                          dp = dp_replicate x dp_shard: what batches are split over
     pp, dp_replicate, ep_shard, ep          the ranks as experts see them: ep x ep_shard = dp_shard x cp x tp
 
-A view is a mesh of its own (slicing a flattened axis out of its parent is deprecated in torch), but axes that span the
-same ranks share one process group, so the four views cost one communicator per distinct set of ranks.
+Who trains asks for ranks by what they do, not by axes (`ParallelDims.row_ranks`, `loss_ranks`, `all_ranks`), so that
+another axis changes no caller. A view is a mesh of its own (slicing a flattened axis out of its parent is deprecated in
+torch), but axes that span the same ranks share one process group, so the four views cost one communicator per distinct
+set of ranks.
 """
 
 from __future__ import annotations
@@ -177,6 +179,28 @@ class ParallelDims:
             + "; ".join(", ".join(view_names) for view_names in VIEWS)
         )
 
+    @property
+    def row_ranks(self) -> DeviceMesh:
+        """The ranks, this one among them, that split the rows of a batch: one axis, `dp`.
+
+        A loader deals rows out over them; what is counted of whole rows (targets, tokens) adds up over them.
+        """
+        return self.mesh("dp")
+
+    @property
+    def loss_ranks(self) -> DeviceMesh:
+        """The ranks, this one among them, whose parts of a loss add up to the loss: `pp`, `dp` and `cp`.
+
+        Every one of them has other rows, another part of the sequence, or other layers; the ranks of `tp` hold the same
+        loss. This rank's coordinate is what a random number of the training may depend on.
+        """
+        return self.mesh("pp", "dp", "cp")
+
+    @property
+    def all_ranks(self) -> DeviceMesh:
+        """Every rank: whoever must agree on something, such as when to stop, agrees over it."""
+        return self.mesh("pp", "dp", "cp", "tp")
+
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
@@ -211,9 +235,11 @@ def _view(
 
 def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     if len(ranks) == dist.get_world_size():
-        group = dist.group.WORLD
-        assert group is not None
-        return group
+        world = dist.group.WORLD
+        assert world is not None
+        return world
     # Each rank makes only the group it belongs to: the lines of one axis are disjoint and every rank meets the axes
     # in the same order, so this cannot deadlock, and it costs O(1) instead of O(world) groups per axis.
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -37,7 +37,9 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     if launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        # torch.distributed has it by a star import, which type checkers do not count as public.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     try:
         yield device
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 # The wrapper class in torch.distributed.algorithms renames every parameter; this one works by hooks and renames none.
-from torch.distributed._composable import checkpoint
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from am_mesh._blocks import find_blocks
 

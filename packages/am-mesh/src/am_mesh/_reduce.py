@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import overload
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-Number = TypeVar("Number", int, float, torch.Tensor)
 
-
-def sum_over(mesh: DeviceMesh, value: Number) -> Number:
+@overload
+def sum_over(mesh: DeviceMesh, value: int) -> int: ...
+@overload
+def sum_over(mesh: DeviceMesh, value: float) -> float: ...
+@overload
+def sum_over(mesh: DeviceMesh, value: torch.Tensor) -> torch.Tensor: ...
+def sum_over(mesh: DeviceMesh, value: int | float | torch.Tensor) -> int | float | torch.Tensor:
     """The sum of `value` over the ranks of `mesh` (all its axes), of the same type as `value`.
 
     Every rank of the mesh calls it. An int is summed exactly in int64, a float in float64, a tensor in its own dtype

@@ -82,6 +82,7 @@ def replicate(
             f"mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; replicate takes one, such as dims.mesh('dp')"
         )
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert isinstance(alone, dist.ProcessGroup)
     replicas = DeviceMesh.from_group(
         [mesh.get_group(), alone],
         mesh.device_type,

@@ -1,22 +1,25 @@
 """Hugging Face models made fast in place, with their own signature."""
 
 from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
-from am_models._leak import leak_test
-from am_models._loss import forward_with_loss
+from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts
+from am_models._loss import Loss, RouterLoss, forward_with_loss, split_batch
 from am_models._optimize import OptimizeReport, optimize
-from am_models._pictures import VisionParts, multi_axis_positions, num_position_axes, vision_parts
+from am_models._separate import require_separate_documents
 from am_models._weight_map import weight_map
 
 __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
+    "Loss",
     "OptimizeReport",
+    "RouterLoss",
     "VisionParts",
     "forward_with_loss",
-    "leak_test",
     "multi_axis_positions",
     "num_position_axes",
     "optimize",
+    "require_separate_documents",
+    "split_batch",
     "vision_parts",
     "weight_map",
 ]

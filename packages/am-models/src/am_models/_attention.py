@@ -2,7 +2,7 @@
 
 The two registries are used together: an attention name without a mask function silently gets no mask. The mask
 function is transformers' own `sdpa_mask`, except that a training batch without padding mask or cache gets a
-:class:`LazyMask`: what transformers asked for, not yet built. The attention call knows the document ids, which the mask
+`LazyMask`: what transformers asked for, not yet built. The attention call knows the document ids, which the mask
 function does not, and then needs no [B, 1, S, S] tensor; without document ids it builds the mask transformers meant.
 """
 

@@ -14,7 +14,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision",
 
 
 class AutoModelForCausalLM:
-    """`transformers.AutoModelForCausalLM` whose models went through :func:`am_models.optimize`. Never instantiated.
+    """`transformers.AutoModelForCausalLM` whose models went through `optimize`. Never instantiated.
 
     A configuration with a vision tower is a ValueError: transformers would refuse some and build others without it.
     """
@@ -26,7 +26,7 @@ class AutoModelForCausalLM:
         kernels: str | Mapping[str, Any] = "auto",
         **kwargs: Any,
     ) -> Any:
-        """Load a model; arguments, errors and returned class are transformers', `kernels` is :func:`optimize`'s.
+        """Load a model; arguments, errors and returned class are transformers', `kernels` is `optimize`'s.
 
         Also returns what transformers returns beside the model (`output_loading_info=True`: a tuple).
         """
@@ -39,7 +39,7 @@ class AutoModelForCausalLM:
 
 
 class AutoModelForImageTextToText:
-    """`transformers.AutoModelForImageTextToText`, its models optimised as :func:`am_models.optimize` says.
+    """`transformers.AutoModelForImageTextToText`, its models optimised as `optimize` says.
 
     The language model gets the kernels of its family, the vision tower stays stock. A text-only configuration is a
     ValueError.
@@ -52,13 +52,13 @@ class AutoModelForImageTextToText:
         kernels: str | Mapping[str, Any] = "auto",
         **kwargs: Any,
     ) -> Any:
-        """As :meth:`AutoModelForCausalLM.from_pretrained`."""
+        """As `AutoModelForCausalLM.from_pretrained`."""
         auto_class = "AutoModelForImageTextToText"
         return _from_pretrained(auto_class, pretrained_model_name_or_path, model_args, kernels, kwargs)
 
     @staticmethod
     def from_config(config: Any, *, kernels: str | Mapping[str, Any] = "auto", **kwargs: Any) -> nn.Module:
-        """As :meth:`AutoModelForCausalLM.from_config`."""
+        """As `AutoModelForCausalLM.from_config`."""
         return _from_config("AutoModelForImageTextToText", config, kernels, kwargs)
 
 
@@ -102,21 +102,21 @@ def _read_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any
 
 
 def _check_modality(config: Any, auto_class: str) -> None:
-    """Refuse a model with pictures as a text model and the reverse; what transformers does not know is its business."""
+    """Refuse a model with images as a text model and the reverse; what transformers does not know is its business."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     )
 
-    takes_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if takes_pictures and auto_class == "AutoModelForCausalLM":
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if takes_images and auto_class == "AutoModelForCausalLM":
         raise ValueError(
-            f"{config.model_type} ({type(config).__name__}) is a model of pictures and text, not of text alone; "
+            f"{config.model_type} ({type(config).__name__}) is a model of images and text, not of text alone; "
             "use AutoModelForImageTextToText, or give config.get_text_config() to from_config for its language model "
             "alone"
         )
-    if not takes_pictures and auto_class != "AutoModelForCausalLM" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not takes_images and auto_class != "AutoModelForCausalLM" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{config.model_type} ({type(config).__name__}) is a text-only model without a vision tower; use "
-            "AutoModelForCausalLM, or a model of pictures and text such as idefics3, llava or qwen3_vl"
+            "AutoModelForCausalLM, or a model of images and text such as idefics3, llava or qwen3_vl"
         )

@@ -1,7 +1,7 @@
 """What each model family of transformers is made of: the declared facts that the swaps and the loss rely on.
 
 `FAMILIES` describes language models by the `model_type` of their configuration, `VISION_FAMILIES` what surrounds the
-language model (`config.text_config`) in a model of pictures and text.
+language model (`config.text_config`) in a model of images and text.
 
 A class is swapped only where this table names it, because what it computes was read and is tested against stock: two
 classes called `...RMSNorm` can multiply by `weight` or by `1 + weight`. A family that is not here keeps its own code.
@@ -20,10 +20,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """Class names inside ``transformers.models.<module>.modeling_<module>`` and the arithmetic after the output head.
+    """Class names inside `transformers.models.<module>.modeling_<module>` and the arithmetic after the output head.
 
     attention: takes part in transformers' attention registry and lets keyword arguments through to it.
-    rotary: the attention's `apply_rotary_pos_emb` is the half-rotation of :func:`am_kernels.rope`.
+    rotary: the attention's `apply_rotary_pos_emb` is the half-rotation of `am_kernels.rope`.
     norm: `weight * (x / rms(x)).to(x.dtype)`, epsilon in `variance_epsilon`.
     gated_mlp: `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
     experts: fused `gate_up_proj [E, 2F, D]` (gate first) and `down_proj [E, D, F]`, no bias, activation `act_fn`.
@@ -92,15 +92,15 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class VisionFamily:
-    """How pictures enter a model: facts on its base model (`model.base_model`).
+    """How images enter a model: facts on its base model (`model.base_model`).
 
     language_model: attribute of the base model that holds the language model.
-    tower, projector: paths in the base model of what sees pictures and of what turns its features into the language
+    tower, projector: paths in the base model of what sees images and of what turns its features into the language
         model's hidden states (part of the tower in some families).
-    blank: the smallest picture that the tower takes, as keyword arguments of the base model's `get_image_features`.
-    keys, optional_keys: the processor's tensors that the base model takes with pictures, always or where given.
+    blank: the smallest image that the tower takes, as keyword arguments of the base model's `get_image_features`.
+    keys, optional_keys: the processor's tensors that the base model takes with images, always or where given.
     features: fields of the output of `get_image_features` that end in the token sequence.
-    axes: of the rotary embedding; with more than one, pictures need `position_ids [axes, B, S]`.
+    axes: of the rotary embedding; with more than one, images need `position_ids [axes, B, S]`.
     """
 
     language_model: str
@@ -114,20 +114,20 @@ class VisionFamily:
 
 
 def _blank_shuffled(config: Any) -> dict[str, torch.Tensor]:
-    """One picture [1, 1, C, side, side] of one token; all zeros would count as padding."""
+    """One image [1, 1, C, side, side] of one token; all zeros would count as padding."""
     vision = config.vision_config
     side = vision.patch_size * config.scale_factor
     return {"pixel_values": torch.ones(1, 1, vision.num_channels, side, side)}
 
 
 def _blank_fixed(config: Any) -> dict[str, torch.Tensor]:
-    """One picture [1, C, side, side]: these towers take one size."""
+    """One image [1, C, side, side]: these towers take one size."""
     vision = config.vision_config
     return {"pixel_values": torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
 
 
 def _blank_grid(config: Any) -> dict[str, torch.Tensor]:
-    """One picture of one token: merge * merge patches of C * frames * side * side values."""
+    """One image of one token: merge * merge patches of C * frames * side * side values."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2

@@ -35,7 +35,7 @@ def rotate(
 
 
 def with_rotation(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The attention forward of a family, run with its global `apply_rotary_pos_emb` bound to :func:`rotate`.
+    """The attention forward of a family, run with its global `apply_rotary_pos_emb` bound to `rotate`.
 
     A new function with its own globals: the modelling code stays the single implementation and its module is untouched.
     """
@@ -56,7 +56,7 @@ def experts_forward(
 
 
 def register_experts() -> None:
-    """Make :func:`experts_forward` known to transformers under our own name."""
+    """Make `experts_forward` known to transformers under our own name."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
@@ -68,5 +68,5 @@ def install(module: nn.Module, function: Callable[..., Any]) -> None:
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether :func:`install` was the last to replace the forward of this instance."""
+    """Whether `install` was the last to replace the forward of this instance."""
     return vars(module)["forward"].__module__ == __name__

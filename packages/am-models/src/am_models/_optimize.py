@@ -18,11 +18,11 @@ PARTS = ("attention", "norm", "rope", "activation", "experts")
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What :func:`optimize` did to one model: `str(report)` is one line per part.
+    """What `optimize` did to one model: `str(report)` is one line per part.
 
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
-    loss: what :func:`forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
-    router: whether :func:`forward_with_loss` takes a `router_loss`.
+    loss: what `forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
+    router: whether `forward_with_loss` takes a `router_loss`.
     """
 
     family: str
@@ -38,7 +38,7 @@ class OptimizeReport:
 def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> OptimizeReport:
     """Run attention, norms, rotary embedding, gated MLPs and experts of `model` on our kernels, in place.
 
-    Of a model of pictures and text the language model is swapped; the vision tower stays stock, its attention included.
+    Of a model of images and text the language model is swapped; the vision tower stays stock, its attention included.
     Works on the instance: module classes, parameter objects, names and state dict stay, `save_pretrained` writes what
     stock would, other models of the process are untouched. On the meta device or with weights, before or after
     adapters are added and before or after sharding; every rank calls it. Also installs `forward_with_loss`.

@@ -15,9 +15,9 @@ atexit.register(_pool.close)
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Run ``function(*args)`` on ``world_size`` (at most 4) gloo ranks; return the results in rank order.
+    """Run `function(*args)` on `world_size` (at most 4) gloo ranks; return the results in rank order.
 
-    ``function`` must be defined at the top level of an importable module or of the test file itself. The first call of
-    a session costs about eight seconds, later ones 20-80 ms. See :meth:`Pool.run` for what is raised.
+    `function` must be defined at the top level of an importable module or of the test file itself. The first call of a
+    session costs seconds, later ones 20-80 ms. See `Pool.run` for what is raised.
     """
     return _pool.run(function, world_size, *args, timeout=timeout)

@@ -1,8 +1,9 @@
 """One pool of gloo worker processes for a whole test session.
 
 Starting a process costs seconds (importing torch, FSDP, DTensor), a job on a running one costs milliseconds. So the
-workers come from a ``forkserver`` that has imported everything once, stay alive, and make a fresh process group over a
-fresh ``FileStore`` for every job. A rank that fails or hangs takes the pool down; the next job builds a new one.
+workers come from a `forkserver` that has imported everything once, stay alive, and make a fresh process group over a
+fresh `FileStore` for every job. There are as many as the largest job so far had ranks. A rank that fails or hangs takes
+the pool down; the next job builds a new one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PRELOAD_IF_USED = [
 
 
 def _load_module(name: str, path: str) -> None:
-    """Make the module that defines a job importable: pytest's importlib mode leaves test files off ``sys.path``."""
+    """Make the module that defines a job importable: pytest's importlib mode leaves test files off `sys.path`."""
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
@@ -87,6 +88,8 @@ def _worker(connection: multiprocessing.connection.Connection) -> None:
                 timeout=datetime.timedelta(seconds=timeout),
             )
             try:
+                # A rank with nothing to exchange would leave while another still connects to it.
+                dist.barrier()
                 result = function(*args)
             finally:
                 dist.destroy_process_group()
@@ -96,23 +99,22 @@ def _worker(connection: multiprocessing.connection.Connection) -> None:
 
 
 class Pool:
-    """``size`` worker processes that run functions of importable modules, one gloo rank each."""
+    """Up to `size` worker processes that run functions of importable modules, one gloo rank each."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-        """Run ``function(*args)`` on ``world_size`` ranks and return their results in rank order.
+        """Run `function(*args)` on `world_size` ranks and return their results in rank order.
 
-        ``function``, ``args`` and the results are pickled, so ``function`` is a module-level function. Inside it the
-        default process group is initialised. Raises ``RuntimeError`` with the tracebacks of the ranks that failed, or
-        ``TimeoutError`` after ``timeout`` seconds.
+        `function`, `args` and the results are pickled, so `function` is a module-level function. Inside it the default
+        process group is initialised. Raises `RuntimeError` with the tracebacks of the ranks that failed, or
+        `TimeoutError` after `timeout` seconds.
         """
         if not 1 <= world_size <= self.size:
             raise ValueError(f"world_size={world_size} must be between 1 and the pool's size {self.size}")
-        if not self._workers:
-            self._start()
+        self._start(world_size)
         with tempfile.TemporaryDirectory(prefix="am-testing-") as folder:
             store = os.path.join(folder, "store")
             for rank in range(world_size):
@@ -149,10 +151,11 @@ class Pool:
             raise TimeoutError(f"ranks {sorted(waiting.values())} of {world_size} did not finish within {timeout} s")
         return results
 
-    def _start(self) -> None:
+    def _start(self, number: int) -> None:
+        """Start what is missing to so many workers."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD + [name for name in PRELOAD_IF_USED if name in sys.modules])
-        for _ in range(self.size):
+        for _ in range(len(self._workers), number):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs,), daemon=True)
             process.start()
@@ -160,7 +163,7 @@ class Pool:
             self._workers.append((process, ours))
 
     def close(self) -> None:
-        """End the workers. A later ``run`` starts new ones."""
+        """End the workers. A later `run` starts new ones."""
         for process, connection in self._workers:
             connection.close()
             process.kill()

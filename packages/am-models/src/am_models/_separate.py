@@ -9,7 +9,7 @@ from am_models._attention import uses_documents
 
 
 @torch.no_grad()
-def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> None:
+def require_separate_documents(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> None:
     """Check on the model itself that documents packed into one row do not influence each other, nor padding them.
 
     One forward of four rows of random tokens, each two documents of `document_length` tokens and two padding tokens:
@@ -18,11 +18,13 @@ def leak_test(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> N
     tokens; nothing is changed. Every rank that holds a shard calls it. Needs weights, whose attention is not all zero.
 
     Raises RuntimeError naming the family and what leaked, ValueError where logits are NaN or infinite. Models with
-    stock attention are tested as :func:`forward_with_loss` feeds them: packing by `position_ids` alone.
+    stock attention are tested as `forward_with_loss` feeds them: packing by `position_ids` alone.
     """
     device = model.device
     if device.type == "meta":
-        raise ValueError("leak_test needs weights and the model is on the meta device; call it after loading")
+        raise ValueError(
+            "require_separate_documents needs weights and the model is on the meta device; call it after loading"
+        )
     generator = torch.Generator().manual_seed(seed)
     length = document_length
     positions = [*range(length), *range(length), 0, 0]

@@ -1,12 +1,13 @@
-"""Pictures in a batch: which tensors enter, what stands in for none, and the positions of their tokens.
+"""Images in a batch: which tensors enter, what stands in for none, and the positions of their tokens.
 
-A batch without pictures has no feature to merge, and stock transformers then skips the vision tower: ranks would run
-different modules and, under FSDP2, wait for each other's collectives for ever. Here such a batch carries zero pictures,
+A batch without images has no feature to merge, and stock transformers then skips the vision tower: ranks would run
+different modules and, under FSDP2, wait for each other's collectives for ever. Here such a batch carries zero images,
 for which the tower sees a blank one; none of its features is used, so the text is the same to the bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from am_models._attention import uses_documents
-from am_models._families import VISION_FAMILIES, VisionFamily, base_class_of
+from am_models._families import VISION_FAMILIES, base_class_of
 
 
 class VisionParts(NamedTuple):
@@ -29,12 +30,12 @@ class VisionParts(NamedTuple):
 def vision_parts(model: nn.Module) -> VisionParts:
     """Where `model` keeps its vision tower, its projector (inside the tower in some families) and language model.
 
-    Raises ValueError for a model that takes no pictures or whose family is not declared.
+    Raises ValueError for a model that takes no images or whose family is not declared.
     """
     vision = VISION_FAMILIES.get(model.config.model_type)
     if vision is None:
         raise ValueError(
-            f"{model.config.model_type} is no declared family with pictures; choose among {', '.join(VISION_FAMILIES)}"
+            f"{model.config.model_type} is no declared family with images; choose among {', '.join(VISION_FAMILIES)}"
         )
     prefix = model.base_model_prefix
     projector = tuple(f"{prefix}.{name}" for name in vision.projector)
@@ -52,8 +53,8 @@ def multi_axis_positions(
 ) -> torch.Tensor:
     """The `position_ids [3, B, S]` int64 (frame, row, column) of a batch for qwen2_5_vl or qwen3_vl.
 
-    config: the model's. input_ids [B, S] with the placeholders of its pictures, padding last in a row. image_grid_thw
-    [N, 3]: frames, rows and columns of patches of every picture, in the order in which they come in the batch. Runs
+    config: the model's. input_ids [B, S] with the placeholders of its images, padding last in a row. image_grid_thw
+    [N, 3]: frames, rows and columns of patches of every image, in the order in which they come in the batch. Runs
     transformers' own `get_rope_index`; reads no weights, so that a collator can call it on any rank or worker. Rows
     start at 0: for documents packed into one row call it for each and concatenate.
 
@@ -62,61 +63,62 @@ def multi_axis_positions(
     vision = VISION_FAMILIES.get(config.model_type)
     if vision is None or vision.axes == 1:
         raise ValueError(f"{config.model_type} has one position axis or is not declared: give position_ids [B, S]")
-    is_picture = input_ids == config.image_token_id
+    is_image = input_ids == config.image_token_id
     grids = input_ids.new_empty(0, 3) if image_grid_thw is None else image_grid_thw
     tokens = (grids.prod(-1) // config.vision_config.spatial_merge_size**2).tolist()
-    starts = is_picture & ~torch.nn.functional.pad(is_picture, (1, 0))[:, :-1]
-    runs = starts.flatten().cumsum(0)[is_picture.flatten()].bincount()[1:].tolist()
+    starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
+    runs = starts.flatten().cumsum(0)[is_image.flatten()].bincount()[1:].tolist()
     if runs != tokens:
         raise ValueError(
-            f"image_grid_thw stands for pictures of {tokens} tokens, but input_ids hold runs of {runs} placeholders "
-            f"(token {config.image_token_id}); give ids and grids of the same rows, text between any two pictures"
+            f"image_grid_thw stands for images of {tokens} tokens, but input_ids hold runs of {runs} placeholders "
+            f"(token {config.image_token_id}); give ids and grids of the same rows, text between any two images"
         )
     # `get_rope_index` is a method, but reads the configuration alone: an instance without any layer will do.
     shell: Any = object.__new__(base_class_of(config))
     nn.Module.__init__(shell)
     shell.config = config
-    positions, _ = shell.get_rope_index(input_ids, mm_token_type_ids=is_picture.int(), image_grid_thw=grids)
+    positions, _ = shell.get_rope_index(input_ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids)
     return positions
 
 
-def picture_inputs(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    pictures: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """What the base model gets beside ids and documents; see :func:`forward_with_loss` for the errors."""
+def image_keys(model: nn.Module) -> tuple[str, ...]:
+    """The image tensors that the family of `model` declares."""
     vision = VISION_FAMILIES.get(model.config.model_type)
-    _check_keys(model.config.model_type, vision, pictures)
+    return () if vision is None else (*vision.keys, *vision.optional_keys)
+
+
+def check_image_keys(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+    """All tensors that images need are there, or none; ValueError."""
+    vision = VISION_FAMILIES.get(model.config.model_type)
     if vision is None:
-        return {}
-    if not pictures:
-        pictures = {"pixel_values": torch.empty(0, device=input_ids.device)}
-    elif vision.axes > 1 and (position_ids is None or position_ids.dim() != 3):
+        return
+    images = sorted(name for name in inputs if name in image_keys(model))
+    missing = [key for key in vision.keys if images and key not in images]
+    if missing:
+        raise ValueError(f"{model.config.model_type}: images also need {missing}, and the inputs have only {images}")
+    position_ids = inputs.get("position_ids")
+    if images and vision.axes > 1 and (position_ids is None or position_ids.dim() != 3):
         shape = None if position_ids is None else tuple(position_ids.shape)
         raise ValueError(
-            f"{model.config.model_type} needs position_ids [{vision.axes}, B, S] for pictures, not {shape}; build them "
+            f"{model.config.model_type} needs position_ids [{vision.axes}, B, S] for images, not {shape}; build them "
             "with am_models.multi_axis_positions(config, input_ids, image_grid_thw=...)"
         )
+
+
+def image_inputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """What the model gets of checked `inputs`, all but the document ids: something stands in for absent images."""
+    input_ids, position_ids, document_ids = (
+        inputs["input_ids"],
+        inputs.get("position_ids"),
+        inputs.get("document_ids"),
+    )
+    images = {name: inputs[name] for name in image_keys(model) if name in inputs}
+    if not images and model.config.model_type in VISION_FAMILIES:
+        images = {"pixel_values": torch.empty(0, device=input_ids.device)}
     if position_ids is not None and position_ids.dim() == 3 and document_ids is not None and not uses_documents(model):
         # Stock attention tells packed documents by the positions of the text, which it takes as one more axis in front.
-        pictures = {**pictures, "position_ids": torch.cat([_text_positions(document_ids)[None], position_ids])}
-    return pictures
-
-
-def _check_keys(family: str, vision: VisionFamily | None, pictures: dict[str, torch.Tensor]) -> None:
-    allowed = () if vision is None else (*vision.keys, *vision.optional_keys)
-    unknown = sorted(set(pictures) - set(allowed))
-    if unknown:
-        raise TypeError(
-            f"forward_with_loss does not take {unknown} for {family}; beside input_ids, shift_labels, position_ids, "
-            f"document_ids and router_loss it takes {list(allowed)}"
-        )
-    missing = [] if vision is None or not pictures else [key for key in vision.keys if key not in pictures]
-    if missing:
-        raise TypeError(f"{family}: pictures also need {missing}, and the batch has only {sorted(pictures)}")
+        position_ids = torch.cat([_text_positions(document_ids)[None], position_ids])
+    return {"input_ids": input_ids, "position_ids": position_ids, **images}
 
 
 def _text_positions(document_ids: torch.Tensor) -> torch.Tensor:
@@ -127,11 +129,11 @@ def _text_positions(document_ids: torch.Tensor) -> torch.Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def install_blank_picture(base_model: nn.Module) -> None:
-    """Let `get_image_features` of this instance take a tensor without pictures: no feature, but a graph."""
+def install_blank_image(base_model: nn.Module) -> None:
+    """Let `get_image_features` of this instance take a tensor without images: no feature, but a graph."""
     stock = type(base_model).get_image_features
 
-    # `generate` reads the signature to find the tensors that belong to a picture.
+    # `generate` reads the signature to find the tensors that belong to a image.
     @wraps(stock)
     def get_image_features(self: nn.Module, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if pixel_values.numel():
@@ -149,7 +151,7 @@ def install_blank_picture(base_model: nn.Module) -> None:
 
 
 def _without_rows(features: Any) -> Any:
-    """Features of the shape they had, but for no token: a tensor, or one per picture in lists or tuples."""
+    """Features of the shape they had, but for no token: a tensor, or one per image in lists or tuples."""
     if isinstance(features, torch.Tensor):
         return features[:0]
     return [_without_rows(part) for part in features]

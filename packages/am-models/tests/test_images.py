@@ -1,4 +1,4 @@
-"""Models of pictures and text: language model on our kernels, tower stock, batches with some or no pictures."""
+"""Models of images and text: language model on our kernels, tower stock, batches with some or no images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tiny_models import (
     assert_close,
     config_of,
     documents,
+    image_rows,
     joined,
     linear_cross_entropy,
-    picture_rows,
     stock,
 )
 
@@ -72,7 +72,7 @@ def assert_same_gradients(model: torch.nn.Module, reference: torch.nn.Module) ->
 @pytest.mark.parametrize("family", VISION_CONFIGS)
 def test_logits_of_a_mixed_batch_equal_stock(family):
     reference, model = pair(family)
-    batch = joined(family, picture_rows(family, NUMBERS))
+    batch = joined(family, image_rows(family, NUMBERS))
     real = batch["document_ids"] > 0
     expected = reference(**stock_inputs(family, batch)).logits[real]
     assert_close(model(**stock_inputs(family, batch)).logits[real], expected, "with a padding mask")
@@ -88,9 +88,11 @@ def test_loss_and_gradients_of_a_mixed_batch_equal_each_row_alone(family, kernel
     reference = stock(family)
     model = copy.deepcopy(reference)
     am_models.optimize(model, kernels=kernels)
-    rows = picture_rows(family, NUMBERS)
+    rows = image_rows(family, NUMBERS)
     expected = stock_loss_per_row(family, reference, rows)
-    actual = am_models.forward_with_loss(model, linear_cross_entropy, **joined(family, rows))
+    actual = am_models.forward_with_loss(
+        model, linear_cross_entropy, *am_models.split_batch(model, joined(family, rows))
+    )
     assert_close(actual, expected, "loss")
     expected.backward()
     actual.backward()
@@ -99,9 +101,9 @@ def test_loss_and_gradients_of_a_mixed_batch_equal_each_row_alone(family, kernel
 
 
 @pytest.mark.parametrize("family", VISION_CONFIGS)
-def test_a_batch_without_pictures_runs_the_tower_and_changes_nothing(family):
+def test_a_batch_without_images_runs_the_tower_and_changes_nothing(family):
     reference, model = pair(family)
-    rows = picture_rows(family, [0, 0])
+    rows = image_rows(family, [0, 0])
     batch = joined(family, rows)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids")}
     plain = linear_cross_entropy(
@@ -112,7 +114,7 @@ def test_a_batch_without_pictures_runs_the_tower_and_changes_nothing(family):
     towers = [module for name, module in model.named_modules() if name.endswith(("vision_model", "visual", "tower"))]
     assert towers
     towers[0].register_forward_hook(lambda *_: calls.append("tower"))
-    loss = am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    loss = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     assert calls == ["text", "tower"]
     assert torch.equal(loss, plain)
     loss.backward()
@@ -126,13 +128,13 @@ def test_a_batch_without_pictures_runs_the_tower_and_changes_nothing(family):
     assert not any(grad.any() for grad in used)
 
 
-def test_the_tower_without_pictures_has_the_gradients_that_it_has_with_them():
+def test_the_tower_without_images_has_the_gradients_that_it_has_with_them():
     for family in VISION_CONFIGS:
         present = []
         for numbers in ([0, 0], [1, 2]):
             _, model = pair(family)
             am_models.forward_with_loss(
-                model, linear_cross_entropy, **joined(family, picture_rows(family, numbers))
+                model, linear_cross_entropy, *am_models.split_batch(model, joined(family, image_rows(family, numbers)))
             ).backward()
             present.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
         assert present[0] == present[1], family
@@ -157,7 +159,7 @@ def test_positions_equal_what_the_model_finds(family):
     model.base_model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
-    batch = joined(family, picture_rows(family, NUMBERS))
+    batch = joined(family, image_rows(family, NUMBERS))
     model(**stock_inputs(family, batch))
     real = batch["document_ids"] > 0
     assert torch.equal(batch["position_ids"][:, real], seen[0][:, real])
@@ -179,11 +181,11 @@ def test_positions_refuse_grids_that_do_not_fit_the_placeholders():
 
 @pytest.mark.parametrize("family", GRID_FAMILIES)
 @pytest.mark.parametrize("kernels", ["auto", "off"])
-def test_packed_documents_with_pictures_equal_each_alone(family, kernels):
+def test_packed_documents_with_images_equal_each_alone(family, kernels):
     reference = stock(family)
     model = copy.deepcopy(reference)
     am_models.optimize(model, kernels=kernels)
-    rows = picture_rows(family, NUMBERS)
+    rows = image_rows(family, NUMBERS)
     alone = [joined(family, [row]) for row in rows]
     batch = {name: torch.cat([row[name] for row in alone], dim=-1) for name in ("input_ids", "shift_labels")}
     batch["position_ids"] = torch.cat([row["position_ids"] for row in alone], dim=-1)
@@ -191,7 +193,7 @@ def test_packed_documents_with_pictures_equal_each_alone(family, kernels):
     for name in ("pixel_values", "image_grid_thw"):
         batch[name] = torch.cat([row[name] for row in rows if name in row])
     assert_close(
-        am_models.forward_with_loss(model, linear_cross_entropy, **batch),
+        am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)),
         stock_loss_per_row(family, reference, rows),
         "loss",
     )
@@ -199,31 +201,34 @@ def test_packed_documents_with_pictures_equal_each_alone(family, kernels):
 
 def test_batches_that_would_be_misread_are_refused():
     _, model = pair("idefics3")
-    batch = joined("idefics3", picture_rows("idefics3", [1]))
-    with pytest.raises(TypeError, match=r"\['image_sizes'\] for idefics3.*pixel_attention_mask"):
-        am_models.forward_with_loss(model, linear_cross_entropy, **batch, image_sizes=torch.ones(1))
+    batch = joined("idefics3", image_rows("idefics3", [1]))
+    inputs, targets = am_models.split_batch(model, batch)
+    with pytest.raises(ValueError, match=r"idefics3 does not take the inputs \['image_sizes'\].*pixel_attention_mask"):
+        am_models.forward_with_loss(model, linear_cross_entropy, {**inputs, "image_sizes": torch.ones(1)}, targets)
     del batch["pixel_values"]
-    with pytest.raises(TypeError, match="pixel_values"):
-        am_models.forward_with_loss(model, linear_cross_entropy, **batch)
+    with pytest.raises(ValueError, match="pixel_values"):
+        am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))
     _, model = pair("qwen3_vl")
-    batch = joined("qwen3_vl", picture_rows("qwen3_vl", [1, 0]))
+    batch = joined("qwen3_vl", image_rows("qwen3_vl", [1, 0]))
     for positions in (None, batch["position_ids"][0]):
         with pytest.raises(ValueError, match=r"position_ids \[3, B, S\].*multi_axis_positions"):
-            am_models.forward_with_loss(model, linear_cross_entropy, **{**batch, "position_ids": positions})
+            am_models.forward_with_loss(
+                model, linear_cross_entropy, *am_models.split_batch(model, {**batch, "position_ids": positions})
+            )
 
 
 @pytest.mark.parametrize("family", VISION_CONFIGS)
-def test_generation_from_pictures_equals_stock(family):
+def test_generation_from_images_equals_stock(family):
     reference, model = (model.eval() for model in pair(family))
-    inputs = stock_inputs(family, joined(family, picture_rows(family, [2])))
+    inputs = stock_inputs(family, joined(family, image_rows(family, [2])))
     expected = reference.generate(**inputs, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
 
 
 @pytest.mark.parametrize("family", VISION_CONFIGS)
-def test_leak_test_passes(family):
+def test_require_separate_documents_passes(family):
     _, model = pair(family)
-    am_models.leak_test(model)
+    am_models.require_separate_documents(model)
 
 
 def test_auto_class_returns_the_transformers_class(tmp_path):
@@ -238,25 +243,25 @@ def test_auto_class_returns_the_transformers_class(tmp_path):
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
 
 
-def test_text_and_pictures_are_not_mistaken_for_each_other(tmp_path):
-    text, pictures = config_of("llama"), config_of("qwen3_vl")
+def test_text_and_images_are_not_mistaken_for_each_other(tmp_path):
+    text, images = config_of("llama"), config_of("qwen3_vl")
     with pytest.raises(ValueError, match=r"llama .*text-only.*use AutoModelForCausalLM"):
         am_models.AutoModelForImageTextToText.from_config(text)
     # transformers' own class would build Gemma 3 with its tower, and refuse Qwen3-VL with a list of all its classes.
-    for config in (pictures, transformers.Gemma3Config()):
-        with pytest.raises(ValueError, match=r"pictures and text.*use AutoModelForImageTextToText"):
+    for config in (images, transformers.Gemma3Config()):
+        with pytest.raises(ValueError, match=r"images and text.*use AutoModelForImageTextToText"):
             am_models.AutoModelForCausalLM.from_config(config)
-    pictures.save_pretrained(tmp_path)
+    images.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use AutoModelForImageTextToText"):
         am_models.AutoModelForCausalLM.from_pretrained(tmp_path)
     text.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use AutoModelForCausalLM"):
         am_models.AutoModelForImageTextToText.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use AutoModelForImageTextToText"):
-        am_models.AutoModelForCausalLM.from_pretrained(tmp_path, config=pictures)
+        am_models.AutoModelForCausalLM.from_pretrained(tmp_path, config=images)
 
 
-def test_an_undeclared_family_is_left_alone_and_takes_no_pictures():
+def test_an_undeclared_family_is_left_alone_and_takes_no_images():
     text = {**SMALL, "head_dim": 8}
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma3Config(
@@ -265,12 +270,16 @@ def test_an_undeclared_family_is_left_alone_and_takes_no_pictures():
     model = transformers.AutoModelForImageTextToText.from_config(config)
     report = am_models.optimize(model)
     assert all(part.startswith("stock: gemma3 is not a declared family") for part in report.parts.values())
-    with pytest.raises(TypeError, match="pixel_values"):
-        am_models.forward_with_loss(model, linear_cross_entropy, **documents([4]), pixel_values=torch.zeros(1, 3, 8, 8))
+    inputs, targets = am_models.split_batch(model, documents([4]))
+    image = {"pixel_values": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(ValueError, match="pixel_values"):
+        am_models.forward_with_loss(model, linear_cross_entropy, {**inputs, **image}, targets)
+    with pytest.raises(ValueError, match=r"further targets \['pixel_values'\] reach no loss function"):
+        am_models.forward_with_loss(model, linear_cross_entropy, inputs, {**targets, **image})
 
 
 def _gradients_of_shards(family, frozen_tower):
-    """Rank 0 has two rows with pictures, rank 1 one row of text."""
+    """Rank 0 has two rows with images, rank 1 one row of text."""
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     model, rank = stock(family), torch.distributed.get_rank()
@@ -287,9 +296,9 @@ def _gradients_of_shards(family, frozen_tower):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
-    am_models.leak_test(model)
-    batch = joined(family, picture_rows(family, [2, 1] if rank == 0 else [0]))
-    am_models.forward_with_loss(model, linear_cross_entropy, **batch).backward()
+    am_models.require_separate_documents(model)
+    batch = joined(family, image_rows(family, [2, 1] if rank == 0 else [0]))
+    am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)).backward()
     named = model.named_parameters()
     return {name: parameter.grad.full_tensor() for name, parameter in named if parameter.grad is not None}
 
@@ -298,14 +307,14 @@ def is_tower(name: str) -> bool:
     return name.startswith(("model.vision_model.", "model.vision_tower.", "model.visual.blocks."))
 
 
-def test_ranks_with_and_without_pictures_give_the_gradients_of_one_process():
+def test_ranks_with_and_without_images_give_the_gradients_of_one_process():
     for family, frozen_tower in (("idefics3", False), ("idefics3", True), ("llava", True), ("qwen3_vl", False)):
         results = run_distributed(_gradients_of_shards, 2, family, frozen_tower)
         model = stock(family)
         am_models.optimize(model)
         for numbers in ([2, 1], [0]):
-            batch = joined(family, picture_rows(family, numbers))
-            am_models.forward_with_loss(model, linear_cross_entropy, **batch).backward()
+            batch = joined(family, image_rows(family, numbers))
+            am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)).backward()
         for name, parameter in model.named_parameters():
             if frozen_tower and is_tower(name):
                 assert name not in results[0]
@@ -326,5 +335,5 @@ def test_vision_parts_name_all_there_is(family):
 
 
 def test_vision_parts_of_a_text_model():
-    with pytest.raises(ValueError, match="llama is no declared family with pictures; choose among idefics3"):
+    with pytest.raises(ValueError, match="llama is no declared family with images; choose among idefics3"):
         am_models.vision_parts(stock("llama"))

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from am_recipes.report import Report
+from am_recipes.log import Log
 
 CONFIG = "recipe: sft\nseed: 1\n"
 HOSTILE = '<script>alert("x")</script>&amp;<img src=x onerror=alert(1)>'
 
 
-def start(run_dir: Path, output: io.StringIO | None = None, **arguments: Any) -> Report:
+def start(run_dir: Path, output: io.StringIO | None = None, **arguments: Any) -> Log:
     console = Console(file=output or io.StringIO(), force_terminal=arguments.pop("terminal", False), width=120)
-    return Report(run_dir, CONFIG, console=console, **({"total_steps": 20} | arguments))
+    return Log(run_dir, CONFIG, console=console, **({"total_steps": 20} | arguments))
 
 
-def step(report: Report, number: int, **changed: Any) -> None:
+def step(report: Log, number: int, **changed: Any) -> None:
     values = {"epoch": 0, "loss": 2.5, "grad_norm": 1.5, "lr": 1e-3, "tokens": 100, "target_tokens": 60, "seconds": 0.5}
     report.step(number, **(values | changed))
 
@@ -155,7 +155,7 @@ def test_other_ranks_do_nothing(tmp_path: Path) -> None:
         report.answers("before", [("a", "b")])
         step(report, 1)
         report.validation(1, {"val_loss": 1.0})
-        report.write_page()
+        report.sync()
         report.finish()
     assert not (tmp_path / "run").exists()
 
@@ -254,7 +254,7 @@ def test_values_under_the_pointer(tmp_path: Path) -> None:
 
 def test_text_cannot_become_markup(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
-    with Report(tmp_path, f"a: {HOSTILE}\n", total_steps=1, title=HOSTILE, console=console) as report:
+    with Log(tmp_path, f"a: {HOSTILE}\n", total_steps=1, title=HOSTILE, console=console) as report:
         report.note(HOSTILE)
         report.samples([[(HOSTILE, True), (HOSTILE, False)]])
         report.answers(HOSTILE, [(HOSTILE, HOSTILE)])
@@ -291,10 +291,10 @@ def test_further_numbers_have_columns_and_charts(tmp_path: Path) -> None:
     Tags(page(tmp_path))
 
 
-def test_answers_about_pictures_are_shown_and_survive(tmp_path: Path) -> None:
+def test_answers_about_images_are_shown_and_survive(tmp_path: Path) -> None:
     output = io.StringIO()
     with start(tmp_path, output) as report:
-        report.pictures([([b"PNG-1", b"PNG-2"], "What?", HOSTILE, "cat"), ([], "And?", "dog ", "dog")], "1 of 2 right")
+        report.images([([b"PNG-1", b"PNG-2"], "What?", HOSTILE, "cat"), ([], "And?", "dog ", "dog")], "1 of 2 right")
         step(report, 1)
     assert "1 of 2 right" in output.getvalue()
     assert "(expected: cat)" in output.getvalue()

@@ -1,0 +1,136 @@
+"""What a user writes against the public contracts, about ten lines each, and names by `_target_` in a config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+import am_data
+import am_models
+
+
+class WeightedRows:
+    """A `am_data.Dataset`: lines of text, every token a target with a weight."""
+
+    fingerprint = "weighted-rows"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, weight: float = 1.0) -> None:
+        self._ids = [np.array(tokenizer(f"The answer to {n} is {n * n}.")["input_ids"]) for n in range(8)]
+        self._weight = weight
+        self.lengths = np.array([len(ids) for ids in self._ids])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = self._ids[index]
+        return {"input_ids": ids, "labels": ids, "weights": np.full(len(ids), self._weight, np.float32)}
+
+
+class Counting:
+    """A `am_data.Stream`: it goes on for ever, and its position is one number."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._next = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            ids = np.array(self._tokenizer(f"After {self._next} comes {self._next + 1}.")["input_ids"])
+            self._next += 1
+            yield {"input_ids": ids, "labels": ids}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._next = state["next"]
+
+
+def to_sixteen(samples: Sequence[Any]) -> am_data.Batch:
+    """A `am_data.Collate`: rows are padded to a multiple of 16 tokens."""
+    return am_data.collate(samples, layout="padded", pad_to_multiple_of=16)
+
+
+def to_sixteen_but_the_labels(samples: Sequence[Any]) -> am_data.Batch:
+    """A broken one: one target too few."""
+    batch = to_sixteen(samples)
+    return batch | {"shift_labels": batch["shift_labels"][:, 1:]}
+
+
+def weighted_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    shift_labels: torch.Tensor,
+    *,
+    shift_weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """A `am_models.Loss`: cross-entropy times what each target weighs."""
+    assert softcap is None
+    assert scale is None
+    losses = F.cross_entropy(F.linear(hidden, weight, bias).flatten(0, 1), shift_labels.flatten(), reduction="none")
+    return (losses * shift_weights.flatten()).sum()
+
+
+def mean_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any) -> torch.Tensor:
+    """A broken one: a mean."""
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
+
+
+def careful_llama() -> am_models.Family:
+    """A `am_models.Family`: a row of the table for Llama without our norm."""
+    return am_models.Family(module="llama", attention="LlamaAttention", rotary=True, gated_mlp="LlamaMLP")
+
+
+def misspelt_llama() -> am_models.Family:
+    """A broken one: there is no such class."""
+    return am_models.Family(module="llama", attention="LlamaAttention", norm="LlamaRMSNrom")
+
+
+class LossesOnly:
+    """A `am_recipes.sinks.Sink`: one JSON list of losses."""
+
+    def __init__(self, file: str) -> None:
+        self._file = Path(file)
+        self._losses: list[float] = []
+
+    def note(self, fact: str) -> None: ...
+
+    def step(self, row: Mapping[str, float]) -> None:
+        self._losses.append(row["loss"])
+
+    def validation(self, row: Mapping[str, float]) -> None: ...
+
+    def close(self, status: str) -> None:
+        self._file.write_text(json.dumps({"status": status, "losses": self._losses}))
+
+
+def without_weights(samples: Sequence[Any]) -> am_data.Batch:
+    """A `am_data.Collate` that leaves the weights out."""
+    rows = [{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in samples]
+    return am_data.collate(rows, layout="padded")
+
+
+class WithoutLengths:
+    """A broken `am_data.Dataset`."""
+
+    fingerprint = "none"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._rows = WeightedRows(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._rows[index]

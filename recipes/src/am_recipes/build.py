@@ -1,0 +1,173 @@
+"""A model ready to train: meta device -> adapters -> what trains -> faster parts -> parallel layout -> weights.
+
+The order is the point, and this is the only place that knows it: no rank ever holds more than its shard, every step
+sees the names that transformers gave, and what cannot work is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+import am_ckpt
+import am_mesh
+import am_models
+import am_peft
+from am_recipes import checks, routing, sources
+from am_recipes.configs import RunConfig
+from am_recipes.sections import Distributed
+from am_recipes.settings import Target
+
+Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
+
+
+class Built(NamedTuple):
+    """A model with what the loop, a checkpoint and an export of it need.
+
+    model: laid out, with weights. state: what a checkpoint stores of it, the adapter alone where there is one.
+    report: which parts run on our kernels. router: its losses, and how evenly its experts are used.
+    mapping: published names of its weights. files: beside the weights of a checkpoint; export_files: beside those of an
+    export. base: the folder its first weights are from, base_name: how an adapter names it; None for a random model.
+    """
+
+    model: PreTrainedModel
+    state: PreTrainedModel | am_peft.Adapter
+    report: am_models.OptimizeReport
+    router: routing.Routing
+    mapping: Sequence[Mapping[str, Any]]
+    files: Mapping[str, bytes]
+    export_files: Mapping[str, bytes]
+    base: Path | None
+    base_name: str | None
+
+    def checkpoint(self, others: Mapping[str, Path | None] | None = None) -> dict[str, Any]:
+        """What `am_recipes.run.Run` is told of the model: files, mapping, fingerprints of the folders it stands on.
+
+        An adapter means nothing on other weights than those it was trained on; `others` names more such folders.
+        """
+        folders = {"base": self.base, **(others or {})}
+        prints = {name: sources.fingerprint(folder) for name, folder in folders.items() if folder is not None}
+        return {"files": self.files, "mapping": self.mapping, "fingerprints": prints}
+
+
+def build(
+    config: RunConfig,
+    model: PreTrainedModel,
+    dims: am_mesh.ParallelDims,
+    device: torch.device,
+    *,
+    folder: Path | None,
+    tokenizer: Tokenizer,
+    losses: Mapping[str, Target],
+    freeze: Sequence[Mapping[str, str]] = (),
+    separate_documents: bool,
+) -> Built:
+    """Make `model`, which is on the meta device, ready to train. Every rank calls it.
+
+    Args:
+        folder: where its weights are; None: random ones, which depend on their names and the seed alone.
+        tokenizer: the tokenizer or processor that is exported with it.
+        losses: the loss functions that will be called, by their key in the config.
+        freeze: the rules of `am_peft.freeze`, applied once the adapters are there.
+        separate_documents: prove that documents which share a row do not see each other.
+
+    Raises ValueError for what cannot train, see `am_recipes.checks`.
+    """
+    peft = config.peft
+    if peft is not None:
+        am_peft.apply_lora(model, peft.lora_config(), adapter_dtype=peft.dtype())
+    am_peft.freeze(model, freeze)
+    if peft is not None:
+        checks.require_adapter_alone(model)
+    report = _optimize(config, model, losses)
+    mapping = am_models.weight_map(model, folder)
+    files = model_files(model, tokenizer, folder)
+    router = routing.routing(config, model, report)
+    fresh = ("*lora_*",) if folder else ("*",)
+    _lay_out(config, model, config.distributed, dims, device, folder, mapping, fresh, "model")
+    if separate_documents:
+        am_models.require_separate_documents(model)
+    if peft is None:
+        return Built(model, model, report, router, mapping, files, files, None, None)
+    base = sources.base_name(config.model.name_or_path, folder) if folder else None
+    adapter_files = am_peft.adapter_files(model, base_model_name_or_path=base)
+    return Built(model, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
+
+
+def build_teacher(
+    config: RunConfig,
+    model: PreTrainedModel,
+    layout: Distributed,
+    device: torch.device,
+    *,
+    folder: Path | None,
+    losses: Mapping[str, Target],
+    separate_documents: bool,
+) -> None:
+    """The same for a model that only answers: frozen, in a layout of its own. Every rank calls it."""
+    dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
+    _optimize(config, model, losses)
+    mapping = am_models.weight_map(model, folder)
+    model.requires_grad_(False).eval()
+    _lay_out(config, model, layout, dims, device, folder, mapping, () if folder else ("*",), "teacher_model")
+    if separate_documents:
+        am_models.require_separate_documents(model)
+
+
+def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
+    """Write `RUN/export`: a plain Hugging Face folder, or the adapter alone. Every rank calls it."""
+    if not config.export.enabled:
+        return
+    folder = config.run_dir / "export"
+    if config.peft is not None and not config.export.merge_adapter:
+        am_peft.save_adapter(built.model, folder, base_model_name_or_path=built.base_name)
+        if torch.distributed.get_rank() == 0:
+            tokenizer.save_pretrained(folder)
+        return
+    if config.peft is not None:
+        am_peft.merge_lora(built.model)
+    am_ckpt.save_hf(built.model, folder, mapping=built.mapping, files=built.export_files)
+
+
+def model_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | None) -> dict[str, bytes]:
+    """What stands beside the weights of an export, by file name: config, generation config and tokenizer as this run
+    uses them, and what else `folder` (the model's own) has: code, licence, SentencePiece model.
+
+    Call it before the layout: FSDP2 renames the class.
+    """
+    model.config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory() as temporary:
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(temporary)
+        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+    original = am_ckpt.hf_files(folder) if folder is not None else {}
+    return {name: path.read_bytes() for name, path in original.items()} | written
+
+
+def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
+    report = am_models.optimize(model, kernels=config.kernels)
+    for key, target in losses.items():
+        checks.require_loss_function(report, target, key)
+    return report
+
+
+def _lay_out(
+    config: RunConfig,
+    model: PreTrainedModel,
+    layout: Distributed,
+    dims: am_mesh.ParallelDims,
+    device: torch.device,
+    folder: Path | None,
+    mapping: Sequence[Mapping[str, Any]],
+    fresh: Sequence[str],
+    key: str,
+) -> None:
+    """Parallel layout, then weights straight into the shards."""
+    am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout.options())
+    checks.require_memory(model, device, key)
+    am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)

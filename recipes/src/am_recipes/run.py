@@ -1,0 +1,212 @@
+"""What every recipe asks around its loop: where it is, what it logs, what is saved, when it stops.
+
+A run is asked and calls nobody back. It holds no model and no loss: what it saves is the dict it is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import am_ckpt
+import am_data
+import am_mesh
+from am_recipes import checks, data, run_dir
+from am_recipes.configs import RunConfig
+from am_recipes.launch import PREEMPTED
+from am_recipes.log import Log
+from am_recipes.stop import StopSignal
+
+
+class Progress:
+    """How far a run is: optimizer steps done. Checkpointed beside the model."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step = state["step"]
+
+
+class Run:
+    """One run from its first step, or the newest checkpoint, to its end. Every rank makes one and calls all of it.
+
+    Use it as a context manager, so that an error ends the record. Made last, once everything it saves is there: it
+    restores `state` from the newest checkpoint, as `checkpoint.resume` says.
+
+    Args:
+        state: everything a checkpoint holds, by name; `model`, `optimizer`, `schedule` (a torch scheduler),
+            `data` (the loader of the run) and `progress` among it.
+        total_steps: optimizer steps of the whole run.
+        files, mapping: what a checkpoint says of the model's weights, see `am_ckpt.Checkpointer`.
+        fingerprints: of what a checkpoint means nothing without, by name.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dims: am_mesh.ParallelDims,
+        stop: StopSignal,
+        state: Mapping[str, Any],
+        *,
+        total_steps: int,
+        files: Mapping[str, bytes],
+        mapping: Sequence[Mapping[str, Any]],
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        self._config, self._dims, self._stop, self._state = config, dims, stop, state
+        self._progress: Progress = state["progress"]
+        self.total_steps = total_steps
+        keep_best, names = config.checkpoint.keep_best, list(config.validation_datasets)
+        self._checkpoints = am_ckpt.Checkpointer(
+            config.run_dir / "checkpoints",
+            asynchronous=config.checkpoint.asynchronous,
+            layout=config.checkpoint.layout,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=(names[0], "min", keep_best) if keep_best is not None else None,
+            files=files,
+            mapping=mapping,
+            fingerprints=fingerprints,
+        )
+        self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint.resume, total_steps)
+        self._stopping = False
+        self._validated: dict[str, float] | None = None
+        self._row: dict[str, Any] = {}
+        self.log = Log(
+            config.run_dir,
+            config.to_yaml(),
+            total_steps=total_steps,
+            rank=torch.distributed.get_rank(),
+            world_size=dims.world_size,
+            resume_step=self.resumed,
+            identity=config.identity(),
+            sinks=[sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else [],
+        )
+
+    def __enter__(self) -> Run:
+        self.log.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.log.__exit__(kind, error, trace)
+
+    def begin(self, dataset: object, *facts: object) -> None:
+        """Log what is known before the first step: what the dataset reports, where it does, and `facts`."""
+        if isinstance(dataset, am_data.Reported):
+            self.log.note(dataset.report)
+            self.log.samples(dataset.report.samples)
+        for fact in facts:
+            self.log.note(fact)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._progress.step
+
+    def steps(self, loader: am_data.DataLoader) -> Iterator[list[am_data.Batch]]:
+        """The micro-batches of every step that is left, until the last one or a signal to stop."""
+        for micro_batches in itertools.islice(loader, self.total_steps - self.step):
+            self._row = {"began": time.monotonic(), "epoch": loader.epoch}
+            yield micro_batches
+            if self._stopping:
+                return
+
+    def count(self, micro_batches: Sequence[am_data.Batch]) -> int:
+        """Targets of the step, over all ranks: what its losses are divided by."""
+        counts = torch.tensor([data.count_targets(micro_batches), data.count_tokens(micro_batches)])
+        targets, tokens = am_mesh.sum_over(self._dims.row_ranks, counts.to(self._dims.row_ranks.device_type)).tolist()
+        self._row |= {"target_tokens": targets, "tokens": tokens}
+        return int(targets)
+
+    def seed(self, micro_batch: int) -> None:
+        """Seed torch for a micro-batch of this step from where it is: the seed, the step, its number, the rank's part.
+
+        Deriving instead of carrying the generator state makes dropout a function of the position alone, so a resumed
+        run draws what the uninterrupted one would have drawn. Ranks that hold one activation in parts draw alike.
+        """
+        seed_everything(self._config.seed, self.step, micro_batch, *(self._dims.loss_ranks.get_coordinate() or ()))
+
+    def measure(self, sums: Mapping[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
+        """Take the losses of a step over all ranks; call it before the step changes the weights.
+
+        Raises FloatingPointError, on every rank, where the loss or the norm is not finite.
+        """
+        values = am_mesh.sum_over(self._dims.loss_ranks, torch.stack([value.double() for value in sums.values()]))
+        losses = dict(zip(sums, values.tolist(), strict=True))
+        self._row |= {"losses": losses, "grad_norm": grad_norm.item(), "lr": self._state["schedule"].get_last_lr()[0]}
+        checks.require_finite(self.step + 1, loss=losses["loss"], grad_norm=self._row["grad_norm"])
+
+    def done(self, others: Mapping[str, float]) -> None:
+        """The optimizer has taken the step: count it, log it with `others`, ask every rank whether to stop."""
+        self._progress.step += 1
+        row, losses = self._row, self._row["losses"]
+        self.log.step(
+            self.step,
+            epoch=row["epoch"],
+            loss=losses["loss"],
+            grad_norm=row["grad_norm"],
+            lr=row["lr"],
+            tokens=row["tokens"],
+            target_tokens=row["target_tokens"],
+            seconds=time.monotonic() - row["began"],
+            others={name: value for name, value in losses.items() if name != "loss"} | dict(others),
+        )
+        self._validated = None
+        self._stopping = self._stop.requested(self._dims)
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether the held-out losses are to be measured now; before the first step too."""
+        if not self._config.validation_datasets:
+            return False
+        return self.step == 0 or self._is_due(self._config.step_scheduler.val_every_steps)
+
+    def validated(self, losses: Mapping[str, float]) -> None:
+        """Log held-out losses. Raises FloatingPointError where one is not finite."""
+        self._validated = dict(losses)
+        self.log.validation(self.step, losses)
+        if self.step:
+            checks.require_finite(self.step, **losses)
+
+    def save(self) -> None:
+        """Commit a checkpoint where one is due, or the run is told to stop."""
+        due = self._config.checkpoint.enabled and self._is_due(self._config.step_scheduler.ckpt_every_steps)
+        if due or self._stopping:
+            self.log.sync()
+            self._checkpoints.save(self.step, self._state, metrics=self._validated)
+
+    def stopped(self) -> bool:
+        """Wait until every checkpoint is durable; whether the run was told to stop before its end."""
+        self._checkpoints.wait()
+        return self._stopping and self.step < self.total_steps
+
+    def preempted(self) -> int:
+        """End the record of a run that was stopped; the exit status."""
+        self.log.finish(status=f"stopped after step {self.step}; the same command continues")
+        return PREEMPTED
+
+    def finish(self, ask: str | None = None) -> int:
+        """End the record; `ask` is how to ask the exported model (see `run_dir.next_steps`). The exit status."""
+        asked = ask if self._config.export.enabled else None
+        self.log.finish(goal=self._config.goal(), next_steps=run_dir.next_steps(self._config.run_dir, asked))
+        return 0
+
+    def _is_due(self, every: int | None) -> bool:
+        return self.step == self.total_steps or (every is not None and self.step % every == 0)
+
+
+def seed_everything(seed: int, *coordinates: int) -> None:
+    """Seed torch on every device from `seed` and where in the run we are."""
+    digest = hashlib.blake2b(repr((seed, *coordinates)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,83 @@
+"""run.json: what a run is and what is known of it beside its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from am_recipes.sinks import files
+
+NAME = "run.json"
+
+
+class Launch(TypedDict):
+    """One start of the run's command."""
+
+    time: str
+    command: str
+    resume_step: int | None
+    world_size: int
+    git: str | None
+    device: str
+    versions: dict[str, str]
+
+
+class ImageAnswers(TypedDict):
+    """Answers about images; a row is its images as PNG in base64, the prompt, the answer and the expected answer."""
+
+    summary: str
+    rows: list[tuple[list[str], str, str, str]]
+
+
+@dataclass
+class Record:
+    """The content of run.json.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        identity: JSON values that make two runs the same run.
+        launches: one for each start, the oldest first.
+        title: heading of the page; None is the name of the run directory.
+        status: `running` until the run was closed.
+        finished: how long the finished run was asked to train; None where it has not finished.
+        notes: facts of the latest launch.
+        warnings: step and text.
+        samples: training samples as pieces of text, each with whether the loss counts it.
+        answers: by moment, such as `after`: pairs of prompt and answer.
+        next_steps: shell commands, with `# ...` lines for comments.
+    """
+
+    total_steps: int
+    identity: dict[str, object]
+    launches: list[Launch]
+    title: str | None = None
+    status: str = "running"
+    finished: dict[str, object] | None = None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[tuple[int, str]] = field(default_factory=list)
+    samples: list[list[tuple[str, bool]]] = field(default_factory=list)
+    answers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    images: ImageAnswers | None = None
+    next_steps: list[str] = field(default_factory=list)
+
+    def save(self, run_dir: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        files.replace(run_dir / NAME, [text.encode()])
+
+
+def load(run_dir: Path) -> Record:
+    """Read `run_dir/run.json`; a key that is not there has its default.
+
+    Raises ValueError where the file is not the record of a run.
+    """
+    file = run_dir / NAME
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return Record(**{name: content[name] for name in Record.__dataclass_fields__ if name in content})
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the record of a run ({error}); restore the file, or run again with a run_dir of its own"
+        ) from error

@@ -1,0 +1,42 @@
+"""What a run reads its rows with: the tokenizer of a language model, the processor of a vision-language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+
+    Raises ValueError where there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
+            "tokenizer.name_or_path to a folder with tokenizer.json and tokenizer_config.json, or to a Hub id"
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
+    """The processor of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+
+    Raises ValueError where there is none.
+    """
+    try:
+        # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name_or_path)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
+            "processor.name_or_path to a folder with processor_config.json, or to a Hub id"
+        ) from error
+    if chat_template is not None:
+        processor.chat_template = chat_template
+    return processor
