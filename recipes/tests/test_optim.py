@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from am_recipes.optim import NEEDS_TOTAL_STEPS, STYLES, build_optimizer, describe, schedule
+from am_recipes.optim import build_optimizer, describe, schedule
+from am_recipes.schedules import NEEDS_TOTAL_STEPS, STYLES
 from am_testing import run_distributed
 
 

@@ -1,8 +1,8 @@
 """The `automodel` command, and the command line of each recipe module.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A mistake in what
-the user wrote is a message on stderr; what a library raises shows its traceback, and so does everything with
-``--debug`` or ``AUTOMODEL_TRACEBACK=1``.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A wrong config,
+value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so does everything
+with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from am_recipes import launch
-from am_recipes.configs import ConfigError, RunConfig, check_targets, parse
-from am_recipes.settings.yaml import did_you_mean
+from am_recipes import errors, launch
+from am_recipes.configs import DEFAULT_RUN_DIR, RECIPES, RunConfig, check_targets, parse
+from am_recipes.settings import did_you_mean
 
-HELP = """\
+COMMANDS = {kind.COMMAND: name for name, kind in RECIPES.items()}
+_COMMAND_LINES = "\n".join(f"  {' '.join(kind.COMMAND):<15}{name:<11}{kind.HELP}" for name, kind in RECIPES.items())
+HELP = f"""\
 usage: automodel CONFIG [options] [overrides]
        automodel COMMAND -c CONFIG [options] [overrides]
+       automodel RECIPE --keys
+       automodel report RUN
 
 Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
-  finetune llm   sft        pretrain llm   pretrain
-  finetune vlm   vlm        kd llm         kd
+{_COMMAND_LINES}
 
 options:
   -c, --config CONFIG     the config file
   --nproc-per-node N      processes on this machine (default: one per GPU, one where there is none)
   --dry-run               check the config, print it with every default, and stop
+  --keys                  every key of a recipe's config, with type, default and meaning
   --debug                 show tracebacks (also: AUTOMODEL_TRACEBACK=1)
   -h, --help              this text
 
@@ -40,30 +42,12 @@ overrides, for any key of the config:
 
 The same command again continues the run from its latest checkpoint. Under torchrun and on several machines:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
+`automodel report RUN` draws RUN/report.html of a run directory, while it runs or later.
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM: run it again to continue"""
 
-COMMANDS = {
-    ("finetune", "llm"): "sft",
-    ("finetune", "vlm"): "vlm",
-    ("pretrain", "llm"): "pretrain",
-    ("kd", "llm"): "kd",
-}
-_PACKAGES = (
-    "am_ckpt",
-    "am_data",
-    "am_kernels",
-    "am_loss",
-    "am_mesh",
-    "am_models",
-    "am_moe",
-    "am_peft",
-    "am_recipes",
-)
 _WITH_VALUE = {"-c": "config", "--config": "config", "--nproc-per-node": "nproc", "--nproc_per_node": "nproc"}
-_FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--debug": "debug"}
-# What a first rank may need to import and look at before it can report: seconds.
-_SECONDS_TO_REPORT = 15
+_FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--keys": "keys", "--debug": "debug"}
 
 
 class UsageError(ValueError):
@@ -72,13 +56,14 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Arguments:
-    """A command line, taken apart; ``recipe`` is what the command demands of the config, if anything."""
+    """A command line, taken apart; `recipe` is what the command demands of the config, if anything."""
 
     path: Path | None
     overrides: tuple[tuple[str, str], ...] = ()
     recipe: str | None = None
     processes: int | None = None
     dry_run: bool = False
+    keys: bool = False
     debug: bool = False
     help: bool = False
 
@@ -89,7 +74,7 @@ class Arguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Take ``[CONFIG | COMMAND DOMAIN] [options] [overrides]`` apart. Raises `UsageError`; reads no file."""
+    """Take `[CONFIG | COMMAND DOMAIN | RECIPE] [options] [overrides]` apart. Raises `UsageError`; reads no file."""
     positional: list[str] = []
     overrides: list[tuple[str, str]] = []
     values: dict[str, str] = {}
@@ -125,28 +110,34 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         overrides=tuple(overrides),
         processes=_processes(values.get("nproc")),
         dry_run="dry_run" in flags,
+        keys="keys" in flags,
         debug="debug" in flags,
         help="help" in flags,
     )
 
 
 def _recipe(positional: list[str]) -> str | None:
-    """Take a command and its domain off ``positional``; what is left there may only be the config."""
-    existing = ", ".join(" ".join(command) for command in COMMANDS)
-    verbs = {verb for verb, _ in COMMANDS}
+    """Take a command or recipe off `positional`; what is left there may only be the config."""
     recipe = None
-    if positional and not Path(positional[0]).exists() and Path(positional[0]).suffix not in (".yaml", ".yml"):
-        command = tuple(positional[:2])
-        if len(command) < 2 or command not in COMMANDS:
-            hint = did_you_mean(positional[0], verbs) if positional[0] not in verbs else ""
-            raise UsageError(
-                f"{' '.join(command)!r} is neither a config file nor a command{hint}; there is: {existing}"
-            )
-        recipe = COMMANDS[command[0], command[1]]
+    if positional and positional[0] in RECIPES and not Path(positional[0]).is_file():
+        recipe = positional.pop(0)
+    if len(positional) > 1 and (positional[0], positional[1]) in COMMANDS:
+        recipe = COMMANDS[positional[0], positional[1]]
         del positional[:2]
+    if recipe is None and positional and not _is_config(positional[0]):
+        verbs = {verb for verb, _ in COMMANDS} | set(RECIPES)
+        hint = did_you_mean(positional[0], verbs) if positional[0] not in verbs else ""
+        raise UsageError(
+            f"{' '.join(positional[:2])!r} is neither a config file nor a command{hint}; there is: "
+            f"{', '.join(' '.join(command) for command in COMMANDS)}"
+        )
     if len(positional) > 1:
         raise UsageError(f"unexpected argument {positional[1]!r}; overrides are written --section.key value")
     return recipe
+
+
+def _is_config(text: str) -> bool:
+    return Path(text).exists() or Path(text).suffix in (".yaml", ".yml")
 
 
 def _processes(text: str | None) -> int | None:
@@ -173,19 +164,51 @@ def main_recipe(recipe: str, argv: Sequence[str] | None = None) -> int:
 
 def _run_command(argv: Sequence[str], module: str | None) -> int:
     try:
+        if argv[:1] == ["report"] and module is None:
+            return _report(argv[1:])
         arguments = parse_arguments(argv)
         if arguments.help or not argv:
             print(HELP)
             return 0
+        if arguments.keys:
+            return _print_keys(arguments, module)
         if arguments.path is None:
             raise UsageError("which config? Write automodel CONFIG or -c CONFIG")
         _check_worker(arguments, module)
     except UsageError as error:
         print(f"error: {error}\nautomodel --help shows the usage", file=sys.stderr)
         return 2
-    debug = arguments.debug or os.environ.get("AUTOMODEL_TRACEBACK") == "1"
     path = arguments.path
-    return _reported(lambda: _run_config(arguments, path, module), debug)
+    debug = arguments.debug or _tracebacks_wanted()
+    return errors.reported(lambda: _run_config(arguments, path, module, debug), debug=debug)
+
+
+def _tracebacks_wanted() -> bool:
+    return os.environ.get("AUTOMODEL_TRACEBACK") == "1"
+
+
+def _print_keys(arguments: Arguments, module: str | None) -> int:
+    recipe = arguments.recipe or module
+    if recipe is None or arguments.path is not None:
+        raise UsageError(f"--keys is about a recipe: automodel RECIPE --keys, with one of {', '.join(RECIPES)}")
+    from am_recipes.settings import keys
+
+    kind = RECIPES[recipe]
+    print(keys.table(kind, f"Recipe {kind.NAME}: {kind.HELP}.", defaults={"run_dir": DEFAULT_RUN_DIR}))
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise UsageError("automodel report takes a run directory, such as runs/quickstart, and nothing else")
+
+    def draw() -> int:
+        from am_recipes.sinks import html
+
+        print(html.write_page(Path(arguments[0])))
+        return 0
+
+    return errors.reported(draw, debug=_tracebacks_wanted())
 
 
 def _check_worker(arguments: Arguments, module: str | None) -> None:
@@ -201,7 +224,7 @@ def _check_worker(arguments: Arguments, module: str | None) -> None:
         )
 
 
-def _run_config(arguments: Arguments, path: Path, module: str | None) -> int:
+def _run_config(arguments: Arguments, path: Path, module: str | None, debug: bool) -> int:
     config = parse(path, arguments.overrides)
     for demanded in (arguments.recipe, module):
         if demanded is not None and demanded != config.recipe:
@@ -214,55 +237,13 @@ def _run_config(arguments: Arguments, path: Path, module: str | None) -> int:
         processes = arguments.processes or _default_processes()
         if processes > 1:
             return launch.run(f"am_recipes.{config.recipe}", arguments.worker_arguments(), processes)
-    return _train(config)
+    return errors.reported(lambda: _train(config), debug=debug, run_dir=config.run_dir)
 
 
 def _train(config: RunConfig) -> int:
     check_targets(config)
     status = importlib.import_module(f"am_recipes.{config.recipe}").main(config)
     return 0 if status is None else int(status)
-
-
-def _reported(function: Callable[[], int], debug: bool) -> int:
-    """Run ``function``; turn what went wrong into a message and an exit status.
-
-    Ranks of one machine see the same config and environment, so the first of them reports a config error and torchrun
-    stops the others meanwhile; anything else may differ and is reported by every rank under its number.
-    """
-    rank = os.environ.get("RANK", "0")
-    prefix = "error: " if rank == "0" else f"[rank {rank}] error: "
-    try:
-        return function()
-    except ConfigError as error:
-        if debug:
-            traceback.print_exc()
-            return 2
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Were this rank to end first, torchrun would stop the first one before it has said anything.
-            time.sleep(_SECONDS_TO_REPORT)
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"{prefix}{error}", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, ModuleNotFoundError) as error:
-        is_message = not debug and _raised_by_us(error)
-        if not is_message:
-            traceback.print_exc()
-        print(f"{prefix}{error}{' (--debug shows where)' if is_message else ''}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prefix}interrupted", file=sys.stderr)
-        return 130
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost Python frame is in one of our packages, which raise with messages for the user."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    # Generated code, such as a compiled chat template, has no module name.
-    return frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES
 
 
 def _is_worker() -> bool:

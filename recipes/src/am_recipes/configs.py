@@ -1,21 +1,23 @@
 """A recipe's config: one YAML file, command-line overrides and the environment, as one typed frozen dataclass.
 
-`parse` checks the schema without importing torch or any target and writes nothing; `check_targets` imports every
-``_target_`` and holds its arguments against its signature before anything is built. All complaints are `ConfigError`
-with file, line, dotted path and the nearest valid name. `RunConfig.to_yaml` is the resolved config, which `parse` reads
-back to an equal one: values from the environment are written as the references they were.
+All facts of a recipe stand on its class. `parse` checks the schema without importing torch or any target and writes
+nothing; `check_targets` imports every `_target_` and holds its arguments against its signature before anything is
+built. All complaints are `ConfigError` with file, line, dotted path and the nearest valid name. `RunConfig.to_yaml` is
+the resolved config, which `parse` reads back to an equal one: values from the environment are written as the references
+they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from am_recipes import sections
+from am_recipes import schedules, sections
 from am_recipes.settings import (
-    Check,
+    ArgumentError,
+    Call,
     ConfigError,
     DefaultTarget,
     Node,
@@ -25,7 +27,6 @@ from am_recipes.settings import (
     dump,
     fingerprints,
     load,
-    nearest,
     override,
     plain,
     read_section,
@@ -34,10 +35,8 @@ from am_recipes.settings import (
     written,
 )
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 __all__ = [
+    "RECIPES",
     "ConfigError",
     "KdConfig",
     "PretrainConfig",
@@ -52,76 +51,76 @@ __all__ = [
 
 DEFAULT_LOSS = "am_loss.linear_cross_entropy"
 DEFAULT_KD_LOSS = "am_loss.linear_distillation"
+# Of a config that names none; `{config}` is the stem of its file.
+DEFAULT_RUN_DIR = "runs/{config}"
 MUON = "torch.optim.Muon"
-_CHAT, _TOKENS, _PICTURES = "am_data.ChatDataset", "am_data.TokenShards", "am_data.VisionChatDataset"
-# In the short form of a dataset, ``path`` is what its class calls its first argument.
-_PATHS = {}
-ChatRows = Annotated[Target, DefaultTarget(_CHAT)]
-Tokens = Annotated[Target, DefaultTarget(_TOKENS)]
-Pictures = Annotated[Target, DefaultTarget(_PICTURES)]
-# What `am_recipes.compose` adds to the config of a composed model, and from where.
-_COMPOSED = {
-    "text_config": "language_model",
-    "tie_word_embeddings": "language_model",
-    "image_token_id": "the processor",
-}
+_HELD_OUT = Prefixed("validation_dataset", "val_loss")
 _OF_KD = {
-    key: f"{what}; recipe kd learns from a teacher"
-    for key, what in {
-        "teacher_model": "this recipe has no teacher",
-        "teacher_distributed": "this recipe has no teacher",
-        "kd_ratio": "weighs the loss of a teacher, and this recipe has none",
-        "temperature": "softens the distributions of a teacher, and this recipe has none",
-        "kd_loss_fn": "compares with a teacher, and this recipe has none",
-    }.items()
+    "teacher_model": "this recipe has no teacher; recipe kd learns from one",
+    "teacher_distributed": "this recipe has no teacher; recipe kd learns from one",
+    "kd_ratio": "it weighs the loss of a teacher, and this recipe has none; recipe kd learns from one",
+    "temperature": "it softens the distributions of a teacher, and this recipe has none; recipe kd learns from one",
+    "kd_loss_fn": "it compares with a teacher, and this recipe has none; recipe kd learns from one",
 }
 _OF_VLM = {
-    "processor": "this recipe reads text alone and needs only a tokenizer; recipe vlm reads images",
+    "processor": "this recipe reads text alone, with a tokenizer; recipe vlm reads images",
     "model.vision_family": "this recipe trains language models; recipe vlm trains models with a vision tower",
     "generate.num_rows": "this recipe answers generate.prompts; recipe vlm answers held-out rows",
 }
-_HELD_OUT = Prefixed("validation_dataset", "val_loss")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class RunConfig:
     """What every recipe needs; section and key names are those of the YAML file.
 
-    ``validation_datasets`` maps the name of the logged metric to its dataset: ``validation_dataset`` is ``val_loss``,
-    ``validation_dataset_math`` is ``val_loss_math``. ``source`` is the file that was read, ``places`` says where each
-    dotted path was set, ``environment`` maps dotted paths to the ``${VAR}`` text their value came from.
+    `validation_datasets` maps the name of the logged metric to its dataset: `validation_dataset` is `val_loss`,
+    `validation_dataset_math` is `val_loss_math`. `source` is the file that was read, `places` says where each dotted
+    path was set, `environment` maps dotted paths to the `${VAR}` text their value came from.
     """
 
+    # What the recipe is called in a config and on the command line, and what it does in a line.
+    NAME: ClassVar[str]
+    COMMAND: ClassVar[tuple[str, str]]
+    HELP: ClassVar[str]
+    # The class of a dataset that names none, and what the recipe passes to the class of any.
+    DATASET: ClassVar[DefaultTarget]
+    DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     # The sections, or keys of them, that make two runs the same run.
     IDENTITY: ClassVar[tuple[str, ...]] = (
         *("model", "dataset", "dataloader.shuffle", "dataloader.drop_last", "dataloader.collate", "peft", "freeze"),
         *("moe", "optimizer", "lr_scheduler", "clip_grad_norm", "loss_fn", "seed"),
     )
-    # What the recipe passes to the class of its datasets.
-    DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     # Keys of other recipes, and why this one has no use for them.
     REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | _OF_VLM
 
     recipe: str
+    """Which recipe runs."""
     run_dir: Path
+    """Where the run is kept."""
     model: sections.Model
     dataset: Target
+    """The rows to train on: its class (_target_) and what that takes, such as path."""
     optimizer: sections.Optimizer
     step_scheduler: sections.StepScheduler
     seed: sections.NonNegativeInt = 42
+    """Decides every random number, however the work is split."""
     validation_datasets: Mapping[str, Target] = field(default_factory=dict)
+    """Held-out rows, as dataset; their losses are val_loss and val_loss_NAME."""
     dataloader: sections.DataLoader = field(default_factory=sections.DataLoader)
     distributed: sections.Distributed = field(default_factory=sections.Distributed)
     lr_scheduler: sections.LrScheduler = field(default_factory=sections.LrScheduler)
     loss_fn: Annotated[Target, DefaultTarget(DEFAULT_LOSS)] = field(default_factory=lambda: Target(DEFAULT_LOSS))
+    """A function of hidden states, output weight and shifted labels that returns a sum over targets."""
     clip_grad_norm: sections.ClipGradNorm = field(default_factory=sections.ClipGradNorm)
     peft: sections.Peft | None = None
     freeze: tuple[sections.FreezeRule, ...] | None = None
     moe: sections.Router = field(default_factory=sections.Router)
     checkpoint: sections.Checkpoint = field(default_factory=sections.Checkpoint)
     kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
+    """Our faster parts: all that fit, none, or a mapping of part to choice (am_models.optimize)."""
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
     sinks: tuple[Target, ...] = ()
+    """What else is told of every step (am_recipes.sinks.Sink)."""
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -132,23 +131,15 @@ class RunConfig:
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_dataset, whose loss says what is "
                 "best; add one, or use checkpoint.keep_last"
             )
-        schedule, steps = self.lr_scheduler, self.step_scheduler
-        if schedule.style != "constant" and schedule.min_lr > self.optimizer.lr:
-            raise ValueError(
-                f"lr_scheduler.min_lr={schedule.min_lr} is above optimizer.lr={self.optimizer.lr}; lower it"
+        try:
+            schedules.require_fit(
+                **self.lr_scheduler.options(),
+                lr=self.optimizer.lr,
+                total_steps=self.step_scheduler.max_steps,
+                length="step_scheduler.max_steps",
             )
-        if steps.max_steps is not None and schedule.warmup_steps > steps.max_steps:
-            raise ValueError(
-                f"lr_scheduler.warmup_steps={schedule.warmup_steps} is longer than the run of "
-                f"step_scheduler.max_steps={steps.max_steps}; lower it"
-            )
-        full_rate = max(schedule.warmup_steps, 1)
-        if steps.max_steps is not None and (schedule.decay_steps or 0) > steps.max_steps - full_rate:
-            raise ValueError(
-                f"lr_scheduler.decay_steps={schedule.decay_steps} is longer than the {steps.max_steps - full_rate} "
-                f"steps of step_scheduler.max_steps={steps.max_steps} that follow step {full_rate}, the first at the "
-                "full rate; lower it, or lr_scheduler.warmup_steps"
-            )
+        except ValueError as error:
+            raise self.error("lr_scheduler", str(error)) from error
         if self.optimizer.adamw is not None and self.optimizer.target.path != MUON:
             raise ValueError(
                 f"optimizer.adamw is for {MUON}, which leaves a part to AdamW, and the optimizer is "
@@ -160,8 +151,29 @@ class RunConfig:
                 "weights it belongs to; set export.merge_adapter or give model.name_or_path"
             )
 
+    def models(self) -> Mapping[str, sections.Model]:
+        """The sections that describe a model, by their key."""
+        return {"model": self.model}
+
+    def targets(self) -> Iterator[Call]:
+        """Every target of the config, with what the recipe passes to it."""
+        yield Call("dataset", self.dataset, self.DATASET_ARGUMENTS)
+        for metric, dataset in self.validation_datasets.items():
+            key = _HELD_OUT.key + metric.removeprefix(_HELD_OUT.stored)
+            yield Call(key, dataset, self.DATASET_ARGUMENTS)
+        for key, model in self.models().items():
+            yield from model.calls(key)
+        yield Call("optimizer", self.optimizer.target, ("params", *self.optimizer.named()))
+        yield Call("loss_fn", self.loss_fn, partial=True)
+        if self.dataloader.collate is not None:
+            yield Call("dataloader.collate", self.dataloader.collate, partial=True)
+        if self.peft is not None:
+            yield Call("peft", self.peft.lora)
+        for number, sink in enumerate(self.sinks):
+            yield Call(f"sinks.{number}", sink)
+
     def freeze_rules(self) -> list[dict[str, str]] | None:
-        """``freeze`` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
+        """`freeze` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
         return None if self.freeze is None else [rule.rule() for rule in self.freeze]
 
     def error(self, path: str, message: str) -> ConfigError:
@@ -191,7 +203,7 @@ class RunConfig:
             else:
                 result[section] = values[section]
         result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
-        if self.lr_scheduler.style not in ("constant", "inverse_sqrt"):
+        if self.lr_scheduler.style in schedules.NEEDS_TOTAL_STEPS:
             result["step_scheduler"] |= self.goal()
         return result
 
@@ -204,7 +216,7 @@ class RunConfig:
         return dump(written(plain(self), self.environment))
 
     def save(self, path: Path) -> None:
-        """Write `to_yaml` to ``path``; one rank calls this."""
+        """Write `to_yaml` to `path`; one rank calls this."""
         path.write_text(self.to_yaml(), encoding="utf-8")
 
 
@@ -212,117 +224,142 @@ class RunConfig:
 class SftConfig(RunConfig):
     """Everything `am_recipes.sft` needs."""
 
+    NAME: ClassVar[str] = "sft"
+    COMMAND: ClassVar[tuple[str, str]] = ("finetune", "llm")
+    HELP: ClassVar[str] = "fine-tune a language model on conversations"
+    DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.ChatDataset")
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "packed_sequence")
 
-    recipe: Literal["sft"]
-    dataset: ChatRows
-    validation_datasets: Annotated[Mapping[str, ChatRows], _HELD_OUT] = field(default_factory=dict)
+    dataset: Annotated[Target, DATASET]
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
     packed_sequence: sections.PackedSequence = field(default_factory=sections.PackedSequence)
     generate: sections.Generate = field(default_factory=sections.Generate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_tokenizer(self.model, self.tokenizer)
+        _require_reader(self.model, self.tokenizer, "tokenizer")
+
+    def targets(self) -> Iterator[Call]:
+        yield from super().targets()
+        yield from self.tokenizer.calls("tokenizer")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class KdConfig(SftConfig):
     """Everything `am_recipes.kd` needs: a teacher beside what fine-tuning has.
 
-    The loss is ``(1 - kd_ratio) * cross-entropy + kd_ratio * temperature^2 * divergence``. ``teacher_distributed`` is
-    the teacher's own layout over the same ranks; None: the student's.
+    The loss is `(1 - kd_ratio) * cross-entropy + kd_ratio * temperature^2 * divergence`.
     """
 
+    NAME: ClassVar[str] = "kd"
+    COMMAND: ClassVar[tuple[str, str]] = ("kd", "llm")
+    HELP: ClassVar[str] = "distil a language model from a larger one"
     IDENTITY: ClassVar[tuple[str, ...]] = (
         *SftConfig.IDENTITY,
         *("teacher_model", "kd_ratio", "temperature", "kd_loss_fn"),
     )
     REFUSED: ClassVar[Mapping[str, str]] = _OF_VLM | {"teacher_model.vision_family": _OF_VLM["model.vision_family"]}
 
-    recipe: Literal["kd"]  # type: ignore[assignment]
     teacher_model: sections.Model
-    kd_ratio: Annotated[float, Check(lambda ratio: 0 <= ratio <= 1, "must be in [0, 1]")] = 0.5
+    """The frozen teacher, as model; it has the same tokens."""
+    kd_ratio: sections.Ratio = 0.5
+    """Share of the divergence in the loss; the rest is cross-entropy."""
     temperature: sections.PositiveFloat = 1.0
+    """Softens the distributions of both models."""
     kd_loss_fn: Annotated[Target, DefaultTarget(DEFAULT_KD_LOSS)] = field(
         default_factory=lambda: Target(DEFAULT_KD_LOSS)
     )
+    """The whole loss of a step, from the hidden states of both models."""
     teacher_distributed: sections.Distributed | None = None
+    """The teacher's own layout over the same ranks; null: the student's."""
+
+    def models(self) -> Mapping[str, sections.Model]:
+        return {"model": self.model, "teacher_model": self.teacher_model}
+
+    def targets(self) -> Iterator[Call]:
+        yield from super().targets()
+        yield Call("kd_loss_fn", self.kd_loss_fn, ("kd_ratio", "temperature", "num_tokens"), partial=True)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class PretrainConfig(RunConfig):
     """Everything `am_recipes.pretrain` needs."""
 
-    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer")
+    NAME: ClassVar[str] = "pretrain"
+    COMMAND: ClassVar[tuple[str, str]] = ("pretrain", "llm")
+    HELP: ClassVar[str] = "train a language model on tokens, from random weights or on"
+    DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.TokenShards")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer", "vocab_size")
+    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer")
     REFUSED: ClassVar[Mapping[str, str]] = RunConfig.REFUSED | {
         "packed_sequence": "rows are windows of equal length, packed already; dataset.split_documents says whether "
         "documents see each other",
     }
 
-    recipe: Literal["pretrain"]
-    dataset: Tokens
+    dataset: Annotated[Target, DATASET]
     step_scheduler: sections.BoundedScheduler
-    validation_datasets: Annotated[Mapping[str, Tokens], _HELD_OUT] = field(default_factory=dict)
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
     generate: sections.Generate = field(default_factory=sections.Generate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_tokenizer(self.model, self.tokenizer)
+        _require_reader(self.model, self.tokenizer, "tokenizer")
+
+    def targets(self) -> Iterator[Call]:
+        yield from super().targets()
+        yield from self.tokenizer.calls("tokenizer")
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class VlmConfig(RunConfig):
     """Everything `am_recipes.vlm` needs.
 
-    ``freeze`` None freezes the vision tower and trains the rest; with ``peft`` it changes nothing.
+    `freeze` None freezes the vision tower and trains the rest; with `peft` it changes nothing.
     """
 
-    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor")
+    NAME: ClassVar[str] = "vlm"
+    COMMAND: ClassVar[tuple[str, str]] = ("finetune", "vlm")
+    HELP: ClassVar[str] = "fine-tune a vision-language model on conversations with images"
+    DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.VisionChatDataset")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("processor",)
+    IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor")
     REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | {
         "tokenizer": "it is the processor's; set processor.name_or_path or processor.chat_template",
         "packed_sequence": "rows with images are padded, each a row of its own; set step_scheduler.local_batch_size",
         "generate.prompts": "this recipe answers held-out rows: generate.num_rows",
     }
 
-    recipe: Literal["vlm"]
     model: sections.VisionModel
-    dataset: Pictures
-    validation_datasets: Annotated[Mapping[str, Pictures], _HELD_OUT] = field(default_factory=dict)
+    dataset: Annotated[Target, DATASET]
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
     processor: sections.Processor = field(default_factory=sections.Processor)
     generate: sections.GenerateFromRows = field(default_factory=sections.GenerateFromRows)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model.name_or_path is None and self.model.compose is None and self.processor.name_or_path is None:
-            raise ValueError("processor.name_or_path is required with model.config: a random model brings no processor")
+        _require_reader(self.model, self.processor, "processor")
         if self.generate.num_rows and not self.validation_datasets:
             raise ValueError(
                 f"generate.num_rows={self.generate.num_rows} needs a validation_dataset, whose rows are asked; add one"
             )
 
-
-RECIPES: Mapping[str, type[RunConfig]] = {
-    "sft": SftConfig,
-    "pretrain": PretrainConfig,
-    "kd": KdConfig,
-    "vlm": VlmConfig,
-}
+    def targets(self) -> Iterator[Call]:
+        yield from super().targets()
+        yield from self.processor.calls("processor")
 
 
-def _require_tokenizer(model: sections.Model, tokenizer: sections.Tokenizer) -> None:
-    if model.name_or_path is None and tokenizer.name_or_path is None:
-        raise ValueError("tokenizer.name_or_path is required with model.config: a random model brings no tokenizer")
+RECIPES: Mapping[str, type[RunConfig]] = {kind.NAME: kind for kind in (SftConfig, PretrainConfig, KdConfig, VlmConfig)}
 
 
-_DATASETS = {"sft": _CHAT, "pretrain": _TOKENS, "kd": _CHAT, "vlm": _PICTURES}
+def _require_reader(model: sections.Model, reader: sections.Reader, key: str) -> None:
+    if model.name_or_path is None and reader.name_or_path is None:
+        raise ValueError(f"{key}.name_or_path is required with model.config: a random model brings no {key}")
 
 
 def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunConfig:
-    """Read and check a config file; ``overrides`` are (dotted path, text) pairs, later ones win.
+    """Read and check a config file; `overrides` are (dotted path, text) pairs, later ones win.
 
     Imports nothing that the config names and writes nothing. Raises `ConfigError`.
     """
@@ -336,18 +373,15 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
         raise root.error(f"the key 'recipe' is required: one of {', '.join(RECIPES)}")
     if recipe.value not in list(RECIPES):
         raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
-    _refuse(root, RECIPES[recipe.value])
-    for key, child in root.value.items():
-        if key == "dataset" or key.startswith("validation_dataset"):
-            _name_path(child, _DATASETS[recipe.value])
+    kind = RECIPES[recipe.value]
+    _refuse(root, kind)
     if "clip_grad_norm" in root.value:
         root.value["clip_grad_norm"] = _spell_out_no_clipping(root.value["clip_grad_norm"])
-    default = {"run_dir": Node(root.place.child("run_dir"), f"runs/{source.stem}")}
-    complete = Node(root.place, default | root.value)
+    default = {"run_dir": Node(root.place.child("run_dir"), DEFAULT_RUN_DIR.format(config=source.stem))}
     nodes = dict(walk(root))
     return read_section(
-        complete,
-        RECIPES[recipe.value],
+        Node(root.place, default | root.value),
+        kind,
         source=source,
         places={dotted_path: node.place for dotted_path, node in nodes.items()},
         environment={path: node.reference for path, node in nodes.items() if node.reference is not None},
@@ -356,32 +390,14 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
 
 def _refuse(root: Node, kind: type[RunConfig]) -> None:
     """Refuse what the recipe has no use for and says so, which is more than that it does not know the key."""
+    nodes = dict(walk(root))
     for key, reason in kind.REFUSED.items():
-        node: Node | None = root
-        for name in key.split("."):
-            node = node.value.get(name) if node is not None and isinstance(node.value, dict) else None
-        if node is not None:
-            raise node.error(f"not in recipe {root.value['recipe'].value}: {reason}")
-
-
-def _name_path(node: Node, default: str) -> None:
-    """In the short form of a dataset, ``path`` is what `am_data.ChatDataset` calls ``rows``, or its like."""
-    if not isinstance(node.value, dict) or "path" not in node.value:
-        return
-    target = node.value["_target_"].value if "_target_" in node.value else default
-    if target not in _PATHS:
-        return
-    name = _PATHS[target]
-    if name in node.value and not node.value["path"].created:
-        raise node.value["path"].error(f"means the same as {name}, which is given too; keep one of them")
-    # In place of the key it renames, so that the order of what is saved stays that of the file.
-    renamed = {name if key == "path" else key: child for key, child in node.value.items() if key != name}
-    node.value.clear()
-    node.value.update(renamed)
+        if key in nodes:
+            raise nodes[key].error(f"not in recipe {kind.NAME}: {reason}")
 
 
 def _spell_out_no_clipping(node: Node) -> Node:
-    """``clip_grad_norm: null`` is short for ``clip_grad_norm: {max_norm: null}``."""
+    """`clip_grad_norm: null` is short for `clip_grad_norm: {max_norm: null}`."""
     if node.value not in (None, "none", "None"):
         return node
     max_norm = replace(node, place=node.place.child("max_norm"))
@@ -389,84 +405,20 @@ def _spell_out_no_clipping(node: Node) -> Node:
 
 
 def check_targets(config: RunConfig) -> None:
-    """Import every target of the config and check its arguments against its signature. Raises `ConfigError`."""
-    for dataset in (config.dataset, *config.validation_datasets.values()):
-        dataset.bind(config.DATASET_ARGUMENTS)
-    config.optimizer.target.bind(("params", *config.optimizer.named()))
-    config.loss_fn.bind(partial=True)
-    if isinstance(config, KdConfig):
-        config.kd_loss_fn.bind(("kd_ratio", "temperature", "num_tokens"), partial=True)
-    if config.peft is not None:
-        config.peft.lora.bind()
-    if config.model.family is not None:
-        config.model.family.bind()
-    if isinstance(config, VlmConfig) and config.model.vision_family is not None:
-        config.model.vision_family.bind()
-    if config.dataloader.collate is not None:
-        config.dataloader.collate.bind(partial=True)
-    for sink in config.sinks:
-        sink.bind()
-    if config.model.config is not None:
-        _check_model_config(config, "model.config", config.model.config)
-    if isinstance(config, KdConfig) and config.teacher_model.config is not None:
-        _check_model_config(config, "teacher_model.config", config.teacher_model.config)
-    if isinstance(config, VlmConfig) and config.model.compose is not None:
-        compose = config.model.compose
-        compose.processor.bind(("tokenizer",))
-        for key, origin in _COMPOSED.items():
-            if key in compose.config:
-                raise config.error(f"model.compose.config.{key}", f"it comes from {origin}; remove it")
-        _check_model_config(config, "model.compose.config", compose.config)
+    """Import every target of the config and hold its arguments against its signature, and inline model configs against
+    their classes. Raises `ConfigError`.
+    """
+    for call in config.targets():
+        call.bind()
+    # Knows transformers, which the schema does without.
+    from am_recipes import model_config
 
-
-def _check_model_config(config: RunConfig, path: str, given: Mapping[str, Any]) -> None:
-    """Hold the inline transformers config at ``path``, with the parts it is made of, against their classes."""
-    _check_config_fields(config, path, given, _config_class(config, path, given["model_type"]))
-
-
-def _check_config_fields(config: RunConfig, path: str, given: Mapping[str, Any], kind: type[PretrainedConfig]) -> None:
-    """Transformers keeps unknown keywords as attributes that nothing reads; a misspelt size would go unnoticed."""
-    import inspect
-
-    from transformers import AutoConfig
-
-    default = _build_config(config, path, kind, {})
-    known = {*inspect.signature(kind).parameters, *default.to_dict(), *kind.attribute_map, "model_type"}
-    for key, value in given.items():
-        inner = f"{path}.{key}"
-        if key not in known:
-            raise config.error(inner, f"{kind.__name__} has no such field{nearest(key, known)}")
-        # What is neither a mapping nor null, the class refuses below.
-        if key in kind.sub_configs and isinstance(value, Mapping):
-            part = kind.sub_configs[key]
-            if part is AutoConfig and "model_type" in value:
-                part = _config_class(config, inner, value["model_type"])
-            elif part is AutoConfig and vars(default)[key] is None:
-                raise config.error(inner, f"needs a model_type: {kind.__name__} has no default for it")
-            elif part is AutoConfig:
-                part = type(vars(default)[key])
-            _check_config_fields(config, inner, value, part)
-    _build_config(config, path, kind, {key: value for key, value in given.items() if key != "model_type"})
-
-
-def _config_class(config: RunConfig, path: str, model_type: Any) -> type[PretrainedConfig]:
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in list(CONFIG_MAPPING):
-        hint = nearest(str(model_type), CONFIG_MAPPING)
-        raise config.error(f"{path}.model_type", f"unknown {model_type!r}{hint}")
-    return CONFIG_MAPPING[model_type]
-
-
-def _build_config(
-    config: RunConfig, path: str, kind: type[PretrainedConfig], fields: Mapping[str, Any]
-) -> PretrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        return kind(**fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise config.error(path, f"{kind.__name__}: {error.__cause__ or error}") from error
+    for key, model in config.models().items():
+        if model.config is not None:
+            try:
+                model_config.check(model.config)
+            except ArgumentError as error:
+                raise config.error(f"{key}.config.{error.path}".rstrip("."), str(error)) from error
 
 
 def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

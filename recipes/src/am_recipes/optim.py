@@ -8,10 +8,9 @@ that an optimizer state of one layout loads into another.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from am_recipes.muon import MuonWithAdamW
-
-Style = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
-STYLES: tuple[Style, ...] = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
-# The styles in which the length of the run decides the rate of a step: a run with another length is another run.
-NEEDS_TOTAL_STEPS: tuple[Style, ...] = ("linear", "cosine", "wsd")
+from am_recipes.schedules import Style, multiplier, require_rate
 
 # One fused call costs 0.2 ms for 30 small tensors on one CPU core and 2 ms for 300; foreach 0.6 and 8, the loop 0.9
 # and 10 (torch 2.15, AdamW). On CUDA, fused is one or two kernels.
@@ -43,32 +38,32 @@ def build_optimizer(
     adamw_modules: Iterable[nn.Module] | None = None,
     **hyperparameters: Any,
 ) -> torch.optim.Optimizer:
-    """Build ``optimizer`` over the parameters of ``model`` that require a gradient. Every rank calls it.
+    """Build `optimizer` over the parameters of `model` that require a gradient. Every rank calls it.
 
-    ``optimizer=torch.optim.Muon`` gives a `MuonWithAdamW`: Muon for hidden matrices, which are the parameters of two
-    dims that are no bias and belong neither to an ``nn.Embedding``, nor to the output layer, nor to ``adamw_modules``;
+    `optimizer=torch.optim.Muon` gives a `MuonWithAdamW`: Muon for hidden matrices, which are the parameters of two
+    dims that are no bias and belong neither to an `nn.Embedding`, nor to the output layer, nor to `adamw_modules`;
     AdamW for these and for all else, the experts that transformers fuses into three dims included (`describe` tells).
 
     Args:
         model: its parameters may be DTensors. Call after sharding: the optimizer holds these very parameters.
         weight_decay: for the weights that decay (see `decays`); None leaves the class its own default.
-        optimizer: a class or factory taking ``(params, lr=..., [weight_decay=...], **hyperparameters)``. For torch's
-            Adam, AdamW, SGD and Adagrad the fused implementation is chosen where it works; say ``fused=`` or
-            ``foreach=`` to choose yourself.
-        overrides: ``{"pattern": ..., "lr_mult": 1.0, "wd_mult": 1.0}`` each. ``pattern`` is a regular expression that
+        optimizer: a class or factory taking `(params, lr=..., [weight_decay=...], **hyperparameters)`. For torch's
+            Adam, AdamW, SGD and Adagrad the fused implementation is chosen where it works; say `fused=` or
+            `foreach=` to choose yourself.
+        overrides: `{"pattern": ..., "lr_mult": 1.0, "wd_mult": 1.0}` each. `pattern` is a regular expression that
             must match somewhere in the parameter's name (`re.search`); the first that matches decides.
-        adamw: with Muon only: the keyword arguments of its AdamW part. ``weight_decay`` is by default the one above;
-            ``lr`` may be left out with ``adjust_lr_fn="match_rms_adamw"`` alone, which is there to share one rate.
+        adamw: with Muon only: the keyword arguments of its AdamW part. `weight_decay` is by default the one above;
+            `lr` may be left out with `adjust_lr_fn="match_rms_adamw"` alone, which is there to share one rate.
         adamw_modules: with Muon only: modules whose matrices AdamW trains too. A transformers model names its output
-            layer itself (``get_output_embeddings``); where it has none, and for other models, say here which modules
-            turn hidden states into answers, or ``()``.
-        hyperparameters: passed on as they are, such as ``betas`` and ``eps``; with Muon, to `torch.optim.Muon`.
+            layer itself (`get_output_embeddings`); where it has none, and for other models, say here which modules
+            turn hidden states into answers, or `()`.
+        hyperparameters: passed on as they are, such as `betas` and `eps`; with Muon, to `torch.optim.Muon`.
 
     Raises:
         ValueError: nothing requires a gradient; a pattern matches no trainable parameter; a rate is negative; Muon has
             no rate for its AdamW part, no matrix to train, an unknown output layer, or LoRA factors (their product is
             the matrix: no one orthogonalises the factors).
-        TypeError: an override has another key; ``adamw`` or ``adamw_modules`` with an optimizer that has no such part.
+        TypeError: an override has another key; `adamw` or `adamw_modules` with an optimizer that has no such part.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -77,9 +72,9 @@ def build_optimizer(
             f"none of the {count} parameters of {type(model).__name__} requires a gradient, so there is nothing to "
             "train; check the peft target modules and the freeze patterns"
         )
-    _check_rate("lr", lr)
+    require_rate("lr", lr)
     if weight_decay is not None:
-        _check_rate("weight_decay", weight_decay)
+        require_rate("weight_decay", weight_decay)
         hyperparameters["weight_decay"] = weight_decay
     checked = _check_overrides(overrides, trainable, weight_decay)
     if optimizer is torch.optim.Muon:
@@ -133,79 +128,34 @@ def schedule(
     min_lr: float = 0.0,
     decay_steps: int | None = None,
 ) -> LambdaLR:
-    """Linear warm-up, then ``style``. Call ``.step()`` once after each optimizer step.
+    """Linear warm-up, then `style`. Call `.step()` once after each optimizer step.
 
-    Counting optimizer steps from 1: the first takes ``lr / warmup_steps`` (the full rate without warm-up), step
-    ``warmup_steps`` the full rate. After it step s takes ``min_lr + (lr - min_lr) * f``, with w = max(warmup_steps, 1):
+    Counting optimizer steps from 1: the first takes `lr / warmup_steps` (the full rate without warm-up), step
+    `warmup_steps` the full rate. After it step s takes `min_lr + (lr - min_lr) * f`, with w = max(warmup_steps, 1):
 
-    - ``constant``: f = 1, whatever ``min_lr`` is.
-    - ``linear`` and ``cosine``: f = 1 - p and (1 + cos(pi p)) / 2 with p = (s - w) / (total_steps - w).
-    - ``wsd`` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395; its decay linear as in arXiv:2405.18392): f = 1 up to
-      step ``total_steps - decay_steps``, then (total_steps - s) / decay_steps. ``decay_steps`` is by default a tenth of
+    - `constant`: f = 1, whatever `min_lr` is.
+    - `linear` and `cosine`: f = 1 - p and (1 + cos(pi p)) / 2 with p = (s - w) / (total_steps - w).
+    - `wsd` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395; its decay linear as in arXiv:2405.18392): f = 1 up to
+      step `total_steps - decay_steps`, then (total_steps - s) / decay_steps. `decay_steps` is by default a tenth of
       the run, at least one step and at most what the warm-up leaves.
-    - ``inverse_sqrt`` (Vaswani et al. 2017, section 5.3): ``lr * sqrt(w / s)``, never below ``min_lr``, without an end.
+    - `inverse_sqrt` (Vaswani et al. 2017, section 5.3): `lr * sqrt(w / s)`, never below `min_lr`, without an end.
 
-    The styles of `NEEDS_TOTAL_STEPS` take ``min_lr`` at step ``total_steps`` and any after it; the others may leave
-    ``total_steps`` out. ``lr`` is the rate that the optimizer was built with; groups with another rate (an ``lr_mult``,
-    the AdamW part of Muon) keep their proportion to it throughout, down to the same proportion of ``min_lr``.
+    The styles of `am_recipes.schedules.NEEDS_TOTAL_STEPS` take `min_lr` at step `total_steps` and any after it; the
+    others may leave `total_steps` out. `lr` is the rate that the optimizer was built with; groups with another rate (an
+    `lr_mult`, the AdamW part of Muon) keep their proportion to it throughout, down to that proportion of `min_lr`.
 
-    Raises ValueError on an unknown style, a negative number, ``min_lr`` above the rate, a warm-up longer than the run,
+    Raises ValueError on an unknown style, a negative number, `min_lr` above the rate, a warm-up longer than the run,
     a decay that does not fit behind it or is given to another style.
     """
-    peak = float(optimizer.defaults["lr"])
-    if style not in STYLES:
-        raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps={warmup_steps} is negative; use 0 for no warm-up")
-    if total_steps is None and style in NEEDS_TOTAL_STEPS:
-        raise ValueError(f"style={style!r} needs total_steps: it decides the rate of every step")
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(f"total_steps={total_steps} must be at least 1")
-    if total_steps is not None and warmup_steps > total_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} is longer than the run of total_steps={total_steps}; lower it")
-    _check_rate("min_lr", min_lr)
-    if style != "constant" and min_lr > peak:
-        raise ValueError(f"min_lr={min_lr} is above the learning rate {peak}; lower it, or use style='constant'")
-    if decay_steps is not None and style != "wsd":
-        raise ValueError(
-            f"decay_steps={decay_steps} is for style='wsd'; style={style!r} has no such phase, leave it out"
-        )
-    floor = min_lr / peak if peak > 0 else 0.0
-    peak_step = max(warmup_steps, 1)
-    shape = _shape(style, peak_step, total_steps, decay_steps, floor)
-
-    def factor(steps_done: int) -> float:
-        step = steps_done + 1
-        return step / peak_step if step <= peak_step else shape(step)
-
+    factor = multiplier(
+        style,
+        lr=float(optimizer.defaults["lr"]),
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+        min_lr=min_lr,
+        decay_steps=decay_steps,
+    )
     return LambdaLR(optimizer, factor)
-
-
-def _shape(
-    style: Style, peak_step: int, total_steps: int | None, decay_steps: int | None, floor: float
-) -> Callable[[int], float]:
-    """The rate of a step after ``peak_step``, as a share of the full rate; ``floor`` is the share of ``min_lr``."""
-    if style == "inverse_sqrt":
-        return lambda step: max(floor, math.sqrt(peak_step / step))
-    if style == "constant" or total_steps is None:
-        return lambda step: 1.0
-    left = total_steps - peak_step
-    length = left
-    if style == "wsd":
-        length = min(max(total_steps // 10, 1), left) if decay_steps is None else decay_steps
-        if decay_steps is not None and not 1 <= decay_steps <= left:
-            raise ValueError(
-                f"decay_steps={decay_steps} must be between 1 and {left}, the steps of total_steps={total_steps} that "
-                f"follow step {peak_step}, the first at the full rate"
-            )
-
-    def decaying(step: int) -> float:
-        # max: a run without a step after the peak still has a rate for what follows its end.
-        progress = min(max((step - (total_steps - length)) / max(length, 1), 0.0), 1.0)
-        remaining = (1 + math.cos(math.pi * progress)) / 2 if style == "cosine" else 1 - progress
-        return floor + (1 - floor) * remaining
-
-    return decaying
 
 
 def _hidden_matrices(
@@ -249,7 +199,7 @@ def _hidden_matrices(
 def _adamw_options(
     adamw: Mapping[str, Any] | None, lr: float, weight_decay: float | None, muon: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of Muon's AdamW part, with ``lr``."""
+    """The arguments of Muon's AdamW part, with `lr`."""
     options = {} if weight_decay is None else {"weight_decay": weight_decay}
     options |= adamw or {}
     if "lr" not in options:
@@ -259,7 +209,7 @@ def _adamw_options(
                 "adamw={'lr': ...} for embeddings, output layer, norms and biases, or that adjust_lr_fn"
             )
         options["lr"] = lr
-    _check_rate("lr of adamw", options["lr"])
+    require_rate("lr of adamw", options["lr"])
     return options
 
 
@@ -311,8 +261,8 @@ def _check_overrides(
         if unknown or "pattern" not in override:
             raise TypeError(f"override {dict(override)} must have the key pattern, and may have lr_mult and wd_mult")
         pattern, lr_mult, wd_mult = override["pattern"], override.get("lr_mult", 1.0), override.get("wd_mult", 1.0)
-        _check_rate(f"lr_mult of pattern {pattern!r}", lr_mult)
-        _check_rate(f"wd_mult of pattern {pattern!r}", wd_mult)
+        require_rate(f"lr_mult of pattern {pattern!r}", lr_mult)
+        require_rate(f"wd_mult of pattern {pattern!r}", wd_mult)
         if wd_mult != 1.0 and weight_decay is None:
             raise ValueError(
                 f"wd_mult={wd_mult} of pattern {pattern!r} multiplies weight_decay, which is not set; set it"
@@ -328,8 +278,3 @@ def _check_overrides(
             raise ValueError(f"pattern {pattern!r} matches no trainable parameter; nearest names: {', '.join(nearest)}")
         checked.append((expression, float(lr_mult), float(wd_mult)))
     return checked
-
-
-def _check_rate(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value} must be a finite number, 0 or more")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from am_recipes.settings.saved import fingerprints, written
 from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
-from am_recipes.settings.target import DefaultTarget, Target
+from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
     Node,
@@ -24,7 +24,10 @@ from am_recipes.settings.yaml import (
 )
 
 __all__ = [
+    "ArgumentError",
+    "Call",
     "Check",
+    "Checked",
     "ConfigError",
     "DefaultTarget",
     "Inline",
@@ -32,6 +35,7 @@ __all__ = [
     "Place",
     "Prefixed",
     "Target",
+    "checked",
     "did_you_mean",
     "dump",
     "fingerprints",

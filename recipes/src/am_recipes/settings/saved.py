@@ -11,7 +11,7 @@ from am_recipes.settings.yaml import is_secret
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
-    """``values`` for a config file; ``environment`` maps dotted paths to the reference their value came from.
+    """`values` for a config file; `environment` maps dotted paths to the reference their value came from.
 
     A secret is written as a reference named after its key, or as the one it came from without a default, for the rerun
     to fill in.
@@ -29,7 +29,7 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
 
 
 def fingerprints(values: Any, environment: Mapping[str, str]) -> Any:
-    """``values`` for comparing runs: secrets left out, and of what came from the environment only a digest."""
+    """`values` for comparing runs: secrets left out, and of what came from the environment only a digest."""
 
     def fingerprint(path: str, value: Any) -> Any:
         if is_secret(path):
@@ -42,7 +42,7 @@ def fingerprints(values: Any, environment: Mapping[str, str]) -> Any:
 
 
 def _replace_leaves(value: Any, path: str, new: Callable[[str, Any], Any]) -> Any:
-    """The same nesting with every scalar replaced by ``new(dotted path, scalar)``."""
+    """The same nesting with every scalar replaced by `new(dotted path, scalar)`."""
     prefix = f"{path}." if path else ""
     if isinstance(value, Mapping):
         return {key: _replace_leaves(child, prefix + key, new) for key, child in value.items()}

@@ -1,7 +1,7 @@
 """Reads a tree of YAML nodes into typed, frozen dataclasses, and turns those back into plain values.
 
 The annotations of a dataclass are its schema: `int`, `float`, `bool`, `str`, `Path`, `Literal`, `X | None`,
-`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, Any]` (free-form), `Target` and nested dataclasses. ``Annotated`` adds a
+`tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, Any]` (free-form), `Target` and nested dataclasses. `Annotated` adds a
 constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`).
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from am_recipes.settings.target import DefaultTarget, Target
-from am_recipes.settings.yaml import Node, did_you_mean, is_secret, nearest
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, is_secret, nearest, walk
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Inline:
 
 @dataclass(frozen=True)
 class Prefixed:
-    """The field collects the keys ``key`` and ``key_<name>`` of its section, as ``stored``, ``stored_<name>``."""
+    """The field collects the keys `key` and `key_<name>` of its section, as `stored`, `stored_<name>`."""
 
     key: str
     stored: str
 
 
 def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
-    """Build dataclass ``kind`` from a mapping node; ``given`` are the fields that do not come from YAML."""
+    """Build dataclass `kind` from a mapping node; `given` are the fields that do not come from YAML."""
     if not isinstance(node.value, dict):
         raise node.error(f"expected a mapping with {', '.join(_keys(kind))}, got {node.shown()}")
     hints = typing.get_type_hints(kind, include_extras=True)
     values = dict(given)
     remaining = dict(node.value)
-    inline = [name for name, hint in hints.items() if _metadata(hint, Inline)]
+    inline = [name for name, hint in hints.items() if metadata(hint, Inline)]
     # Unknown keys come first: a misspelt required key is better called misspelt than missing.
-    _refuse_unknown(node, kind, [_metadata(hints[name], DefaultTarget) for name in inline])
+    _refuse_unknown(node, kind, [metadata(hints[name], DefaultTarget) for name in inline])
     for item in dataclasses.fields(kind):
-        prefixed = _metadata(hints[item.name], Prefixed)
+        prefixed = metadata(hints[item.name], Prefixed)
         if item.name in given or item.name in inline:
             continue
         if prefixed:
@@ -68,6 +68,8 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         values[name] = read(dataclasses.replace(node, value=remaining), hints[name])
     try:
         return kind(**values)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise node.error(str(error)) from error
 
@@ -78,18 +80,18 @@ def _refuse_unknown(section: Node, kind: type[Any], inline: list[DefaultTarget])
         return
     known = [*_keys(kind), *(name for target in inline for name in target.arguments)]
     hints = typing.get_type_hints(kind, include_extras=True).values()
-    prefixes = tuple(f"{prefixed.key}_" for hint in hints if (prefixed := _metadata(hint, Prefixed)))
+    prefixes = tuple(f"{prefixed.key}_" for hint in hints if (prefixed := metadata(hint, Prefixed)))
     for key, child in section.value.items():
         if key not in known and not key.startswith(prefixes):
             raise child.error(f"unknown key{nearest(key, known)}")
 
 
 def read(node: Node, annotation: Any) -> Any:
-    """The value of ``node`` as ``annotation`` demands; raises `ConfigError` with the place and the constraint."""
+    """The value of `node` as `annotation` demands; raises `ConfigError` with the place and the constraint."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         if arguments[0] is Target:
-            return read_target(node, _metadata(annotation, DefaultTarget))
+            return read_target(node, metadata(annotation, DefaultTarget))
         value = read(node, arguments[0])
         for check in annotation.__metadata__:
             if isinstance(check, Check) and not check.test(value):
@@ -150,13 +152,13 @@ def _read_list(node: Node, items: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def read_free(node: Node, *, targets: bool = False) -> Any:
-    """Plain values, and with ``targets`` also `Target` objects for mappings that have a ``_target_``."""
+    """Plain values, and with `targets` also `Target` objects for mappings that have a `_target_`."""
     if isinstance(node.value, list):
         return [read_free(child, targets=targets) for child in node.value]
     if not isinstance(node.value, dict):
         return node.text if node.text is not None and is_secret(node.place.path) else node.value
     if targets and "_target_" in node.value:
-        return read_target(node, None)
+        return read_target(node, None, nested=True)
     _refuse_created(node)
     return {key: read_free(child, targets=targets) for key, child in node.value.items()}
 
@@ -170,12 +172,19 @@ def _refuse_created(node: Node) -> None:
             raise child.error(f"unknown key: an override cannot add it{hint}")
 
 
-def read_target(node: Node, default: DefaultTarget | None) -> Target:
-    """A ``_target_`` node, or with ``default`` a mapping that may leave the ``_target_`` out."""
+def read_target(node: Node, default: DefaultTarget | None, *, nested: bool = False) -> Target:
+    """A `_target_` node, or with `default` a mapping that may leave the `_target_` out.
+
+    One that is `nested` in the arguments of another may be `_partial_: true`: what it stands for is then the callable
+    with these arguments, for the other to call.
+    """
     if not isinstance(node.value, dict):
         raise node.error(f"expected a mapping with _target_ and its arguments, got {node.shown()}")
     children = dict(node.value)
     named = children.pop("_target_", None)
+    partial = children.pop("_partial_", None)
+    if partial is not None and not nested:
+        raise partial.error("is for a target in the arguments of another; how this one is called is not its choice")
     if named is None and default is None:
         raise node.error("the key '_target_' is required: the dotted path of a callable")
     path = default.path if named is None and default else _read_scalar(typing.cast(Node, named), str)
@@ -183,14 +192,15 @@ def read_target(node: Node, default: DefaultTarget | None) -> Target:
         place = named.place if named else node.place
         raise place.error(f"{path!r} is not the dotted path of a callable, such as torch.optim.AdamW")
     arguments = {key: read_free(child, targets=True) for key, child in children.items()}
-    places = {key: child.place for key, child in node.value.items()}
-    return Target(path, arguments, node.place, places)
+    places = {key: child.place for key, child in walk(node)}
+    return Target(path, arguments, partial is not None and _read_scalar(partial, bool), node.place, places)
 
 
 def plain(value: Any) -> Any:
-    """What `read` would read back as ``value``: dicts, lists and scalars."""
+    """What `read` would read back as `value`: dicts, lists and scalars."""
     if isinstance(value, Target):
-        return {"_target_": value.path} | {key: plain(child) for key, child in value.arguments.items()}
+        partial = {"_partial_": True} if value.partial else {}
+        return {"_target_": value.path} | partial | {key: plain(child) for key, child in value.arguments.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         result: dict[str, Any] = {}
         hints = typing.get_type_hints(type(value), include_extras=True)
@@ -198,8 +208,8 @@ def plain(value: Any) -> Any:
             if not item.compare:
                 continue
             content = plain(value.__dict__[item.name])
-            prefixed = _metadata(hints[item.name], Prefixed)
-            if _metadata(hints[item.name], Inline):
+            prefixed = metadata(hints[item.name], Prefixed)
+            if metadata(hints[item.name], Inline):
                 result = content | result
             elif prefixed:
                 result |= {prefixed.key + key.removeprefix(prefixed.stored): child for key, child in content.items()}
@@ -213,7 +223,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _metadata(annotation: Any, kind: type[Any]) -> Any:
+def metadata(annotation: Any, kind: type[Any]) -> Any:
     if typing.get_origin(annotation) is not typing.Annotated:
         return None
     return next((item for item in annotation.__metadata__ if isinstance(item, kind)), None)
@@ -223,9 +233,9 @@ def _keys(kind: type[Any]) -> list[str]:
     hints = typing.get_type_hints(kind, include_extras=True)
     keys = []
     for item in dataclasses.fields(kind):
-        prefixed = _metadata(hints[item.name], Prefixed)
+        prefixed = metadata(hints[item.name], Prefixed)
         if prefixed:
             keys.append(prefixed.key)
-        elif item.compare and not _metadata(hints[item.name], Inline):
+        elif item.compare and not metadata(hints[item.name], Inline):
             keys.append(item.name)
     return keys

@@ -8,34 +8,69 @@ import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from am_recipes.settings.yaml import Place, nearest
 
 _DEFAULT_PLACE = Place("default", "")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class DefaultTarget:
-    """The callable that a target node means when it has no ``_target_``.
+    """The callable that a target node means when it has no `_target_`.
 
-    ``arguments``, where they are known without importing it, let a misspelt one be found at once.
+    `arguments`, where they are known without importing it, let a misspelt one be found at once.
     """
 
     path: str
     arguments: tuple[str, ...] = ()
 
 
+class ArgumentError(ValueError):
+    """An argument of a callable that its signature allows and the callable does not.
+
+    `path` is where it is: the name of the argument, and with dots what is wrong within it.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class Checked(Generic[P, R]):
+    """A callable that can say before it is called whether it could be: what `checked` makes of a function."""
+
+    def __init__(self, function: Callable[P, R], check: Callable[[Mapping[str, Any]], None]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self.check = check
+
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> R:
+        return self._function(*arguments, **options)
+
+
+def checked(check: Callable[[Mapping[str, Any]], None]) -> Callable[[Callable[P, R]], Checked[P, R]]:
+    """Let `check` see the arguments that a config gives to the function, by name, before anything is built.
+
+    It raises `ArgumentError`. Nested targets among the arguments are still `Target` objects.
+    """
+    return lambda function: Checked(function, check)
+
+
 @dataclass(frozen=True, repr=False)
 class Target:
     """A callable by its dotted path, with arguments that may be targets themselves.
 
-    Nothing is imported until `callable`, `bind` or `build` is called.
+    Nothing is imported until `callable`, `bind` or `build` is called. `partial` is for a target among the arguments of
+    another, which is then given the callable with these arguments applied.
     """
 
     path: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
     place: Place = field(default=_DEFAULT_PLACE, compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
 
@@ -45,11 +80,14 @@ class Target:
     def bind(self, provided: Iterable[str] = (), *, partial: bool = False) -> None:
         """Import the callable and hold the arguments, here and in nested targets, against its signature.
 
-        ``provided``: the arguments that the recipe passes itself. ``partial``: the rest comes when it is called, so a
-        missing argument is no error. Nothing is built. Raises `ConfigError`.
+        Args:
+            provided: the arguments that the recipe passes itself.
+            partial: the rest comes when it is called, so a missing argument is no error.
+
+        Nothing is built. Raises `ConfigError`.
         """
         for value in _targets_in(self.arguments):
-            value.bind()
+            value.bind(partial=value.partial)
         function = self._import()
         try:
             parameters = inspect.signature(function).parameters
@@ -77,9 +115,14 @@ class Target:
         ]
         if missing and not partial:
             raise self.place.error(f"{self.path} needs {', '.join(map(repr, missing))}")
+        if isinstance(function, Checked):
+            try:
+                function.check(self.arguments)
+            except ArgumentError as error:
+                raise self._place(error.path).error(str(error)) from error
 
     def build(self, **runtime: Any) -> Any:
-        """Call it with its arguments, nested targets built first; ``runtime`` arguments win."""
+        """Call it with its arguments, nested targets built first; `runtime` arguments win."""
         return self._import()(**(self.built_arguments() | runtime))
 
     def built_arguments(self) -> dict[str, Any]:
@@ -91,8 +134,13 @@ class Target:
         function = self._import()
         return functools.partial(function, **self.built_arguments()) if self.arguments else function
 
-    def _place(self, name: str) -> Place:
-        return self.places.get(name, self.place.child(name))
+    def _place(self, path: str) -> Place:
+        """Where the argument at the dotted `path` was given, by the nearest line that is known."""
+        known = path
+        while known not in self.places and known:
+            known = known.rpartition(".")[0]
+        nearest_place = self.places[known] if known else self.place
+        return replace(nearest_place, path=self.place.child(path).path)
 
     def _import(self) -> Callable[..., Any]:
         place = self._place("_target_")
@@ -129,6 +177,20 @@ class Target:
         return typing.cast(Callable[..., Any], found)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A target of a config and how it is called: what `Target.bind` is told. `key` is its dotted path."""
+
+    key: str
+    target: Target
+    provided: tuple[str, ...] = ()
+    partial: bool = False
+
+    def bind(self) -> None:
+        """`Target.bind`. Raises `ConfigError`."""
+        self.target.bind(self.provided, partial=self.partial)
+
+
 def _targets_in(value: Any) -> Iterable[Target]:
     if isinstance(value, Target):
         yield value
@@ -139,7 +201,7 @@ def _targets_in(value: Any) -> Iterable[Target]:
 
 def _built(value: Any) -> Any:
     if isinstance(value, Target):
-        return value.build()
+        return value.callable() if value.partial else value.build()
     if isinstance(value, Mapping):
         return {key: _built(child) for key, child in value.items()}
     return [_built(child) for child in value] if isinstance(value, list) else value

@@ -59,7 +59,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: ``where`` is ``file:line`` (with the flag of an override), ``path`` its dotted path."""
+    """Where a value stands: `where` is `file:line` (with the flag of an override), `path` its dotted path."""
 
     where: str
     path: str
@@ -73,10 +73,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Node:
-    """A YAML value and its place. ``value`` is a dict or list of nodes, or a scalar.
+    """A YAML value and its place. `value` is a dict or list of nodes, or a scalar.
 
-    ``text`` is what was typed, for values whose type only the schema can decide (overrides, environment variables);
-    ``reference`` the unresolved source of a value that refers to the environment; ``created`` marks a key that an
+    `text` is what was typed, for values whose type only the schema can decide (overrides, environment variables);
+    `reference` the unresolved source of a value that refers to the environment; `created` marks a key that an
     override added.
     """
 
@@ -103,7 +103,7 @@ class Node:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the closest name, nothing when none is close."""
+    """`; did you mean 'x'?` for the closest name, nothing when none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -115,7 +115,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def is_secret(path: str) -> bool:
-    """Whether the last key of a dotted path names a credential: ``hf_token`` does, ``pad_token`` does not."""
+    """Whether the last key of a dotted path names a credential: `hf_token` does, `pad_token` does not."""
     return bool(_SECRET.search(path.rsplit(".", 1)[-1]))
 
 
@@ -139,7 +139,7 @@ def dump(values: Mapping[str, Any]) -> str:
 
 
 def override(root: Node, flag: str, text: str) -> None:
-    """Set the value at ``flag`` (``optimizer.lr``, ``prompts.0``) in the tree; the schema judges the names later."""
+    """Set the value at `flag` (`optimizer.lr`, `prompts.0`) in the tree; the schema judges the names later."""
     keys = flag.split(".")
     if not all(keys):
         raise root.error(f"--{flag}: not a dotted path; write --section.key value")
@@ -245,7 +245,7 @@ def _node(source: yaml.Node, place: Place, of_file: bool, ancestors: tuple[int, 
 
 
 def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
-    """Replace ``${VAR}`` and ``${VAR,default}`` in every text of the tree (``$${`` stands for ``${``).
+    """Replace `${VAR}` and `${VAR,default}` in every text of the tree (`$${` stands for `${`).
 
     A value that is one reference and nothing else takes the type its text has in YAML. Raises `ConfigError` for a
     variable that is neither set nor given a default.

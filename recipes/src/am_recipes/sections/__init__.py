@@ -1,0 +1,62 @@
+"""The sections of a config file, one frozen dataclass each: what `am_recipes.configs` puts together per recipe.
+
+The string below a field is what `automodel RECIPE --keys` says about it.
+"""
+
+from __future__ import annotations
+
+from am_recipes.sections.data import DataLoader, Generate, GenerateFromRows, PackedSequence
+from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source
+from am_recipes.sections.model import (
+    AdapterExport,
+    FreezeRule,
+    Model,
+    Peft,
+    Processor,
+    Reader,
+    Router,
+    Tokenizer,
+    VisionModel,
+)
+from am_recipes.sections.training import (
+    AdamW,
+    BoundedScheduler,
+    Checkpoint,
+    ClipGradNorm,
+    Distributed,
+    LrScheduler,
+    Optimizer,
+    ParamGroupOverride,
+    StepScheduler,
+)
+
+__all__ = [
+    "AdamW",
+    "AdapterExport",
+    "BoundedScheduler",
+    "Checkpoint",
+    "ClipGradNorm",
+    "DataLoader",
+    "Distributed",
+    "Fraction",
+    "FreezeRule",
+    "Generate",
+    "GenerateFromRows",
+    "LrScheduler",
+    "Model",
+    "NonNegativeInt",
+    "Optimizer",
+    "PackedSequence",
+    "ParamGroupOverride",
+    "Peft",
+    "PositiveFloat",
+    "PositiveInt",
+    "Processor",
+    "Ratio",
+    "Reader",
+    "Router",
+    "Source",
+    "StepScheduler",
+    "Tokenizer",
+    "VisionModel",
+]

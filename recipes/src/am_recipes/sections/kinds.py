@@ -1,0 +1,42 @@
+"""Values with a constraint, as the fields of sections use them."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from am_recipes.settings import Check, Target
+
+if TYPE_CHECKING:
+    import torch
+
+PositiveInt = Annotated[int, Check(lambda number: number >= 1, "must be at least 1")]
+NonNegativeInt = Annotated[int, Check(lambda number: number >= 0, "must be at least 0")]
+PositiveFloat = Annotated[float, Check(lambda number: 0 < number < math.inf, "must be greater than 0")]
+NonNegativeFloat = Annotated[float, Check(lambda number: 0 <= number < math.inf, "must be at least 0")]
+Fraction = Annotated[float, Check(lambda number: 0 <= number < 1, "must be in [0, 1)")]
+Ratio = Annotated[float, Check(lambda ratio: 0 <= ratio <= 1, "must be in [0, 1]")]
+OneRank = Annotated[
+    int, Check(lambda size: size == 1, "must be 1: this recipe divides work over data-parallel ranks only")
+]
+Text = Annotated[str, Check(bool, "must not be empty")]
+Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular expression")]
+Dtype = Literal["float32", "bfloat16"]
+# A folder in Hugging Face's layout: its path, a Hub id, or a target that returns its path (see `am_recipes.sources`).
+Source = Text | Target
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype by its name, None for None."""
+    import torch
+
+    return {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
