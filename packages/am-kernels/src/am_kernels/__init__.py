@@ -1,5 +1,7 @@
 """Attention, norms, rotary embedding and gated activations: faster, same meaning."""
 
+from __future__ import annotations
+
 from am_kernels import reference
 from am_kernels._attention import attention
 from am_kernels._backends import Backend, BackendReport, backends

@@ -71,21 +71,12 @@ def attention(
     if documents is None:
         return one(q, k, v, mask).transpose(1, 2).contiguous()
     if not documents.lengths:
-        # Padding alone: zeros that still have a gradient, so that a rank without documents computes one for all of its
-        # weights.
-        connected = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + connected
+        return _no_document(q, k, v)
     if backend == "varlen":
         return varlen_attention(q, k, v, documents, causal=causal, scale=scale)
-    if backend != "bucketed":
-        return _per_document(one, q, k, v, mask, documents)
-    longest = max(documents.lengths, default=0)
-    if longest > MAX_LENGTH:
-        long = _per_document(one, q, k, v, None, documents, longer_than=MAX_LENGTH)
-        if min(documents.lengths) > MAX_LENGTH:
-            return long
-        return long + bucketed_attention(q, k, v, _buckets(documents, window), scale)
-    return bucketed_attention(q, k, v, _buckets(documents, window), scale)
+    if backend == "bucketed":
+        return _bucketed(one, q, k, v, documents, window, scale)
+    return _per_document(one, q, k, v, mask, documents)
 
 
 def _choose(
@@ -121,6 +112,30 @@ def _choose(
 
 def _given(asked: dict[str, bool]) -> list[str]:
     return [name for name, given in asked.items() if given]
+
+
+def _no_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros that still have a gradient, so that a rank without documents computes one for all of its weights."""
+    connected = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + connected
+
+
+def _bucketed(
+    one: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Short documents in buckets, long ones by `one`."""
+    if max(documents.lengths) <= MAX_LENGTH:
+        return bucketed_attention(q, k, v, _buckets(documents, window), scale)
+    long = _per_document(one, q, k, v, None, documents, longer_than=MAX_LENGTH)
+    if min(documents.lengths) > MAX_LENGTH:
+        return long
+    return long + bucketed_attention(q, k, v, _buckets(documents, window), scale)
 
 
 def _buckets(documents: Documents, window: int | None) -> Buckets:

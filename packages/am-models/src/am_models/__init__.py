@@ -1,5 +1,7 @@
 """Hugging Face models made fast in place, with their own signature."""
 
+from __future__ import annotations
+
 from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
 from am_models._families import FAMILIES, VISION_FAMILIES, Family, VisionFamily
 from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts

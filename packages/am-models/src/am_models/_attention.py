@@ -150,14 +150,13 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     document_ids: torch.Tensor | am_kernels.Documents | None = None,
-    position_bias: torch.Tensor | None = None,
-    cache: Any = None,
-    **_already_in_the_mask: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, P], key and value [B, K, S', P] to [B, S, H, P]."""
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported: set config.attention_dropout to 0")
-    if position_bias is not None or cache is not None:
+    # What else a model passes on is in the mask already, all but these two.
+    if others.get("position_bias") is not None or others.get("cache") is not None:
         raise ValueError("position_bias and paged caches are not supported; use kernels={'attention': False}")
     causal = module.is_causal if is_causal is None else is_causal
     mask, window = None, None
