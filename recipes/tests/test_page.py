@@ -177,7 +177,7 @@ def killed_while_writing(run_dir: str) -> None:
 def test_a_killed_run_has_a_page(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert subprocess.run([sys.executable, __file__, str(run_dir)], check=False).returncode == -signal.SIGKILL
-    assert not (run_dir / "report.html").exists()
+    (run_dir / "report.html").unlink()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     assert write_page(run_dir) == run_dir / "report.html"
@@ -243,8 +243,10 @@ def test_a_page_every_few_minutes(tmp_path: Path) -> None:
         for number in range(1, 2000):
             step(log, number, loss=float(number % 7), others={"load": float(number % 3)})
             seldom.step({"step": number})
-            assert not (tmp_path / "report.html").exists()
-            if number % 97 == 0:
+            seldom.validation({"step": number, "val_loss": 1.0})
+            # Neither the page of the log nor this one is drawn again within minutes.
+            assert (tmp_path / "report.html").exists() == (number == 1)
+            if number == 1 or number % 97 == 0:
                 often.step({"step": number})
                 assert f"<dd>{number:,} of 20</dd>" in page(tmp_path)
                 (tmp_path / "report.html").unlink()

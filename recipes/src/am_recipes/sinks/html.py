@@ -26,7 +26,7 @@ CHARTS = {
 
 
 class HtmlPage:
-    """Draws report.html at the end, and meanwhile every few minutes.
+    """Draws report.html at the first step of a launch, every few minutes after that, and at the end.
 
     Training waits for it: the first page of a launch reads all of metrics.jsonl, a later one only what was added.
     """
@@ -35,7 +35,7 @@ class HtmlPage:
         self._run_dir = run_dir
         self._metrics = Metrics()
         self._seconds = 60 * minutes
-        self._due = time.monotonic() + self._seconds
+        self._due = time.monotonic()
 
     def note(self, fact: str) -> None:
         """Nothing: facts are read from the run directory."""
