@@ -83,7 +83,7 @@ class Plan:
     shares: dict[str, list[dict[str, list[Any]]]]
 
 
-def parameter_names(model: Any) -> dict[int, str]:
+def parameter_names(model: nn.Module | Adapter) -> dict[int, str]:
     """``id(parameter)`` -> name for ``state["model"]``, a module or an adapter."""
     if isinstance(model, nn.Module):
         return {id(stored.tensor): stored.name for stored in stored_tensors(model) if stored.is_parameter}

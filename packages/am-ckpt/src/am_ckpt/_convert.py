@@ -84,9 +84,11 @@ def convert(
 def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int], None] | None) -> None:
     import numpy
     import torch
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     from am_ckpt._shards import DTYPES, as_bytes
     from am_ckpt._tensors import TensorReader

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 import xxhash
@@ -70,11 +70,10 @@ def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
     for places in groups.values():
         first = places[0]
         for other in places[1:]:
-            for kind in (first.module._parameters, first.module._buffers):
-                if first.key in kind:
-                    (other.module._parameters if kind is first.module._parameters else other.module._buffers)[
-                        other.key
-                    ] = kind[first.key]
+            if first.key in first.module._parameters:
+                other.module._parameters[other.key] = first.module._parameters[first.key]
+            if first.key in first.module._buffers:
+                other.module._buffers[other.key] = first.module._buffers[first.key]
     return buffers
 
 
@@ -84,7 +83,7 @@ def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: In
     for place in places:
         by_module.setdefault(id(place.module), []).append(place)
     for group in by_module.values():
-        buffers = [group[0].module._buffers[place.key] for place in group]
+        buffers = [group[0].module.get_buffer(place.key) for place in group]
         for source in _sources(model, group[0], initialiser):
             results = []
             # Filled twice, from different values: what a source leaves out differs between the two.
@@ -157,7 +156,7 @@ def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
     return path
 
 
-def _has_own_reset(module: nn.Module) -> bool:
+def _has_own_reset(module: nn.Module) -> TypeGuard[_Resets]:
     return isinstance(module, _Resets) and not type(module).reset_parameters.__module__.startswith("torch.")
 
 
@@ -168,7 +167,7 @@ def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) ->
         yield lambda: initialiser(module)
         return
     path = _ancestors(model, place)
-    own = [ancestor for ancestor in path if _has_own_reset(ancestor)]
+    own: list[_Resets] = [ancestor for ancestor in path if _has_own_reset(ancestor)]
     if own:
         yield own[-1].reset_parameters
     # A transformers model means that transformers is loaded; it is not imported here.

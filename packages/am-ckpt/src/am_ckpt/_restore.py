@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from am_ckpt._boxes import Box, row_major
 from am_ckpt._codec import decode
-from am_ckpt._contents import MODEL, parameter_names, require_entries
+from am_ckpt._contents import MODEL, Adapter, parameter_names, require_entries
 from am_ckpt._format import parse_json
 from am_ckpt._inventory import inspect
 from am_ckpt._layout import checked_header, read_file, read_manifest
@@ -168,7 +168,7 @@ class _Step:
 
         return load
 
-    def _adapter(self, model: Any) -> Callable[[], None]:
+    def _adapter(self, model: Adapter) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":
             raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
         path = self._folder / "model" / ADAPTER

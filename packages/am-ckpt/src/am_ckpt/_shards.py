@@ -141,7 +141,7 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable, as bytes."""
     flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
 
 
 def is_direct(tensor: torch.Tensor) -> bool:

@@ -19,17 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint import storage
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -52,7 +61,7 @@ _log = logging.getLogger("am_ckpt")
 _MODEL = "model"
 
 
-class StorageWriter(dcp.StorageWriter):
+class StorageWriter(storage.StorageWriter):
     """``torch.distributed.checkpoint.save(state_dict, storage_writer=am_ckpt.StorageWriter(path))``, and async_save.
 
     ``path``: the folder to write, which must not exist yet; on a file system that all ranks share. ``step`` is noted in
@@ -193,7 +202,7 @@ class StorageWriter(dcp.StorageWriter):
         return StorageMeta(checkpoint_id=self._path)
 
 
-class StorageReader(dcp.StorageReader):
+class StorageReader(storage.StorageReader):
     """``torch.distributed.checkpoint.load(state_dict, storage_reader=am_ckpt.StorageReader(path))``.
 
     ``path``: a folder written with :class:`StorageWriter`, whose names are then those that were saved; or the model of
