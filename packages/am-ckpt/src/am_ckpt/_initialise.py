@@ -4,9 +4,9 @@ Three questions, in this order: which tensors get memory (those on meta, real on
 that no file holds contain (rotary frequencies, embedding scales), and what new parameters start from. For the last two
 the module's own code answers, so the values are those of a model that was built with memory:
 
-- a class of the model's own with ``reset_parameters()`` is asked first, also when the parameter sits in a child of it;
-- then the nearest ``transformers.PreTrainedModel`` above, through ``_init_weights(module)``, like ``from_pretrained``;
-- then ``reset_parameters()`` of torch's own modules.
+- a class of the model's own with `reset_parameters()` is asked first, also when the parameter sits in a child of it;
+- then the nearest `transformers.PreTrainedModel` above, through `_init_weights(module)`, like `from_pretrained`;
+- then `reset_parameters()` of torch's own modules.
 
 A new parameter is initialised whole, on the CPU, from a seed made of its name: its values do not depend on the layout.
 """
@@ -41,9 +41,9 @@ def matches(stored: Stored, patterns: Sequence[str]) -> bool:
 
 
 def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
-    """Give memory to every tensor of ``model`` that is on meta, uninitialised; keep ties; leave real tensors alone.
+    """Give memory to every tensor of `model` that is on meta, uninitialised; keep ties; leave real tensors alone.
 
-    ``device=None``: the mesh's device for sharded tensors, the CPU for the others. Returns the places of the buffers
+    `device=None`: the mesh's device for sharded tensors, the CPU for the others. Returns the places of the buffers
     that no file holds and that therefore must be recomputed.
     """
     groups: dict[int, list[Place]] = {}
@@ -78,7 +78,7 @@ def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
 
 
 def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: Initialiser | None) -> None:
-    """Let the modules fill the buffers at ``places``; ``ValueError`` names one that nothing fills completely."""
+    """Let the modules fill the buffers at `places`; `ValueError` names one that nothing fills completely."""
     by_module: dict[int, list[Place]] = {}
     for place in places:
         by_module.setdefault(id(place.module), []).append(place)
@@ -110,7 +110,7 @@ def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: In
 def initialise_parameters(
     model: nn.Module, patterns: Sequence[str], seed: int, initialiser: Initialiser | None
 ) -> None:
-    """Initialise the parameters (and stored buffers) that match ``patterns``, each from (its name, ``seed``) alone."""
+    """Initialise the parameters (and stored buffers) that match `patterns`, each from (its name, `seed`) alone."""
     for stored in stored_tensors(model):
         if not matches(stored, patterns):
             continue
@@ -144,7 +144,7 @@ def _chain(model: nn.Module, place: Place) -> list[nn.Module]:
 
 
 def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
-    """From the root to the module at ``place``."""
+    """From the root to the module at `place`."""
     path = [model]
     while path[-1] is not place.module:
         for child in path[-1].children():
@@ -161,7 +161,7 @@ def _has_own_reset(module: nn.Module) -> TypeGuard[_Resets]:
 
 
 def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) -> Iterator[Callable[[], object]]:
-    """The ways to set the first values of what ``place.module`` holds, most specific first."""
+    """The ways to set the first values of what `place.module` holds, most specific first."""
     module = place.module
     if initialiser is not None:
         yield lambda: initialiser(module)
@@ -183,7 +183,7 @@ def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) ->
 def _temporary_parameters(
     modules: Sequence[nn.Module], *, buffers: bool
 ) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    """Replace what ``modules`` hold directly by whole CPU tensors, so that initialisation code can run without touching
+    """Replace what `modules` hold directly by whole CPU tensors, so that initialisation code can run without touching
     shards, other devices or loaded values. Floating point starts as NaN: what is not initialised shows."""
     kept = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
     temporary: dict[tuple[int, str], torch.Tensor] = {}
