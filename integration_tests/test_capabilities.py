@@ -97,7 +97,10 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
         for recipe in ALL
     },
     ("documents kept apart", "sft"): (replaced(MAMBA) | PACKED, r"mamba: the logits of document 2 move"),
-    ("documents kept apart", "kd"): (replaced(MAMBA) | PACKED | {"kd_ratio": 0.0}, r"mamba: the logits of document 2 move"),
+    ("documents kept apart", "kd"): (
+        replaced(MAMBA) | PACKED | {"kd_ratio": 0.0},
+        r"mamba: the logits of document 2 move",
+    ),
     ("documents kept apart", "pretrain"): (replaced(MAMBA) | DOCUMENTS, r"mamba: the logits of document 2 move"),
     ("documents kept apart", "vlm"): (PACKED, r"packed_sequence: not in recipe vlm: rows with images are padded"),
     **{

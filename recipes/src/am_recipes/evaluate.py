@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from transformers import BatchEncoding, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 import am_data
 import am_loss
 import am_mesh
 import am_models
-from am_recipes.data import count_targets, to_device
+from am_recipes.data import count_targets
 from am_recipes.run import seed_everything
 
 
@@ -33,7 +33,7 @@ def evaluate(
         total, count = torch.zeros((), device=device), 0
         for micro_batches in loader:
             for batch in micro_batches:
-                inputs, targets = am_models.split_batch(model, to_device(batch, device))
+                inputs, targets = am_models.split_batch(model, batch, device=device)
                 labels = {"shift_labels": targets["shift_labels"]}
                 total += am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, labels)
             count += count_targets(micro_batches)
@@ -68,7 +68,6 @@ def generate_text(
     return answers
 
 
-@torch.no_grad()
 def _written(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,10 +76,16 @@ def _written(
     **options: Any,
 ) -> str:
     """What `model` writes after `inputs [1, S]`."""
-    assert isinstance(model, GenerationMixin)
-    model.eval()
-    output = model.generate(**inputs.to(model.device), max_new_tokens=max_new_tokens, **options)
-    assert isinstance(output, torch.Tensor)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = generate(model, inputs.to(model.device), max_new_tokens=max_new_tokens, **options)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return text
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    """The token ids `[N]` that `model` writes after `inputs`, of one row. Every rank calls it."""
+    model.eval()
+    # transformers types it for its own generative classes, which an Auto class does not tell.
+    write = cast(Callable[..., torch.Tensor], model.generate)
+    return write(**inputs, **options)[0, inputs["input_ids"].shape[1] :]

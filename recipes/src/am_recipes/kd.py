@@ -102,7 +102,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
-            inputs, targets = am_models.split_batch(model, data.to_device(batch, device))
+            inputs, targets = am_models.split_batch(model, batch, device=device)
             if teacher is None:
                 loss = am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)
                 return {"loss": loss, "ce_loss": loss, "kd_loss": torch.zeros_like(loss)}

@@ -85,7 +85,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
-            inputs, targets = am_models.split_batch(model, data.to_device(batch, device))
+            inputs, targets = am_models.split_batch(model, batch, device=device)
             return {"loss": am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)}
 
         for micro_batches in this.steps(loader):

@@ -144,7 +144,11 @@ class Run:
         """
         values = am_mesh.sum_over(self._dims.loss_ranks, torch.stack([value.double() for value in sums.values()]))
         losses = dict(zip(sums, values.tolist(), strict=True))
-        self._row |= {"losses": losses, "grad_norm": grad_norm.item(), "lr": self._state["schedule"].get_last_lr()[0]}
+        self._row |= {
+            "losses": losses,
+            "grad_norm": grad_norm.item(),
+            "lr": float(self._state["schedule"].get_last_lr()[0]),
+        }
         checks.require_finite(self.step + 1, loss=losses["loss"], grad_norm=self._row["grad_norm"])
 
     def done(self, others: Mapping[str, float]) -> None:

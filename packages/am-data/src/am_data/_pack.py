@@ -65,9 +65,9 @@ class PackedDataset:
     longer than `capacity`, and TypeError for a `Stream`, whose lengths nobody knows.
     """
 
-    def __init__(self, dataset: Dataset, capacity: int) -> None:
+    def __init__(self, dataset: Dataset | Stream, capacity: int) -> None:
         check_source(dataset)
-        if isinstance(dataset, Stream) and not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"PackedDataset needs the lengths of all examples, which a stream ({type(dataset).__name__}) does not "
                 "have; let the stream itself give packs (lists of examples), or leave it unpacked"
