@@ -1,9 +1,14 @@
 """Datasets, streams and collate functions of a user: plain classes and functions that know nothing of am_data."""
 
+from __future__ import annotations
+
 import itertools
+import re
 from functools import partial
 from itertools import chain, pairwise
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -187,6 +192,30 @@ def test_epochs_end_and_loops_go_on_where_they_were_left(kind, prefetch):
     assert list(resumed) == []
     # A loop after the last epoch starts over.
     assert [loader.state_dict() for _ in loader] == states
+
+
+@pytest.mark.parametrize("size", [10, 12])
+def test_rows_of_the_readme_make_a_stream_of_an_iterable_dataset(size):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(class Rows:.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    def make():
+        rows = [{"input_ids": [index + 1], "labels": [index + 1]} for index in range(size)]
+        return names["Rows"](datasets.Dataset.from_list(rows).to_iterable_dataset())
+
+    options = {"global_batch_size": 4, "local_batch_size": 4}
+    whole = run(make, 7, **options)
+    contents = [(indices_of(shares), state["epoch"], state["cursor"]) for shares, state in whole]
+    assert [sorted(chain.from_iterable(step[0] for step in epoch)) for epoch in (contents[:3], contents[3:6])] == [
+        list(range(size))
+    ] * 2
+    for stop in range(1, 7):
+        resumed = run(make, 7 - stop, state=whole[stop - 1][1], **options)
+        assert [(indices_of(shares), state["epoch"], state["cursor"]) for shares, state in resumed] == contents[stop:]
+    with pytest.raises(TypeError, match=r"a datasets.IterableDataset .* would miss rows .*; wrap it in a class"):
+        make_loader(make().rows)
 
 
 def test_a_stream_drops_the_rest_of_an_epoch():

@@ -1,5 +1,7 @@
 """The thread that prepares steps: how far ahead it is, where its errors come, and that it always ends."""
 
+from __future__ import annotations
+
 import gc
 import subprocess
 import sys
@@ -124,7 +126,6 @@ def test_the_thread_ends_with_its_loop(kind):
     next(steps)
     assert len(threads()) == 1
     del steps
-    gc.collect()
     assert not threads()
     assert len(list(loader)) == 8
     assert not threads()

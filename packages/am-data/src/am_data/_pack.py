@@ -5,6 +5,8 @@ Best fit decreasing: the longest example first, into the fullest pack that still
 integers of at most `capacity`, so packs are kept by the room left and the right one is a binary search away.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, insort
 
 import numpy as np
