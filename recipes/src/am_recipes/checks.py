@@ -206,6 +206,16 @@ def require_adapter_alone(model: nn.Module) -> None:
         )
 
 
+def require_trained(model: nn.Module, parts: Iterable[str], folder: Path) -> None:
+    """Refuse to leave `parts` of the model as they are, whose weights in `folder` are random: ValueError."""
+    for part in parts:
+        if not any(parameter.requires_grad for parameter in model.get_submodule(part).parameters()):
+            raise ValueError(
+                f"{folder} gives {part} random weights, and nothing of it would train; without an adapter say which "
+                "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
+            )
+
+
 def _available_memory() -> int:
     """Bytes that processes can still take; all of the machine's where the system does not say."""
     linux = Path("/proc/meminfo")

@@ -6,17 +6,21 @@ from pathlib import Path
 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from am_recipes import sources
+from am_recipes.settings import Target
 
-def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+
+def load_tokenizer(name_or_path: str | Path | Target | None, chat_template: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a Hub id or a target; `chat_template` (Jinja) replaces its own.
 
     Raises ValueError where there is none.
     """
+    where = None if name_or_path is None else sources.locate(name_or_path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(name_or_path)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
+            f"{str(where)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
             "tokenizer.name_or_path to a folder with tokenizer.json and tokenizer_config.json, or to a Hub id"
         ) from error
     if chat_template is not None:
@@ -24,17 +28,18 @@ def load_tokenizer(name_or_path: str | Path | None, chat_template: str | None) -
     return tokenizer
 
 
-def load_processor(name_or_path: str | Path | None, chat_template: str | None) -> ProcessorMixin:
-    """The processor of a folder or Hub id; `chat_template` (Jinja) replaces its own.
+def load_processor(name_or_path: str | Path | Target | None, chat_template: str | None) -> ProcessorMixin:
+    """The processor of a folder, a Hub id or a target; `chat_template` (Jinja) replaces its own.
 
     Raises ValueError where there is none.
     """
+    where = None if name_or_path is None else sources.locate(name_or_path)
     try:
         # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(name_or_path)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
+            f"{str(where)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
             "processor.name_or_path to a folder with processor_config.json, or to a Hub id"
         ) from error
     if chat_template is not None:
