@@ -928,6 +928,7 @@ def test_public_names():
     import am_recipes.configs
 
     assert am_recipes.configs.__all__ == [
+        "DEFAULT_LOSS",
         "RECIPES",
         "ConfigError",
         "KdConfig",

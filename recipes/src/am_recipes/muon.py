@@ -79,6 +79,7 @@ def _muon_step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) 
     # Newton-Schulz starts by rounding to bfloat16; rounding before the gather gives the same bits for half the bytes.
     update = update.bfloat16()
     if isinstance(parameter, DTensor):
+        assert isinstance(update, DTensor)
         mesh, whole = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
         change = _orthogonal_step(update.full_tensor(), group)
         change = DTensor.from_local(change, mesh, whole, run_check=False).redistribute(mesh, parameter.placements)

@@ -179,7 +179,7 @@ def _hidden_matrices(
             f"{type(model).__name__} does not say which module is its output layer, which Muon must not train; give "
             "adamw_modules=(model.<output layer>,), or adamw_modules=() if it has none"
         )
-    kept = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    kept: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     kept += [*(adamw_modules or ()), *([] if output is None else [output])]
     # By identity: a tied output layer is the embedding, under the name of the embedding.
     identities = {id(parameter) for module in kept for parameter in module.parameters()}
