@@ -78,7 +78,7 @@ def test_defaults(write):
     assert config.seed == 42
     assert config.run_dir == Path("runs/config")
     assert config.source == Path("config.yaml")
-    assert config.dataset == Target("am_data.ChatDataset", {"rows": "rows.jsonl"})
+    assert config.dataset == Target("am_data.ChatDataset", {"path": "rows.jsonl"})
     assert config.loss_fn == Target("am_loss.linear_cross_entropy")
     assert config.peft is None
     assert config.validation_datasets == {}
@@ -150,16 +150,27 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
         ("generate: {prompts: hello}", "config.yaml:10: generate.prompts: expected a list, got 'hello'"),
         ("kernels: of", "config.yaml:10: kernels: must be one of 'auto', 'off', got 'of'; did you mean 'off'?"),
         ("checkpoint: {keep_last: 0}", "config.yaml:10: checkpoint.keep_last: must be at least 1, got 0"),
-        ("lr_scheduler: {warmup_steps: 11}", "config.yaml:1: lr_scheduler.warmup_steps=11 is longer than the run"),
-        ("lr_scheduler: {style: linear, min_lr: 1.0}", "config.yaml:1: lr_scheduler.min_lr=1.0 is above optimizer.lr"),
+        (
+            "lr_scheduler: {warmup_steps: 11}",
+            "config.yaml:10: lr_scheduler: warmup_steps=11 is longer than the run of step_scheduler.max_steps=10",
+        ),
+        (
+            "lr_scheduler: {style: linear, min_lr: 1.0}",
+            "config.yaml:10: lr_scheduler: min_lr=1.0 is above the learning rate 0.0001",
+        ),
         (
             "lr_scheduler: {style: wsd, warmup_steps: 4, decay_steps: 7}",
-            "config.yaml:1: lr_scheduler.decay_steps=7 is longer than the 6 steps of step_scheduler.max_steps=10 that "
-            "follow step 4, the first at the full rate; lower it",
+            "config.yaml:10: lr_scheduler: decay_steps=7 must be between 1 and 6, the steps of "
+            "step_scheduler.max_steps=10 that follow step 4, the first at the full rate; change it",
         ),
         (
             "lr_scheduler: {style: wsd, decay_steps: 10}",
-            "config.yaml:1: lr_scheduler.decay_steps=10 is longer than the 9 steps of step_scheduler.max_steps=10",
+            "config.yaml:10: lr_scheduler: decay_steps=10 must be between 1 and 9, the steps of "
+            "step_scheduler.max_steps=10 that follow step 1",
+        ),
+        (
+            "lr_scheduler: {decay_steps: 3}",
+            "config.yaml:10: lr_scheduler: decay_steps=3 is for style='wsd'; style='constant' has no such phase",
         ),
         ("validation_dataset_a: 3", "config.yaml:10: validation_dataset_a: expected a mapping with _target_"),
         ("validation_dataset: {_target_: nodots}", "config.yaml:10: validation_dataset._target_: 'nodots' is not the"),
@@ -239,7 +250,6 @@ def test_refused_with_file_line_path_and_constraint(write, extra, message):
             "config: {model_type: llama}",
             "config.yaml:1: tokenizer.name_or_path is required with model.config",
         ),
-        ("path: rows.jsonl", "path: a\n  rows: b", "config.yaml:5: dataset.path: means the same as rows"),
         (MINIMAL, "", "config.yaml:1: expected a mapping of sections, got null"),
         (MINIMAL, "- a", "config.yaml:1: expected a mapping of sections, got a list of 1"),
     ],
@@ -342,12 +352,11 @@ def test_freeze_rules_are_those_of_am_peft(write):
     [
         "{dtype: auto}",
         "{name_or_path: a, config: {model_type: idefics3}}",
-        "{name_or_path: a, compose: {language_model: b, config: {model_type: idefics3}, processor: {_target_: a.b}}}",
     ],
 )
 def test_a_vision_model_has_one_source(write, model):
     message = refused(write(VLM.replace("\n  name_or_path: some/folder", f" {model}")))
-    assert message.startswith("config.yaml:2: model: give exactly one of name_or_path, config, compose:")
+    assert message.startswith("config.yaml:2: model: give exactly one of name_or_path, config:")
 
 
 def test_a_missing_file_is_a_config_error(write):
@@ -384,7 +393,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2(write):
         ("generate.prompts.1", "[unclosed", lambda config: config.generate.prompts == ("first", "[unclosed")),
         ("generate.prompts.0", "Who: me # you", lambda config: config.generate.prompts[0] == "Who: me # you"),
         ("dataset.limit", "3", lambda config: config.dataset.arguments["limit"] == 3),
-        ("dataset.path", "other", lambda config: config.dataset.arguments["rows"] == "other"),
+        ("dataset.path", "other", lambda config: config.dataset.arguments["path"] == "other"),
         ("peft.r", "8", lambda config: config.peft.lora.arguments == {"r": 8}),
         ("peft.bias", "none", lambda config: config.peft.lora.arguments == {"bias": "none"}),
         ("validation_dataset_b.path", "v", lambda config: list(config.validation_datasets) == ["val_loss_b"]),
@@ -657,9 +666,10 @@ def test_a_part_that_a_model_does_without_has_no_dtype(write):
 
 
 COMPOSED = """\
-compose:
+name_or_path:
+    _target_: am_recipes.quickstart.compose
     language_model: a
-    processor: {_target_: my_targets.Rows, path: x}
+    processor: {_target_: my_targets.Rows, _partial_: true, path: x}
     config:
       model_type: idefics3
 """
@@ -670,11 +680,11 @@ compose:
     [
         (
             "vision_config: {hiden_size: 7}",
-            "8: model.compose.config.vision_config.hiden_size: Idefics3VisionConfig has no such field; did you mean",
+            "9: model.name_or_path.config.vision_config.hiden_size: Idefics3VisionConfig has no such field; did you",
         ),
-        ("text_config: {}", "8: model.compose.config.text_config: it comes from language_model; remove it"),
-        ("image_token_id: 3", "8: model.compose.config.image_token_id: it comes from the processor; remove it"),
-        ("tie_word_embeddings: true", "8: model.compose.config.tie_word_embeddings: it comes from language_model"),
+        ("text_config: {}", "9: model.name_or_path.config.text_config: it comes from language_model; remove it"),
+        ("image_token_id: 3", "9: model.name_or_path.config.image_token_id: it comes from the processor; remove it"),
+        ("tie_word_embeddings: true", "9: model.name_or_path.config.tie_word_embeddings: it comes from language_model"),
     ],
 )
 def test_the_config_of_a_composed_model_is_checked(write, given, message):
@@ -683,10 +693,79 @@ def test_the_config_of_a_composed_model_is_checked(write, given, message):
     assert refused(write(text.replace("idefics3", f"idefics3\n      {given}")), targets=True).startswith(
         f"config.yaml:{message}"
     )
-    misspelt = refused(
-        write(text.replace("{_target_: my_targets.Rows, path", "{_target_: my_targets.Rows, pth")), targets=True
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("path: x", "pth: x", "6: model.name_or_path.processor.pth: my_targets.Rows takes no such argument"),
+        (", path: x", "", "6: model.name_or_path.processor: my_targets.Rows needs 'path'"),
+        (
+            "my_targets.Rows",
+            "my_targets.without_tokenizer",
+            "6: model.name_or_path.processor.tokenizer: my_targets.wit",
+        ),
+        ("_partial_: true, ", "", "6: model.name_or_path.processor: my_targets.Rows needs 'tokenizer'"),
+        ("_partial_: true, ", "tokenizer: t, ", "6: model.name_or_path.processor: needs a _target_ with _partial_: tr"),
+        ("_partial_: true", "_partial_: 1", "6: model.name_or_path.processor._partial_: expected true or false, got 1"),
+        ("model_type: idefics3", "scale_factor: 2", "7: model.name_or_path.config: needs a model_type"),
+        ("language_model: a", "languagemodel: a", "5: model.name_or_path.languagemodel: am_recipes.quickstart.compose"),
+    ],
+)
+def test_what_composes_a_model_is_checked(write, old, new, message):
+    path = write(VLM.replace("name_or_path: some/folder\n", COMPOSED).replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        check_targets(parse(path))
+    assert str(caught.value).startswith(f"config.yaml:{message}")
+
+
+def test_a_partial_target_is_for_the_arguments_of_another(write):
+    """It gives the callable itself, for the other to call; the recipe decides how it calls its own."""
+    text = CUSTOM.replace(
+        "rows.jsonl", "rows.jsonl\n  transform: {_target_: my_targets.scale, _partial_: true, offset: 1}"
     )
-    assert misspelt.startswith("config.yaml:5: model.compose.processor.pth: my_targets.Rows takes no such argument")
+    config = parse(write(text))
+    check_targets_of_dataset(config)
+    assert config.dataset.build(tokenizer="tok").transform(5) == ("scale", 5, 1)
+    config.save(Path("saved.yaml"))
+    assert parse("saved.yaml") == config
+    message = refused(write(CUSTOM.replace("path: rows", "_partial_: true\n  path: rows")))
+    assert message.startswith("config.yaml:6: dataset._partial_: is for a target in the arguments of another")
+
+
+def test_a_source_may_be_a_target(write):
+    source = "{_target_: my_targets.scale, factor: 2}"
+    text = MINIMAL.replace("some/folder", source) + f"tokenizer: {{name_or_path: {source}}}\n"
+    config = parse(write(text))
+    assert config.model.name_or_path == config.tokenizer.name_or_path == Target("my_targets.scale", {"factor": 2})
+    config.save(Path("saved.yaml"))
+    assert parse("saved.yaml") == config
+    for key in ("model", "tokenizer"):
+        message = refused(write(text), [(f"{key}.name_or_path.facter", "3")], targets=True)
+        assert f"{key}.name_or_path.facter: my_targets.scale takes no such argument; did you mean 'factor'?" in message
+    other = parse(write(text), [("model.name_or_path.factor", "3")])
+    assert identity_difference(config.identity(), other.identity()) == ["model.name_or_path.factor"]
+
+
+def test_every_target_is_bound(write):
+    """The targets of a config are what it finds by looking for them; none is left to fail when it is built."""
+    text = of_recipe("kd", "sinks: [{_target_: my_targets.scale, factor: 2}]") + textwrap.dedent("""\
+    validation_dataset_math: {path: b}
+    tokenizer: {name_or_path: {_target_: a.tokenizer}}
+    dataloader: {collate: {_target_: a.collate}}
+    peft: {r: 2}
+    """)
+    text = text.replace("teacher_model: {name_or_path: a}", "teacher_model: {name_or_path: {_target_: a.teacher}}")
+    text = text.replace(
+        "name_or_path: some/folder", "name_or_path: {_target_: a.model}\n  family: {_target_: a.family}"
+    )
+    calls = {call.key: call for call in parse(write(text)).targets()}
+    assert calls.keys() == {
+        *("dataset", "validation_dataset_math", "model.name_or_path", "model.family", "teacher_model.name_or_path"),
+        *("optimizer", "loss_fn", "kd_loss_fn", "dataloader.collate", "peft", "sinks.0", "tokenizer.name_or_path"),
+    }
+    assert calls["dataset"].provided == ("tokenizer",)
+    assert calls["kd_loss_fn"].partial
 
 
 def test_environment(write, monkeypatch):
@@ -694,11 +773,11 @@ def test_environment(write, monkeypatch):
     monkeypatch.setenv("AM_LR", "3e-4")
     text = MINIMAL.replace("rows.jsonl", "${AM_DATA}/rows.jsonl\n  limit: ${AM_LIMIT,7}\n  literal: $${x}")
     config = parse(write(text.replace("1e-4", "${AM_LR}") + "run_dir: ${AM_RUN,runs/7}\n"))
-    assert config.dataset.arguments == {"rows": "/data/rows.jsonl", "limit": 7, "literal": "${x}"}
+    assert config.dataset.arguments == {"path": "/data/rows.jsonl", "limit": 7, "literal": "${x}"}
     assert config.optimizer.lr == 3e-4
     assert config.run_dir == Path("runs/7")
     saved = config.to_yaml()
-    for reference in ("rows: ${AM_DATA}/rows.jsonl", "limit: ${AM_LIMIT,7}", "literal: $${x}", "lr: ${AM_LR}"):
+    for reference in ("path: ${AM_DATA}/rows.jsonl", "limit: ${AM_LIMIT,7}", "literal: $${x}", "lr: ${AM_LR}"):
         assert reference in saved
     assert "/data" not in saved
     config.save(Path("saved.yaml"))
@@ -717,7 +796,7 @@ def test_a_missing_variable_names_the_line(write, monkeypatch, reference, messag
     monkeypatch.setenv("AM_DATA", "/data")
     path = write(MINIMAL.replace("rows.jsonl", reference))
     assert refused(path) == f"config.yaml:5: dataset.path: {message}"
-    assert parse(path, [("dataset.path", "other")]).dataset.arguments == {"rows": "other"}
+    assert parse(path, [("dataset.path", "other")]).dataset.arguments == {"path": "other"}
 
 
 def test_a_value_from_the_environment_stays_out_of_messages(write, monkeypatch):
@@ -825,7 +904,7 @@ def test_identity_notices_another_value_of_a_variable_but_not_of_a_secret(write,
         monkeypatch.setenv("AM_DATA", data)
         monkeypatch.setenv("HF", token)
         identities.append(parse(source).identity())
-    assert identity_difference(identities[0], identities[1]) == ["dataset.rows"]
+    assert identity_difference(identities[0], identities[1]) == ["dataset.path"]
     assert identity_difference(identities[1], identities[2]) == []
 
 
@@ -849,6 +928,8 @@ def test_public_names():
     import am_recipes.configs
 
     assert am_recipes.configs.__all__ == [
+        "DEFAULT_LOSS",
+        "RECIPES",
         "ConfigError",
         "KdConfig",
         "PretrainConfig",

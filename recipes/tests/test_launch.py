@@ -13,8 +13,12 @@ from am_recipes import launch
 WORKER = """\
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-with open(f"rank{rank}.txt", "w") as file:
+with open(f"rank{rank}.part", "w") as file:
     file.write(" ".join([os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]))
+os.rename(f"rank{rank}.part", f"rank{rank}.txt")
+# torchrun stops the others as soon as one has failed, also one that has not come this far.
+while not all(os.path.exists(f"rank{other}.txt") for other in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.05)
 if sys.argv[1] == "wait":
     signal.signal(signal.SIGTERM, lambda number, frame: (open(f"stopped{rank}", "w").close(), sys.exit(75)))
     open(f"ready{rank}", "w").close()

@@ -82,6 +82,8 @@ def build(
     if peft is not None:
         am_peft.apply_lora(model, peft.lora_config(), adapter_dtype=peft.dtype())
     am_peft.freeze(model, freeze)
+    if folder is not None:
+        checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
         checks.require_adapter_alone(model)
     checks.require_trained(model, sources.random_parts(folder) if folder else ())

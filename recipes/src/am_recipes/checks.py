@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ def require_embeddings(
 
 
 def _examples(sample: am_data.Sample) -> list[am_data.Example]:
-    return [sample] if isinstance(sample, Mapping) else list(sample)
+    return sample if isinstance(sample, list) else [sample]
 
 
 def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:
@@ -206,13 +206,13 @@ def require_adapter_alone(model: nn.Module) -> None:
         )
 
 
-def require_trained(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to leave modules of random weights as they are: ValueError with the first of which nothing trains."""
-    for name in names:
-        if not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters()):
+def require_trained(model: nn.Module, parts: Iterable[str], folder: Path) -> None:
+    """Refuse to leave `parts` of the model as they are, whose weights in `folder` are random: ValueError."""
+    for part in parts:
+        if not any(parameter.requires_grad for parameter in model.get_submodule(part).parameters()):
             raise ValueError(
-                f"{name} has random weights, and nothing of it would train; without an adapter say which parts do with "
-                "freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
+                f"{folder} gives {part} random weights, and nothing of it would train; without an adapter say which "
+                "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
             )
 
 

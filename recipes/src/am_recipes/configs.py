@@ -12,30 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-from am_recipes import schedules, sections
+from am_recipes import sections
+from am_recipes.run_config import DEFAULT_LOSS, HELD_OUT, RunConfig, identity_difference
 from am_recipes.settings import (
     ArgumentError,
     Call,
     ConfigError,
     DefaultTarget,
     Node,
-    Place,
-    Prefixed,
     Target,
-    dump,
-    fingerprints,
     load,
     override,
-    plain,
     read_section,
     resolve,
     walk,
-    written,
 )
 
 __all__ = [
+    "DEFAULT_LOSS",
     "RECIPES",
     "ConfigError",
     "KdConfig",
@@ -49,12 +45,9 @@ __all__ = [
     "parse",
 ]
 
-DEFAULT_LOSS = "am_loss.linear_cross_entropy"
 DEFAULT_KD_LOSS = "am_loss.linear_distillation"
 # Of a config that names none; `{config}` is the stem of its file.
 DEFAULT_RUN_DIR = "runs/{config}"
-MUON = "torch.optim.Muon"
-_HELD_OUT = Prefixed("validation_dataset", "val_loss")
 _OF_KD = {
     "teacher_model": "this recipe has no teacher; recipe kd learns from one",
     "teacher_distributed": "this recipe has no teacher; recipe kd learns from one",
@@ -70,157 +63,6 @@ _OF_VLM = {
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class RunConfig:
-    """What every recipe needs; section and key names are those of the YAML file.
-
-    `validation_datasets` maps the name of the logged metric to its dataset: `validation_dataset` is `val_loss`,
-    `validation_dataset_math` is `val_loss_math`. `source` is the file that was read, `places` says where each dotted
-    path was set, `environment` maps dotted paths to the `${VAR}` text their value came from.
-    """
-
-    # What the recipe is called in a config and on the command line, and what it does in a line.
-    NAME: ClassVar[str]
-    COMMAND: ClassVar[tuple[str, str]]
-    HELP: ClassVar[str]
-    # The class of a dataset that names none, and what the recipe passes to the class of any.
-    DATASET: ClassVar[DefaultTarget]
-    DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    # The sections, or keys of them, that make two runs the same run.
-    IDENTITY: ClassVar[tuple[str, ...]] = (
-        *("model", "dataset", "dataloader.shuffle", "dataloader.drop_last", "dataloader.collate", "peft", "freeze"),
-        *("moe", "optimizer", "lr_scheduler", "clip_grad_norm", "loss_fn", "seed"),
-    )
-    # Keys of other recipes, and why this one has no use for them.
-    REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | _OF_VLM
-
-    recipe: str
-    """Which recipe runs."""
-    run_dir: Path
-    """Where the run is kept."""
-    model: sections.Model
-    dataset: Target
-    """The rows to train on: its class (_target_) and what that takes, such as path."""
-    optimizer: sections.Optimizer
-    step_scheduler: sections.StepScheduler
-    seed: sections.NonNegativeInt = 42
-    """Decides every random number, however the work is split."""
-    validation_datasets: Mapping[str, Target] = field(default_factory=dict)
-    """Held-out rows, as dataset; their losses are val_loss and val_loss_NAME."""
-    dataloader: sections.DataLoader = field(default_factory=sections.DataLoader)
-    distributed: sections.Distributed = field(default_factory=sections.Distributed)
-    lr_scheduler: sections.LrScheduler = field(default_factory=sections.LrScheduler)
-    loss_fn: Annotated[Target, DefaultTarget(DEFAULT_LOSS)] = field(default_factory=lambda: Target(DEFAULT_LOSS))
-    """A function of hidden states, output weight and shifted labels that returns a sum over targets."""
-    clip_grad_norm: sections.ClipGradNorm = field(default_factory=sections.ClipGradNorm)
-    peft: sections.Peft | None = None
-    freeze: tuple[sections.FreezeRule, ...] | None = None
-    moe: sections.Router = field(default_factory=sections.Router)
-    checkpoint: sections.Checkpoint = field(default_factory=sections.Checkpoint)
-    kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
-    """Our faster parts: all that fit, none, or a mapping of part to choice (am_models.optimize)."""
-    export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
-    sinks: tuple[Target, ...] = ()
-    """What else is told of every step (am_recipes.sinks.Sink)."""
-    source: Path = field(default=Path(), compare=False)
-    places: Mapping[str, Place] = field(default_factory=dict, compare=False)
-    environment: Mapping[str, str] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.checkpoint.keep_best is not None and not self.validation_datasets:
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_dataset, whose loss says what is "
-                "best; add one, or use checkpoint.keep_last"
-            )
-        try:
-            schedules.require_fit(
-                **self.lr_scheduler.options(),
-                lr=self.optimizer.lr,
-                total_steps=self.step_scheduler.max_steps,
-                length="step_scheduler.max_steps",
-            )
-        except ValueError as error:
-            raise self.error("lr_scheduler", str(error)) from error
-        if self.optimizer.adamw is not None and self.optimizer.target.path != MUON:
-            raise ValueError(
-                f"optimizer.adamw is for {MUON}, which leaves a part to AdamW, and the optimizer is "
-                f"{self.optimizer.target.path}; remove it"
-            )
-        if self.model.config is not None and self.peft and self.export.enabled and not self.export.merge_adapter:
-            raise ValueError(
-                "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
-                "weights it belongs to; set export.merge_adapter or give model.name_or_path"
-            )
-
-    def models(self) -> Mapping[str, sections.Model]:
-        """The sections that describe a model, by their key."""
-        return {"model": self.model}
-
-    def targets(self) -> Iterator[Call]:
-        """Every target of the config, with what the recipe passes to it."""
-        yield Call("dataset", self.dataset, self.DATASET_ARGUMENTS)
-        for metric, dataset in self.validation_datasets.items():
-            key = _HELD_OUT.key + metric.removeprefix(_HELD_OUT.stored)
-            yield Call(key, dataset, self.DATASET_ARGUMENTS)
-        for key, model in self.models().items():
-            yield from model.calls(key)
-        yield Call("optimizer", self.optimizer.target, ("params", *self.optimizer.named()))
-        yield Call("loss_fn", self.loss_fn, partial=True)
-        if self.dataloader.collate is not None:
-            yield Call("dataloader.collate", self.dataloader.collate, partial=True)
-        if self.peft is not None:
-            yield Call("peft", self.peft.lora)
-        for number, sink in enumerate(self.sinks):
-            yield Call(f"sinks.{number}", sink)
-
-    def freeze_rules(self) -> list[dict[str, str]] | None:
-        """`freeze` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
-        return None if self.freeze is None else [rule.rule() for rule in self.freeze]
-
-    def error(self, path: str, message: str) -> ConfigError:
-        """An error about the value at a dotted path, with the line that set it or the section it would be in."""
-        parent = path
-        while parent not in self.places and parent:
-            parent = parent.rpartition(".")[0]
-        where = self.places[parent].where if parent in self.places else str(self.source)
-        return Place(where, path).error(message)
-
-    def __str__(self) -> str:
-        return self.to_yaml()
-
-    __repr__ = __str__
-
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run, as JSON values that hold no secret and nothing from the environment.
-
-        Where the schedule needs the length of the run, that is part of it: it decides the rate of every step.
-        """
-        values = fingerprints(plain(self), self.environment)
-        result: dict[str, Any] = {}
-        for key in self.IDENTITY:
-            section, _, name = key.partition(".")
-            if name:
-                result.setdefault(section, {})[name] = values[section][name]
-            else:
-                result[section] = values[section]
-        result["step_scheduler"] = {"global_batch_size": self.step_scheduler.global_batch_size}
-        if self.lr_scheduler.style in schedules.NEEDS_TOTAL_STEPS:
-            result["step_scheduler"] |= self.goal()
-        return result
-
-    def goal(self) -> dict[str, int | None]:
-        """How long to train: what decides whether a run is finished, and may grow between two calls of one command."""
-        return self.step_scheduler.goal()
-
-    def to_yaml(self) -> str:
-        """The resolved config: defaults written out, environment references as they were, secrets as references."""
-        return dump(written(plain(self), self.environment))
-
-    def save(self, path: Path) -> None:
-        """Write `to_yaml` to `path`; one rank calls this."""
-        path.write_text(self.to_yaml(), encoding="utf-8")
-
-
-@dataclass(frozen=True, repr=False, kw_only=True)
 class SftConfig(RunConfig):
     """Everything `am_recipes.sft` needs."""
 
@@ -229,9 +71,10 @@ class SftConfig(RunConfig):
     HELP: ClassVar[str] = "fine-tune a language model on conversations"
     DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.ChatDataset")
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer", "packed_sequence")
+    REFUSED: ClassVar[Mapping[str, str]] = _OF_KD | _OF_VLM
 
     dataset: Annotated[Target, DATASET]
-    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
     packed_sequence: sections.PackedSequence = field(default_factory=sections.PackedSequence)
     generate: sections.Generate = field(default_factory=sections.Generate)
@@ -292,14 +135,18 @@ class PretrainConfig(RunConfig):
     DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.TokenShards")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer", "vocab_size")
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "tokenizer")
-    REFUSED: ClassVar[Mapping[str, str]] = RunConfig.REFUSED | {
-        "packed_sequence": "rows are windows of equal length, packed already; dataset.split_documents says whether "
-        "documents see each other",
-    }
+    REFUSED: ClassVar[Mapping[str, str]] = (
+        _OF_KD
+        | _OF_VLM
+        | {
+            "packed_sequence": "rows are windows of equal length, packed already; dataset.split_documents says whether "
+            "documents see each other",
+        }
+    )
 
     dataset: Annotated[Target, DATASET]
     step_scheduler: sections.BoundedScheduler
-    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], HELD_OUT] = field(default_factory=dict)
     tokenizer: sections.Tokenizer = field(default_factory=sections.Tokenizer)
     generate: sections.Generate = field(default_factory=sections.Generate)
 
@@ -333,7 +180,7 @@ class VlmConfig(RunConfig):
 
     model: sections.VisionModel
     dataset: Annotated[Target, DATASET]
-    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], _HELD_OUT] = field(default_factory=dict)
+    validation_datasets: Annotated[Mapping[str, Annotated[Target, DATASET]], HELD_OUT] = field(default_factory=dict)
     processor: sections.Processor = field(default_factory=sections.Processor)
     generate: sections.GenerateFromRows = field(default_factory=sections.GenerateFromRows)
 
@@ -419,15 +266,3 @@ def check_targets(config: RunConfig) -> None:
                 model_config.check(model.config)
             except ArgumentError as error:
                 raise config.error(f"{key}.config.{error.path}".rstrip("."), str(error)) from error
-
-
-def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The dotted keys on which two results of `RunConfig.identity` differ."""
-    result: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            result += [f"{key}.{inner}" for inner in identity_difference(before, after)]
-        elif before != after:
-            result.append(key)
-    return result

