@@ -1,7 +1,7 @@
 """A run that is killed and started again is the run that was never killed.
 
 The kills are real: SIGKILL, at random moments, also while a checkpoint is being written. A start costs no seconds, so
-ten of them fit into a test.
+ten of them fit into a test. The runs have ten steps of four packs, each step with a checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,20 @@ from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "recipes" / "configs" / "tiny.yaml"
-EVERY_STEP = {"checkpoint.keep_last": "3", "step_scheduler.ckpt_every_steps": "1"}
+SHORT = {
+    "checkpoint.keep_last": "3",
+    "step_scheduler.ckpt_every_steps": "1",
+    "packed_sequence.packed_sequence_size": "256",
+    "dataset.max_length": "256",
+    "dataset.split": "train[:48]",
+    "validation_dataset.max_length": "256",
+    "validation_dataset.split": "train[:8]",
+}
 
 
 def changes(overrides: dict[str, str]) -> dict[str, str]:
-    """A checkpoint at every step, and ``overrides``, where ``__`` in a keyword stands for a dot."""
-    return EVERY_STEP | {key.replace("__", "."): value for key, value in overrides.items()}
+    """`SHORT` and `overrides`, where `__` in a keyword stands for a dot."""
+    return SHORT | {key.replace("__", "."): value for key, value in overrides.items()}
 
 
 def tiny(run_dir: Path, **overrides: str) -> configs.SftConfig:

@@ -86,7 +86,6 @@ def build(
         checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
         checks.require_adapter_alone(model)
-    checks.require_trained(model, sources.random_parts(folder) if folder else ())
     report = _optimize(config, model, losses)
     mapping = am_models.weight_map(model, folder)
     files = model_files(model, tokenizer, folder)
