@@ -1,4 +1,4 @@
-"""What every test here needs: the repository as working directory, one thread, no variables of a launcher."""
+"""What every test here needs: the repository as folder, one thread, no variables of a launcher, the fork server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import pytest
 import torch
 
 from integration_tests import runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server() -> None:
+    runs.start_server()
 
 
 @pytest.fixture(autouse=True)

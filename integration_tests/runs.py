@@ -1,6 +1,7 @@
 """Runs of a recipe in processes that can be killed, and what is compared of two runs.
 
-The processes are forked from a server that has imported everything, so that a start costs no seconds.
+The processes are forked from a server that has imported everything, so that a start costs no seconds. A session has one
+such server: the workers of `am_testing.run_distributed` come from it as well, so it starts first (`start_server`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from am_recipes import cli
-from am_recipes import config as configs
+from am_recipes import cli, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 # What two equal runs differ in.
@@ -32,17 +32,28 @@ TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "am_recipes.sft",
+        "am_recipes.kd",
         "am_recipes.pretrain",
+        "am_recipes.sft",
         "am_recipes.vlm",
+        "torch._dynamo",
         "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
         "transformers.models.llama.modeling_llama",
         "transformers.models.idefics3.modeling_idefics3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "datasets",
+        "peft",
         "am_ckpt._checkpointer",
     ]
 )
+
+
+def start_server() -> None:
+    """Start the server with what it imports, before anyone else starts one with less."""
+    process = SERVER.Process()
+    process.start()
+    process.join()
 
 
 # Progress bars of other libraries, which a message may follow.

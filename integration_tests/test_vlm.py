@@ -41,9 +41,8 @@ import am_data
 import am_loss
 import am_mesh
 import am_models
-from am_recipes import cli, vision, vlm
+from am_recipes import cli, configs, vision, vlm
 from am_recipes import compose as composing
-from am_recipes import config as configs
 from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,12 +1,12 @@
-"""Damage checkpoints in many ways and count what the reader does: ``python corruption_sweep.py --mutations 100000``.
+"""Damage checkpoints in many ways and count what the reader does: `python corruption_sweep.py --mutations 100000`.
 
-Flips: single bits anywhere in folders of all kinds. ``verify --full`` must find every one of a step, of the weight
+Flips: single bits anywhere in folders of all kinds. `verify --full` must find every one of a step, of the weight
 files of a merge with digests, and of what torch noted a CRC-32 of. In a plain Hugging Face folder there are no digests:
 a flip of a weight is found only where it makes a NaN or infinity.
 
-Mutations: headers, manifests (with the digest of their new content), indexes, configs, files of digests, ``.metadata``
+Mutations: headers, manifests (with the digest of their new content), indexes, configs, files of digests, `.metadata`
 and archives, cut, spliced, or with one value replaced; the result is inspected, verified and merged. Every outcome but
-a result, ``ValueError`` or ``OSError`` is a failure, and so is more than a second of processor time, more than 64 MiB
+a result, `ValueError` or `OSError` is a failure, and so is more than a second of processor time, more than 64 MiB
 of new memory, and anything that the interpreter's audit hooks see beside the opening of files of the checkpoint itself.
 
 Prints one JSON object; exits 1 after a failure, whose seed and input it prints.
@@ -62,7 +62,7 @@ FORBIDDEN += ("pickle.find_class", "socket.connect", "socket.getaddrinfo", "subp
 
 
 class TooLong(BaseException):
-    """More than ``SECONDS`` of processor time."""
+    """More than `SECONDS` of processor time."""
 
 
 def make_step(folder: Path) -> Path:
@@ -159,7 +159,7 @@ def part_of(path: Path, content: bytes, place: int) -> str:
 
 
 def flips(folders: list[Path], count: int, chance: random.Random) -> dict[str, Any]:
-    """Flip ``count`` bits of each folder, one at a time, half of them in files chosen alike whatever their size."""
+    """Flip `count` bits of each folder, one at a time, half of them in files chosen alike whatever their size."""
     result: dict[str, Any] = {}
     for folder in folders:
         name = folder.name.removesuffix("_000003")
@@ -223,7 +223,7 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_weird_value(value: Any, chance: random.Random) -> Any:
-    """``value`` (which is changed) with one of its parts replaced, removed, repeated or under another key."""
+    """`value` (which is changed) with one of its parts replaced, removed, repeated or under another key."""
     places = list(nodes(value))
     if not places:
         return chance.choice(WEIRD)
@@ -349,7 +349,7 @@ def attempt(checkpoint: Path, target: Path) -> str:
 
 
 def mutations(count: int, seed: str) -> dict[str, Any]:
-    """``count`` mutations, spread over all kinds of files; for a process of its own."""
+    """`count` mutations, spread over all kinds of files; for a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         return _mutations(Path(name).resolve(), count, seed)
 

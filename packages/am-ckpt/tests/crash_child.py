@@ -1,9 +1,11 @@
 """Run by test_crash.py as a process of its own: saves steps 2 and 3, and is killed on the way.
 
-``python crash_child.py DIRECTORY N LAYOUT`` kills itself with SIGKILL just before its N-th system call that changes the
+`python crash_child.py DIRECTORY N LAYOUT` kills itself with SIGKILL just before its N-th system call that changes the
 file system while saving (0: never, prints how many there were). The interpreter's profiling hook sees every call of
-``os``, so nothing in the library is replaced.
+`os`, so nothing in the library is replaced.
 """
+
+from __future__ import annotations
 
 import os
 import signal

@@ -1,23 +1,23 @@
 """What a writer of checkpoints leaves behind when any one of its file operations goes wrong, or the power.
 
-``python crash_matrix.py WRITER.py... [--sample N] [--seed S] [--kinds kill,torn,...] [--power-cuts N] [--kills N]
-[--json FILE]``; needs Linux and a C compiler. WRITER.py is any script with
+`python crash_matrix.py WRITER.py... [--sample N] [--seed S] [--kinds kill,torn,...] [--power-cuts N] [--kills N]
+[--json FILE]`; needs Linux and a C compiler. WRITER.py is any script with
 
-- ``save(folder: str, value: int)``: write a checkpoint whose content follows from ``value``, or raise;
-- ``load(folder: str) -> int``: the value of the checkpoint that a restart would take, all of its content checked;
-- optionally ``setup(folder: str)``, what is there before (default: ``save(folder, 1)``), and ``RANKS = 4``: ``save`` is
+- `save(folder: str, value: int)`: write a checkpoint whose content follows from `value`, or raise;
+- `load(folder: str) -> int`: the value of the checkpoint that a restart would take, all of its content checked;
+- optionally `setup(folder: str)`, what is there before (default: `save(folder, 1)`), and `RANKS = 4`: `save` is
   then called on four ranks of a gloo group, and the fault strikes one of them, another in turn.
 
-For every operation that changes files and every kind of fault, ``save(folder, 2)`` runs in a process of its own, with
-the fault. Violations are: *lost*, neither 1 nor 2 can be loaded (or something that is neither); *lied*, ``save``
+For every operation that changes files and every kind of fault, `save(folder, 2)` runs in a process of its own, with
+the fault. Violations are: *lost*, neither 1 nor 2 can be loaded (or something that is neither); *lied*, `save`
 returned but 2 is not what is loaded; *stuck*, 1 is loaded, and saving again without a fault does not help. A short
 write and an interrupted call must be absorbed or reported, like any error.
 
-``--power-cuts N`` records the operations of a save without a fault, and replays them: after each, the power is cut.
+`--power-cuts N` records the operations of a save without a fault, and replays them: after each, the power is cut.
 Then a file holds what it had at its last fsync and a folder the names of its own last fsync (the first of N cuts), or
 any of the changes since, in any order (the others). *lied* is then a save that had returned before the cut.
 
-``--kills N`` kills a save of one process at N random moments, with SIGKILL, beside the points above.
+`--kills N` kills a save of one process at N random moments, with SIGKILL, beside the points above.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compile_shim(folder: Path) -> Path:
 
 
 def in_child(action: Callable[[], Any], kill_after: float | None = None) -> tuple[bool, Any]:
-    """Fork, run ``action``, and tell whether it returned, and what (or why not); killed after so many seconds."""
+    """Fork, run `action`, and tell whether it returned, and what (or why not); killed after so many seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -130,7 +130,7 @@ def serve() -> None:
         return shim.faultshim_count()
 
     def save(folder: str, number: int, kind: str, journal: str = "") -> tuple[bool, Any]:
-        """``number`` counts operations rank by rank: operation ``number // ranks`` of rank ``number % ranks``."""
+        """`number` counts operations rank by rank: operation `number // ranks` of rank `number % ranks`."""
         if ranks == 1:
             return in_child(lambda: run_rank(0, folder, number, kind, journal, ""))
         with tempfile.TemporaryDirectory() as place:
@@ -278,7 +278,7 @@ class Disk:
                 raise RuntimeError(f"{path}: written in a way that cannot be replayed")
 
     def cut(self, target: Path, chance: random.Random | None) -> None:
-        """Write to ``target`` what a power cut leaves: without ``chance``, nothing that was not synced."""
+        """Write to `target` what a power cut leaves: without `chance`, nothing that was not synced."""
         self._cut(self.top, target, chance)
 
     def _cut(self, folder: Folder, target: Path, chance: random.Random | None) -> None:
@@ -299,7 +299,7 @@ class Disk:
 
 
 def cut_power(server: Server, base: Path, work: Path, cuts: int, seed: int) -> dict[str, Any]:
-    """Replay a save of ``base`` up to every operation, and cut the power there in ``cuts`` ways."""
+    """Replay a save of `base` up to every operation, and cut the power there in `cuts` ways."""
     trial, journal = work / "trial", work / "journal"
     shutil.copytree(base, trial, symlinks=True)
     disk = Disk(trial)
@@ -325,7 +325,7 @@ def cut_power(server: Server, base: Path, work: Path, cuts: int, seed: int) -> d
 
 
 def kill(server: Server, base: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
-    """Kill ``count`` saves at random moments."""
+    """Kill `count` saves at random moments."""
     chance = random.Random(seed)
     verdicts: collections.Counter[str] = collections.Counter()
     violations = []
@@ -349,7 +349,7 @@ def kill(server: Server, base: Path, work: Path, count: int, seed: int) -> dict[
 
 
 def judge(server: Server, folder: Path, returned: bool, *, again: bool = True) -> tuple[str, str]:
-    """The verdict on what is left in ``folder``: ``old``, ``new``, or a violation, and its description."""
+    """The verdict on what is left in `folder`: `old`, `new`, or a violation, and its description."""
     loaded, value = server.ask("load", str(folder))
     if not loaded or value not in (1, 2):
         return "lost", f"load: {value}"
@@ -375,7 +375,7 @@ def run_matrix(
     seed: int = 0,
     place: Path | None = None,
 ) -> dict[str, Any]:
-    """Every point, or a random ``sample`` of them; how often each verdict was given, and the violations."""
+    """Every point, or a random `sample` of them; how often each verdict was given, and the violations."""
     with tempfile.TemporaryDirectory(prefix="crash-matrix-", dir=place) as work_name:
         work = Path(work_name)
         server = Server(script, compile_shim(work))

@@ -1,4 +1,4 @@
-"""State dicts of ``torch.save``: merged like any other checkpoint, and nothing in them is executed."""
+"""State dicts of `torch.save`: merged like any other checkpoint, and nothing in them is executed."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def set_value(state: dict[str, Any], value: float) -> None:
 
 @contextmanager
 def gate(opened: threading.Event, reached: threading.Event | None = None) -> Iterator[None]:
-    """Threads that start inside stop before their first write of data until ``opened``."""
+    """Threads that start inside stop before their first write of data until `opened`."""
 
     def hook(frame: FrameType, event: str, function: Any) -> None:
         if event == "c_call" and function is os.pwrite and threading.current_thread().name == "am-ckpt save":

@@ -86,7 +86,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """Damage one file; ``*`` is the first data file."""
+    """Damage one file; `*` is the first data file."""
 
     def damage(folder: Path) -> None:
         path = folder / file if "*" not in file else min(folder.glob(file))
@@ -96,7 +96,7 @@ def change(file: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def header(edit: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
-    """Rewrite the header of a safetensors file; ``edit`` changes it in place or returns the bytes of another."""
+    """Rewrite the header of a safetensors file; `edit` changes it in place or returns the bytes of another."""
 
     def rewrite(content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
@@ -157,7 +157,7 @@ def pipe(file: str) -> Callable[[Path], None]:
 
 
 def metadata(edit: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Change what ``.metadata`` says."""
+    """Change what `.metadata` says."""
 
     def damage(folder: Path) -> None:
         parsed = FileSystemReader(folder).read_metadata()
@@ -180,7 +180,7 @@ def written(file: str, content: bytes) -> Callable[[Path], None]:
 
 
 def archived(content: bytes) -> Callable[[Path], None]:
-    """Weights whose pickle is ``content``."""
+    """Weights whose pickle is `content`."""
 
     def damage(folder: Path) -> None:
         with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
@@ -221,7 +221,7 @@ class Code:
 
 @dataclass
 class Row:
-    """``kind`` of folder, what is done to it, exit codes of merge and of verify, and what the messages say."""
+    """`kind` of folder, what is done to it, exit codes of merge and of verify, and what the messages say."""
 
     kind: str
     damage: Callable[[Path], None]

@@ -53,7 +53,7 @@ def shard(folder: Path, rank: int, part: dict[str, tuple[torch.Tensor, list[int]
 
 
 def shards(folder: Path, ranks: int = 4) -> Path:
-    """``ranks`` shards along dim 0, rank 1 first."""
+    """`ranks` shards along dim 0, rank 1 first."""
     for rank in range(ranks):
         part = {}
         for name, tensor in tensors().items():

@@ -1,4 +1,4 @@
-"""``merge(digest=True)``: what every byte of the result must be."""
+"""`merge(digest=True)`: what every byte of the result must be."""
 
 from __future__ import annotations
 

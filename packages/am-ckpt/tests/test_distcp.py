@@ -1,4 +1,4 @@
-"""What several versions and options of torch write into ``.distcp`` folders."""
+"""What several versions and options of torch write into `.distcp` folders."""
 
 from __future__ import annotations
 

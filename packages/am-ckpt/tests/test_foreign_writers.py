@@ -20,7 +20,7 @@ NEMO, TITAN = DATA / "nemo_automodel", DATA / "torchtitan"
 
 
 def opened(folder: Path) -> dict[str, torch.Tensor]:
-    """The parameters of the model that transformers makes of ``folder``."""
+    """The parameters of the model that transformers makes of `folder`."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return dict(model.state_dict())

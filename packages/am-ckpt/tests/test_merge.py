@@ -308,7 +308,7 @@ def expected_of(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """A ``.distcp`` folder of one process, one file per tensor, with a config."""
+    """A `.distcp` folder of one process, one file per tensor, with a config."""
     writer = FileSystemWriter(tmp_path / "shards", single_file_per_rank=False)
     dcp.save({"model": state()}, storage_writer=writer)
     (tmp_path / "shards" / "config.json").write_text(json.dumps(CONFIG))

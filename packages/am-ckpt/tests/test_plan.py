@@ -20,7 +20,7 @@ Part = tuple[str, tuple[int, ...], numpy.ndarray]
 def write(
     folder: Path, rank: int, parts: list[Part], style: str = "torch", shapes: dict[str, Any] | None = None
 ) -> Path:
-    """A shard file; headers of all styles are equally long and mean the same. ``shapes``: to be said in the file."""
+    """A shard file; headers of all styles are equally long and mean the same. `shapes`: to be said in the file."""
     entries: dict[str, Any] = {}
     info: dict[str, Any] = {}
     position = 0
@@ -50,7 +50,7 @@ def write_text(folder: Path, rank: int, text: str, data: bytes) -> Path:
 
 
 def cut(rng: random.Random, offset: tuple[int, ...], shape: tuple[int, ...], regular: bool) -> list[Any]:
-    """Boxes that tile a tensor: pieces of pieces, or (``regular``) a grid."""
+    """Boxes that tile a tensor: pieces of pieces, or (`regular`) a grid."""
     boxes = [(offset, shape)]
     for dim in [dim for dim in range(len(shape)) if rng.random() < 0.7]:
         points = sorted(rng.sample(range(1, shape[dim]), min(rng.randrange(4), shape[dim] - 1)))
@@ -200,7 +200,7 @@ def test_ranges_that_meet_are_one_copy_of_at_most_64_mib(tmp_path: Path) -> None
 
 
 def filled(template: str, *values: object) -> str:
-    """The template with its ``@`` replaced."""
+    """The template with its `@` replaced."""
     for value in values:
         template = template.replace("@", str(value), 1)
     return template

@@ -123,7 +123,7 @@ class Random:
 
 
 def train(directory: str, stop: int | None, layout: str) -> tuple[list[bytes], dict[str, numpy.ndarray], bytes]:
-    """Six steps; or, with ``stop``, as many, and then the rest from the checkpoint by other objects."""
+    """Six steps; or, with `stop`, as many, and then the rest from the checkpoint by other objects."""
     losses: list[bytes] = []
 
     def run(first: int, last: int, seed: int, resume: bool) -> tuple[nn.Module, torch.optim.Optimizer]:

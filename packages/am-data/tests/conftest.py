@@ -1,5 +1,7 @@
 """A small byte-level BPE tokenizer, trained once, and the templates of well-known families in short form."""
 
+from __future__ import annotations
+
 import os
 import sys
 import tempfile

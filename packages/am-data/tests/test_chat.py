@@ -1,7 +1,11 @@
 """Row layouts, files, refused rows and the report."""
 
+from __future__ import annotations
+
 import json
+import re
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -126,6 +130,23 @@ def test_sources_that_cannot_be_read(tokenizer, tmp_path):
         am_data.ChatDataset([{"text": "x"}], tokenizer)
     with pytest.raises(ValueError, match="0 rows were read from the list"):
         am_data.ChatDataset([], tokenizer)
+
+
+def test_the_formats_of_the_readme_are_those_that_are_told_and_taken(tokenizer):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)` \| (`.*?`) \|", readme, re.MULTILINE))
+    assert len(table) == 4
+    with pytest.raises(ValueError, match=f"choose one of auto, {', '.join(table)}$"):
+        am_data.ChatDataset([ROW], tokenizer, format="?")
+    needed = " or ".join(columns.replace(", ", " and ") for columns in table.values())
+    with pytest.raises(ValueError, match=f"rows need {needed}: rename the columns"):
+        am_data.ChatDataset([{"text": "x"}], tokenizer)
+    for name, columns in table.items():
+        assert f'"{name}"' in am_data.ChatDataset.__doc__
+        turns = MESSAGES if name in ("messages", "sharegpt") else "x"
+        rows = [dict.fromkeys(columns.replace("`", "").split(", "), turns)]
+        named, told = (am_data.ChatDataset(rows, tokenizer, format=format) for format in (name, "auto"))
+        assert named.fingerprint == told.fingerprint
 
 
 BAD = {"id": "seven", "messages": [{"role": "critic", "content": "x"}]}

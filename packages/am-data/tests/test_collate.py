@@ -1,5 +1,7 @@
 """The Batch contract, in both layouts."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

@@ -1,15 +1,18 @@
 """Every sample once an epoch, whatever the number of ranks and wherever the run was stopped."""
 
+from __future__ import annotations
+
 from functools import partial
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import am_data
-from am_testing import run_distributed
 
 
 def make_dataset(num_examples=23, seed=0):
@@ -215,20 +218,25 @@ def test_impossible_arguments_are_errors(options, message):
         make_loader(**options)
 
 
-def step_of_rank():
-    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
-    loader = am_data.DataLoader(make_dataset(), global_batch_size=8, local_batch_size=2, mesh=mesh, seed=3)
-    with pytest.raises(ValueError, match="were given beside a mesh"):
-        am_data.DataLoader(make_dataset(), global_batch_size=8, local_batch_size=2, mesh=mesh, rank=0)
-    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    with pytest.raises(ValueError, match="the mesh has 2 dimensions"):
-        am_data.DataLoader(make_dataset(), global_batch_size=8, local_batch_size=2, mesh=square)
-    halves = am_data.DataLoader(make_dataset(), global_batch_size=8, local_batch_size=2, mesh=square["dp"], seed=3)
-    return examples_of(next(iter(loader))), examples_of(next(iter(halves)))
+def steps_of_rank(rank):
+    """The first step of one of 4 ranks by a mesh of one dim, and by the data-parallel dim of a mesh of two."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        options = {"global_batch_size": 8, "local_batch_size": 2, "seed": 3}
+        with pytest.raises(ValueError, match="were given beside a mesh"):
+            am_data.DataLoader(make_dataset(), mesh=mesh, rank=0, **options)
+        with pytest.raises(ValueError, match="the mesh has 2 dimensions"):
+            am_data.DataLoader(make_dataset(), mesh=square, **options)
+        loaders = [am_data.DataLoader(make_dataset(), mesh=one, **options) for one in (mesh, square["dp"])]
+        return [examples_of(next(iter(loader))) for loader in loaders]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_mesh_gives_rank_and_world_size():
-    results = run_distributed(step_of_rank, 4)
+    results = [steps_of_rank(rank) for rank in range(4)]
     expected = run_ranks(1, 1)[0][0]
     assert sorted(chain.from_iterable(whole for whole, _ in results)) == expected
     # Two ranks of the tensor-parallel axis share their data-parallel coordinate and so their rows.

@@ -1,5 +1,7 @@
 """Packs hold every example once within capacity, and few packs are wasted."""
 
+from __future__ import annotations
+
 import time
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The command `am-data prepare`: what it writes is what the tokenizer says, and what it refuses leaves nothing."""
 
+from __future__ import annotations
+
 import json
 import os
 import pty

@@ -1,5 +1,7 @@
 """The public names, and what importing the package does not import."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

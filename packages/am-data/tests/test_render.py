@@ -1,5 +1,7 @@
 """Exact masks on templates of several families, and the refusals."""
 
+from __future__ import annotations
+
 import pytest
 
 import am_data

@@ -1,4 +1,6 @@
-"""Conversations with pictures: tokens and tensors are the processor's, labels the answers', bad pictures refused."""
+"""Conversations with images: tokens and tensors are the processor's, labels the answers', bad images refused."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -14,9 +16,9 @@ from vision_processors import (
     LLAVA_TEMPLATE,
     make_idefics3,
     make_idefics3_torchvision,
+    make_image,
     make_llava,
     make_llava_siglip,
-    make_picture,
     make_qwen,
 )
 
@@ -26,9 +28,9 @@ PROCESSORS = {"idefics3": make_idefics3, "llava": make_llava, "llava_siglip": ma
 ANSWER = "It is a red square."
 
 
-def row(*pictures, answer=ANSWER, **columns):
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    content.append({"type": "text", "text": "What is in the picture?"})
+def row(*images, answer=ANSWER, **columns):
+    content = [{"type": "image", "image": image} for image in images]
+    content.append({"type": "text", "text": "What is in the image?"})
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **columns}
 
 
@@ -56,14 +58,14 @@ def check_against_processor(dataset, rows, processor):
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_tokens_and_tensors_are_those_of_the_processor(family):
     processor = PROCESSORS[family]()
-    rows = [row(make_picture()), row(), row(make_picture(30, 30), make_picture(40, 10, seed=1))]
+    rows = [row(make_image()), row(), row(make_image(30, 30), make_image(40, 10, seed=1))]
     check_against_processor(am_data.VisionChatDataset(rows, processor=processor, on_bad_row="raise"), rows, processor)
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
 def test_labels_are_the_answer_and_its_end(family):
     processor = PROCESSORS[family]()
-    example = am_data.VisionChatDataset([row(make_picture())], processor=processor)[0]
+    example = am_data.VisionChatDataset([row(make_image())], processor=processor)[0]
     ids, labels = example["input_ids"], example["labels"]
     end = "<end_of_utterance>" if family == "idefics3" else "</s>"
     assert processor.tokenizer.decode(ids[labels != -100]) == f" {ANSWER}{end}"
@@ -71,23 +73,23 @@ def test_labels_are_the_answer_and_its_end(family):
     assert not (labels == processor.image_token_id).any()
 
 
-def test_the_report_counts_pictures_and_shows_them_short():
-    rows = [row(make_picture()), row(make_picture(30, 30), make_picture(), id="two"), row("missing.png", id="bad")]
+def test_the_report_counts_images_and_shows_them_short():
+    rows = [row(make_image()), row(make_image(30, 30), make_image(), id="two"), row("missing.png", id="bad")]
     dataset = am_data.VisionChatDataset(rows, processor=make_llava())
     report = dataset.report
-    assert (report.rows_read, report.rows_kept, report.num_pictures, report.num_image_tokens) == (3, 2, 3, 48)
+    assert (report.rows_read, report.rows_kept, report.num_images, report.num_image_tokens) == (3, 2, 3, 48)
     assert report.samples[0] == [
-        ("<s>USER: <image x 16>\nWhat is in the picture?\nASSISTANT:", False),
+        ("<s>USER: <image x 16>\nWhat is in the image?\nASSISTANT:", False),
         (f" {ANSWER}</s>", True),
     ]
-    assert report.dropped["a picture is missing"].examples == ["bad"]
-    assert "3 pictures, 48 image tokens" in str(report)
+    assert report.dropped["an image is missing"].examples == ["bad"]
+    assert "3 images, 48 image tokens" in str(report)
     assert report.num_tokens == dataset.lengths.sum()
     assert dataset.processor_adapter.image_token_id == dataset.processor_adapter.processor.image_token_id
 
 
-def saved(picture, path, **options):
-    picture.save(path, **options)
+def saved(image, path, **options):
+    image.save(path, **options)
     return str(path)
 
 
@@ -95,23 +97,23 @@ def contents(example):
     return {name: values.tolist() for name, values in example.items()}
 
 
-def test_every_way_to_hold_a_picture_gives_the_same_example(tmp_path):
-    picture = make_picture()
-    path = saved(picture, tmp_path / "one.png")
+def test_every_way_to_hold_an_image_gives_the_same_example(tmp_path):
+    image = make_image()
+    path = saved(image, tmp_path / "one.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": row("one.png")["messages"]}))
-    question, answer = {"type": "text", "text": "What is in the picture?"}, {"role": "assistant", "content": ANSWER}
+    question, answer = {"type": "text", "text": "What is in the image?"}, {"role": "assistant", "content": ANSWER}
     bare = [{"role": "user", "content": [{"type": "image"}, question]}, answer]
     by_path = [{"role": "user", "content": [{"type": "image", "path": path}, question]}, answer]
     answer_part = {"type": "text", "text": ANSWER}
-    turns = [{"from": "human", "value": "<image>What is in the picture?"}, {"from": "gpt", "value": ANSWER}]
+    turns = [{"from": "human", "value": "<image>What is in the image?"}, {"from": "gpt", "value": ANSWER}]
     ways = [
-        [row(picture)],
+        [row(image)],
         [row(path)],
         [row(Path(path).read_bytes())],
         [row({"bytes": Path(path).read_bytes(), "path": "gone.png"})],
         [row({"bytes": None, "path": path})],
         [{"messages": by_path}],
-        [{"messages": bare, "images": [picture]}],
+        [{"messages": bare, "images": [image]}],
         [{"messages": bare, "image": path}],
         [{"conversations": turns, "images": [path]}],
         [{"conversations": turns, "image": path}],
@@ -137,58 +139,58 @@ def test_every_way_to_hold_a_picture_gives_the_same_example(tmp_path):
 
 def test_text_around_placeholders_stays_as_it_is():
     turns = [{"from": "human", "value": "First <image>\nthen <image>."}, {"from": "gpt", "value": ANSWER}]
-    rows = [{"conversations": turns, "images": [make_picture(), make_picture(seed=1)]}]
+    rows = [{"conversations": turns, "images": [make_image(), make_image(seed=1)]}]
     dataset = am_data.VisionChatDataset(rows, processor=make_idefics3(splitting=False))
-    picture = "<fake_token_around_image><global-img><image x 4><fake_token_around_image>"
+    image = "<fake_token_around_image><global-img><image x 4><fake_token_around_image>"
     assert dataset.report.samples[0][0][0] == (
-        f"<|im_start|>User: First {picture}\nthen {picture}.<end_of_utterance>\nAssistant:"
+        f"<|im_start|>User: First {image}\nthen {image}.<end_of_utterance>\nAssistant:"
     )
 
 
 def test_a_transform_of_a_dataset_is_honoured():
     table = datasets.Dataset.from_dict({"seed": [1, 2]})
-    table.set_transform(lambda batch: {"messages": [row(make_picture(seed=s))["messages"] for s in batch["seed"]]})
+    table.set_transform(lambda batch: {"messages": [row(make_image(seed=s))["messages"] for s in batch["seed"]]})
     made = am_data.VisionChatDataset(table, processor=make_llava())
-    plain = am_data.VisionChatDataset([row(make_picture(seed=s)) for s in (1, 2)], processor=make_llava())
+    plain = am_data.VisionChatDataset([row(make_image(seed=s)) for s in (1, 2)], processor=make_llava())
     assert [contents(made[i]) for i in (0, 1)] == [contents(plain[i]) for i in (0, 1)]
 
 
 def exif_rotated(path):
-    """A picture that a viewer turns by 90 degrees, and how it is seen."""
-    picture = make_picture(12, 20)
+    """An image that a viewer turns by 90 degrees, and how it is seen."""
+    image = make_image(12, 20)
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved(picture, path, exif=exif), picture.transpose(Image.Transpose.ROTATE_270)
+    return saved(image, path, exif=exif), image.transpose(Image.Transpose.ROTATE_270)
 
 
 def half_transparent(path):
-    pixels = np.asarray(make_picture()).astype(np.float64)
+    pixels = np.asarray(make_image()).astype(np.float64)
     alpha = np.full((12, 20, 1), 128, dtype=np.uint8)
-    picture = Image.fromarray(np.concatenate([pixels.astype(np.uint8), alpha], axis=2))
+    image = Image.fromarray(np.concatenate([pixels.astype(np.uint8), alpha], axis=2))
     share = 128 / 255
-    return saved(picture, path), Image.fromarray(np.round(share * pixels + (1 - share) * 255).astype(np.uint8))
+    return saved(image, path), Image.fromarray(np.round(share * pixels + (1 - share) * 255).astype(np.uint8))
 
 
 def palette(path):
-    picture = make_picture().quantize(16)
-    return saved(picture, path), picture.convert("RGB")
+    image = make_image().quantize(16)
+    return saved(image, path), image.convert("RGB")
 
 
 def transparent_palette(path):
-    picture = make_picture().quantize(4)
-    seen = np.asarray(picture.convert("RGB")).copy()
-    seen[np.asarray(picture) == 2] = 255
-    return saved(picture, path, transparency=2), Image.fromarray(seen)
+    image = make_image().quantize(4)
+    seen = np.asarray(image.convert("RGB")).copy()
+    seen[np.asarray(image) == 2] = 255
+    return saved(image, path, transparency=2), Image.fromarray(seen)
 
 
 def grey(path):
-    picture = make_picture().convert("L")
-    return saved(picture, path), Image.merge("RGB", [picture] * 3)
+    image = make_image().convert("L")
+    return saved(image, path), Image.merge("RGB", [image] * 3)
 
 
 @pytest.mark.parametrize("make", [exif_rotated, half_transparent, palette, transparent_palette, grey])
-def test_pictures_become_rgb_as_they_are_seen(tmp_path, make):
-    path, seen = make(tmp_path / "picture.png")
+def test_images_become_rgb_as_they_are_seen(tmp_path, make):
+    path, seen = make(tmp_path / "image.png")
     processor = make_idefics3()
     got = am_data.VisionChatDataset([row(path)], processor=processor, on_bad_row="raise")[0]
     expected = am_data.VisionChatDataset([row(seen)], processor=processor)[0]
@@ -198,25 +200,25 @@ def test_pictures_become_rgb_as_they_are_seen(tmp_path, make):
     assert (got["pixel_values"] - expected["pixel_values"]).abs().mean() <= 0.2 / 255
 
 
-def test_pictures_of_a_row_for_people(tmp_path):
-    path, seen = half_transparent(tmp_path / "picture.png")
+def test_images_of_a_row_for_people(tmp_path):
+    path, seen = half_transparent(tmp_path / "image.png")
     dataset = am_data.VisionChatDataset([row(path), row()], processor=make_idefics3(), on_bad_row="raise")
-    (picture,) = dataset.pictures(0)
-    assert picture.mode == "RGB"
-    assert picture.size == seen.size
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(seen).astype(int)).max() <= 1
-    assert dataset.pictures(1) == []
+    (image,) = dataset.images(0)
+    assert image.mode == "RGB"
+    assert image.size == seen.size
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(seen).astype(int)).max() <= 1
+    assert dataset.images(1) == []
 
 
-def bad_pictures(folder):
-    """Each bad picture with the reason of its refusal and what its detail says."""
-    frames = [make_picture(seed=seed) for seed in range(2)]
-    (folder / "text.png").write_text("not a picture")
+def bad_images(folder):
+    """Each bad image with the reason of its refusal and what its detail says."""
+    frames = [make_image(seed=seed) for seed in range(2)]
+    (folder / "text.png").write_text("not an image")
     (folder / "empty.png").write_bytes(b"")
     (folder / "bomb.ppm").write_text("P6 20000 20000 255\n")
-    whole = Path(saved(make_picture(64, 64), folder / "whole.jpg")).read_bytes()
+    whole = Path(saved(make_image(64, 64), folder / "whole.jpg")).read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    png = Path(saved(make_picture(64, 64), folder / "whole.png")).read_bytes()
+    png = Path(saved(make_image(64, 64), folder / "whole.png")).read_bytes()
     (folder / "cut.png").write_bytes(png[: len(png) // 2])
     animated = [
         saved(frames[0], folder / f"frames.{suffix}", save_all=True, append_images=frames[1:])
@@ -224,41 +226,39 @@ def bad_pictures(folder):
     ]
     deep = Image.fromarray(np.zeros((4, 4), dtype=np.uint16))
     return [
-        ("missing.png", "a picture is missing", "missing.png is not a file"),
-        (str(folder), "a picture is missing", "is not a file"),
-        ("text.png", "a picture is unreadable", "text.png: cannot identify"),
-        ("cut.jpg", "a picture is unreadable", "cut.jpg: .*truncated"),
-        ("cut.png", "a picture is unreadable", "cut.png: "),
-        ("bomb.ppm", "a picture is unreadable", "bomb.ppm: .*decompression bomb"),
-        ("empty.png", "a picture is zero-sized", "empty.png has 0 bytes"),
-        (Image.new("RGB", (0, 5)), "a picture is zero-sized", "0 x 5 pixels"),
-        *((path, "a picture is animated", "frames.* has more than one frame") for path in animated),
-        (saved(deep, folder / "deep.png"), "a picture has more than 8 bits a channel", "mode 'I;16'"),
-        (Image.new("F", (4, 4)), "a picture has more than 8 bits a channel", "mode 'F'"),
-        ("https://example.org/one.png", "a picture is a URL", "download it and give its path"),
-        (7, "a picture is of an unknown kind", "it is a int; a path, bytes"),
+        ("missing.png", "an image is missing", "missing.png is not a file"),
+        (str(folder), "an image is missing", "is not a file"),
+        ("text.png", "an image is unreadable", "text.png: cannot identify"),
+        ("cut.jpg", "an image is unreadable", "cut.jpg: .*truncated"),
+        ("cut.png", "an image is unreadable", "cut.png: "),
+        ("bomb.ppm", "an image is unreadable", "bomb.ppm: .*decompression bomb"),
+        ("empty.png", "an image is zero-sized", "empty.png has 0 bytes"),
+        (Image.new("RGB", (0, 5)), "an image is zero-sized", "0 x 5 pixels"),
+        *((path, "an image is animated", "frames.* has more than one frame") for path in animated),
+        (saved(deep, folder / "deep.png"), "an image has more than 8 bits a channel", "mode 'I;16'"),
+        (Image.new("F", (4, 4)), "an image has more than 8 bits a channel", "mode 'F'"),
+        ("https://example.org/one.png", "an image is a URL", "download it and give its path"),
+        (7, "an image is of an unknown kind", "it is a int; a path, bytes"),
     ]
 
 
-def test_bad_pictures_are_refused_with_path_and_reason(tmp_path):
+def test_bad_images_are_refused_with_path_and_reason(tmp_path):
     processor = make_llava()
-    pictures = bad_pictures(tmp_path)
-    rows = [row(make_picture()), *(row(picture) for picture, _, _ in pictures)]
+    images = bad_images(tmp_path)
+    rows = [row(make_image()), *(row(image) for image, _, _ in images)]
     dropped = am_data.VisionChatDataset(rows, processor=processor, images=tmp_path).report.dropped
-    assert {reason: entry.count for reason, entry in dropped.items()} == Counter(reason for _, reason, _ in pictures)
-    for number, (picture, reason, detail) in enumerate(pictures):
+    assert {reason: entry.count for reason, entry in dropped.items()} == Counter(reason for _, reason, _ in images)
+    for number, (image, reason, detail) in enumerate(images):
         with pytest.raises(ValueError, match=f"row {number}: {reason}: .*{detail}"):
-            am_data.VisionChatDataset(
-                [row(picture, id=number)], processor=processor, images=tmp_path, on_bad_row="raise"
-            )
+            am_data.VisionChatDataset([row(image, id=number)], processor=processor, images=tmp_path, on_bad_row="raise")
 
 
-def test_one_bad_picture_of_a_table_costs_its_row_alone(tmp_path):
+def test_one_bad_image_of_a_table_costs_its_row_alone(tmp_path):
     turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": ANSWER}]
-    pictures = [{"bytes": Path(saved(make_picture(), tmp_path / "one.png")).read_bytes()}, {"bytes": b"text"}]
-    table = datasets.Dataset.from_dict({"conversations": [turns, turns], "image": pictures})
+    images = [{"bytes": Path(saved(make_image(), tmp_path / "one.png")).read_bytes()}, {"bytes": b"text"}]
+    table = datasets.Dataset.from_dict({"conversations": [turns, turns], "image": images})
     dataset = am_data.VisionChatDataset(table.cast_column("image", datasets.Image()), processor=make_llava())
-    assert (len(dataset), dataset.report.dropped["a picture is unreadable"].examples) == (1, ["1"])
+    assert (len(dataset), dataset.report.dropped["an image is unreadable"].examples) == (1, ["1"])
 
 
 def user(*parts):
@@ -272,23 +272,23 @@ TEXT, IMAGE = {"type": "text", "text": "What is it?"}, {"type": "image"}
     ("bad", "message"),
     [
         ({**user(TEXT, IMAGE), "images": [1, 2]},
-         "pictures and placeholders differ in number: 2 pictures, 1 placeholders"),
+         "images and placeholders differ in number: 2 images, 1 placeholders"),
         ({**user(TEXT, IMAGE, IMAGE), "images": [1]},
-         "pictures and placeholders differ in number: 1 pictures, 2 placeholders"),
-        (user(TEXT, IMAGE), "pictures and placeholders differ in number: 0 pictures, 1 placeholders"),
-        ({**user(TEXT), "image": 1}, "pictures and placeholders differ in number: 1 pictures, 0 placeholders"),
-        ({"prompt": "An <image> tag", "completion": ANSWER}, "0 pictures, 1 placeholders"),
+         "images and placeholders differ in number: 1 images, 2 placeholders"),
+        (user(TEXT, IMAGE), "images and placeholders differ in number: 0 images, 1 placeholders"),
+        ({**user(TEXT), "image": 1}, "images and placeholders differ in number: 1 images, 0 placeholders"),
+        ({"prompt": "An <image> tag", "completion": ANSWER}, "0 images, 1 placeholders"),
         (user({"type": "text", "text": "The <image> tag"}), "a text holds the image token: turn 0 has '<image>'"),
-        (user(TEXT, {"type": "image", "url": "https://example.org"}), "a picture is a URL: turn 0; download it"),
-        (user(TEXT, {"type": "image_url", "image_url": {"url": "x"}}), "a picture is a URL: turn 0; download it"),
+        (user(TEXT, {"type": "image", "url": "https://example.org"}), "an image is a URL: turn 0; download it"),
+        (user(TEXT, {"type": "image_url", "image_url": {"url": "x"}}), "an image is a URL: turn 0; download it"),
         (user(TEXT, {"type": "video", "video": "x.mp4"}), "content of an unknown kind: turn 0 has a part of type 'vid"),
         (user(TEXT, "text"), "content of an unknown kind: turn 0 has a part of type None"),
         (user({"type": "text"}), "content of an unknown kind: turn 0 has a part of type 'text'"),
         (user(TEXT, {"type": "image", "file": "x"}), r"an image part with \['file'\]"),
         ({"messages": [{"role": "user", "content": 7}]}, "content of an unknown kind: turn 0 has a int"),
         ({"messages": [{"role": "user", "content": "Draw"}, {"role": "assistant", "content": [IMAGE]}],
-          "images": [1]}, "a picture in an assistant turn: turn 1"),
-        ({"messages": user(IMAGE)["messages"][:1], "images": [make_picture()]}, "no assistant turn"),
+          "images": [1]}, "an image in an assistant turn: turn 1"),
+        ({"messages": user(IMAGE)["messages"][:1], "images": [make_image()]}, "no assistant turn"),
         (user({"type": "text", "text": " "}), "empty turn: turn 0"),
     ],
 )  # fmt: skip
@@ -297,25 +297,25 @@ def test_bad_rows_are_refused_with_a_reason(bad, message):
         am_data.VisionChatDataset([bad], processor=make_llava(), on_bad_row="raise")
 
 
-def test_a_template_that_drops_pictures_is_refused():
+def test_a_template_that_drops_images_is_refused():
     template = LLAVA_TEMPLATE.replace("{{ '<image>\n' }}", "")
-    with pytest.raises(ValueError, match="the template drops or adds a picture: it writes 0 placeholders for 1"):
+    with pytest.raises(ValueError, match="the template drops or adds an image: it writes 0 placeholders for 1"):
         am_data.VisionChatDataset(
-            [row(make_picture())], processor=make_llava(), chat_template=template, on_bad_row="raise"
+            [row(make_image())], processor=make_llava(), chat_template=template, on_bad_row="raise"
         )
 
 
 def test_tokens_and_features_must_be_equally_many():
     adapter = dataclasses.replace(am_data.vision_processor(make_llava()), num_features=lambda tensors: 15)
-    message = "image tokens and image features differ: 1 pictures are 16 tokens '<image>' and 15 features"
+    message = "image tokens and image features differ: 1 images are 16 tokens '<image>' and 15 features"
     with pytest.raises(ValueError, match=message):
-        am_data.VisionChatDataset([row(make_picture())], processor=adapter, on_bad_row="raise")
+        am_data.VisionChatDataset([row(make_image())], processor=adapter, on_bad_row="raise")
 
 
-def test_a_processor_that_refuses_a_picture_refuses_its_row():
+def test_a_processor_that_refuses_an_image_refuses_its_row():
     pytest.importorskip("torchvision", reason="a Qwen-VL processor holds a video processor, which needs it")
-    with pytest.raises(ValueError, match=r"the processor refuses a picture: of \[\(1600, 4\)\] pixels: .*aspect ratio"):
-        am_data.VisionChatDataset([row(make_picture(1600, 4))], processor=make_qwen("qwen2_5_vl"), on_bad_row="raise")
+    with pytest.raises(ValueError, match=r"the processor refuses an image: of \[\(1600, 4\)\] pixels: .*aspect ratio"):
+        am_data.VisionChatDataset([row(make_image(1600, 4))], processor=make_qwen("qwen2_5_vl"), on_bad_row="raise")
 
 
 def test_processors_without_adapter_template_or_declared_tensors():
@@ -326,8 +326,8 @@ def test_processors_without_adapter_template_or_declared_tensors():
     with pytest.raises(ValueError, match="the LlavaProcessor has chat_template=None; pass chat_template="):
         am_data.VisionChatDataset([row()], processor=processor)
     adapter = dataclasses.replace(am_data.vision_processor(make_llava()), tensor_names=("pixel_values", "image_sizes"))
-    with pytest.raises(ValueError, match=r"returns \['pixel_values'\] for pictures, its adapter declares \['image_s"):
-        am_data.VisionChatDataset([row(make_picture())], processor=adapter)
+    with pytest.raises(ValueError, match=r"returns \['pixel_values'\] for images, its adapter declares \['image_s"):
+        am_data.VisionChatDataset([row(make_image())], processor=adapter)
     with pytest.raises(ValueError, match=r"do_normalize=False .* makes a black crop all zeros"):
         am_data.vision_processor(make_idefics3(do_normalize=False))
 
@@ -356,15 +356,15 @@ def test_options_and_rows_are_refused_as_by_a_chat_dataset(tokenizer):
         assert "".join(text for text, supervised in report.samples[0] if supervised).strip().startswith("It is said.")
 
 
-def test_rows_over_max_length_are_refused_or_cut_after_the_last_picture():
+def test_rows_over_max_length_are_refused_or_cut_after_the_last_image():
     processor = make_llava()
-    whole = am_data.VisionChatDataset([row(make_picture())], processor=processor)[0]
+    whole = am_data.VisionChatDataset([row(make_image())], processor=processor)[0]
     length = len(whole["input_ids"])
     end = int(np.flatnonzero(whole["input_ids"] == processor.image_token_id)[-1]) + 1
 
     def cut_to(max_length, truncation=True):
         return am_data.VisionChatDataset(
-            [row(make_picture())], processor=processor, max_length=max_length, truncation=truncation, on_bad_row="raise"
+            [row(make_image())], processor=processor, max_length=max_length, truncation=truncation, on_bad_row="raise"
         )
 
     with pytest.raises(ValueError, match=f"longer than max_length: {length} tokens, max_length={length - 1}"):
@@ -376,11 +376,11 @@ def test_rows_over_max_length_are_refused_or_cut_after_the_last_picture():
     assert dataset.report.rows_truncated == 1
     with pytest.raises(ValueError, match="nothing under loss after truncation"):
         cut_to(end)
-    second = {"messages": [*row()["messages"], *row(make_picture())["messages"]]}
+    second = {"messages": [*row()["messages"], *row(make_image())["messages"]]}
     ids = am_data.VisionChatDataset([second], processor=processor)[0]["input_ids"]
     last = int(np.flatnonzero(ids == processor.image_token_id)[-1]) + 1
     for max_length in (last - 1, last - 20):
-        with pytest.raises(ValueError, match=f"would cut a picture: the last picture ends at token {last}, max"):
+        with pytest.raises(ValueError, match=f"would cut an image: the last image ends at token {last}, max"):
             am_data.VisionChatDataset(
                 [second], processor=processor, max_length=max_length, truncation=True, on_bad_row="raise"
             )
@@ -388,26 +388,26 @@ def test_rows_over_max_length_are_refused_or_cut_after_the_last_picture():
     assert kept[0]["input_ids"].tolist() == ids[:last].tolist()
 
 
-def test_pixels_are_made_when_asked_for_of_the_same_picture(tmp_path):
-    path = saved(make_picture(), tmp_path / "one.png")
+def test_pixels_are_made_when_asked_for_of_the_same_image(tmp_path):
+    path = saved(make_image(), tmp_path / "one.png")
     dataset = am_data.VisionChatDataset([row(path, id="first")], processor=make_llava())
     assert contents(dataset[0]) == contents(dataset[0])
-    saved(make_picture(seed=1), path)
-    with pytest.raises(ValueError, match="row first: a picture is not the one that was there when the dataset was"):
+    saved(make_image(seed=1), path)
+    with pytest.raises(ValueError, match="row first: an image is not the one that was there when the dataset was"):
         dataset[0]
     Path(path).unlink()
-    with pytest.raises(ValueError, match=r"row first: a picture is missing: .*one.png is not a file"):
+    with pytest.raises(ValueError, match=r"row first: an image is missing: .*one.png is not a file"):
         dataset[0]
 
 
-def test_the_fingerprint_follows_text_and_pictures(tmp_path):
+def test_the_fingerprint_follows_text_and_images(tmp_path):
     processor = make_llava()
 
     def fingerprint(*rows):
         return am_data.VisionChatDataset(list(rows), processor=processor).fingerprint
 
     one, same, other = (
-        saved(make_picture(seed=seed), tmp_path / name) for name, seed in (("a.png", 0), ("b.png", 0), ("c.png", 1))
+        saved(make_image(seed=seed), tmp_path / name) for name, seed in (("a.png", 0), ("b.png", 0), ("c.png", 1))
     )
     assert fingerprint(row(one)) == fingerprint(row(same)) == fingerprint(row(one), row("missing.png"))
     assert len({fingerprint(row(one)), fingerprint(row(other)), fingerprint(row(one, answer="It is"))}) == 3
@@ -420,7 +420,7 @@ def test_processors_that_need_torchvision(family):
         "torchvision", reason="no CPU wheel of it is on PyPI, so it is not in this package's test group"
     )
     processor = make_idefics3_torchvision() if family == "idefics3_torchvision" else make_qwen(family)
-    rows = [row(make_picture()), row(), row(make_picture(30, 30), make_picture(40, 10, seed=1))]
+    rows = [row(make_image()), row(), row(make_image(30, 30), make_image(40, 10, seed=1))]
     dataset = am_data.VisionChatDataset(rows, processor=processor, on_bad_row="raise")
     check_against_processor(dataset, rows, processor)
     adapter = dataset.processor_adapter

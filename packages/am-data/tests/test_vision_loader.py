@@ -1,4 +1,6 @@
-"""Batches of pictures: how tensors are joined, and a loader that treats rows with pictures as any others."""
+"""Batches of images: how tensors are joined, and a loader that treats rows with images as any others."""
+
+from __future__ import annotations
 
 import subprocess
 import sys
@@ -8,18 +10,18 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from vision_processors import make_idefics3, make_llava, make_picture
+from vision_processors import make_idefics3, make_image, make_llava
 
 import am_data
 
 
-def make_dataset(processor, num_rows=11, with_picture=lambda number: number % 3 != 2):
-    """Row `number` asks about a picture of its own, or about none; its answer tells which it is."""
+def make_dataset(processor, num_rows=11, with_image=lambda number: number % 3 != 2):
+    """Row `number` asks about an image of its own, or about none; its answer tells which it is."""
     rows = []
     for number in range(num_rows):
         content = [{"type": "text", "text": "Which one?" * (number % 4 + 1)}]
-        if with_picture(number):
-            content.insert(0, {"type": "image", "image": make_picture(seed=number)})
+        if with_image(number):
+            content.insert(0, {"type": "image", "image": make_image(seed=number)})
         rows.append(
             {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": f"It is {number}."}]}
         )
@@ -33,7 +35,7 @@ def make_loader(dataset, **options):
     return am_data.DataLoader(dataset, collate=collate, **options)
 
 
-def test_pictures_are_concatenated_over_rows():
+def test_images_are_concatenated_over_rows():
     dataset = make_dataset(make_llava(), 4)
     examples = [dataset[index] for index in (1, 2, 0)]
     batch = am_data.collate(examples, layout="padded", join=dataset.processor_adapter.join)
@@ -46,12 +48,12 @@ def test_pictures_are_concatenated_over_rows():
     assert (batch["shift_labels"] != dataset.processor_adapter.image_token_id).all()
 
 
-def test_pictures_are_padded_with_zeros_to_the_row_with_most():
+def test_images_are_padded_with_zeros_to_the_row_with_most():
     join = am_data.vision_processor(make_idefics3()).join
 
-    def example(num_pictures, height, width):
-        shape = (num_pictures, 3, height, width)
-        return {"pixel_values": torch.randn(shape), "pixel_attention_mask": torch.ones((num_pictures, height, width))}
+    def example(num_images, height, width):
+        shape = (num_images, 3, height, width)
+        return {"pixel_values": torch.randn(shape), "pixel_attention_mask": torch.ones((num_images, height, width))}
 
     torch.manual_seed(0)
     small, large = example(1, 4, 6), example(3, 5, 2)
@@ -68,7 +70,7 @@ def test_pictures_are_padded_with_zeros_to_the_row_with_most():
 
 
 @pytest.mark.parametrize("make", [make_llava, make_idefics3])
-def test_a_batch_without_pictures_has_no_picture_keys(make):
+def test_a_batch_without_images_has_no_image_keys(make):
     dataset = make_dataset(make(), 3)
     text = {"input_ids", "position_ids", "shift_labels", "document_ids"}
     for examples in ([dataset[2]], []):
@@ -96,7 +98,7 @@ def test_position_ids_are_made_of_the_finished_batch():
     assert torch.equal(step[0]["position_ids"][2], plain[0]["position_ids"] * 3)
 
 
-def test_pictures_that_nobody_joins_are_errors():
+def test_images_that_nobody_joins_are_errors():
     dataset = make_dataset(make_llava(), 2)
     join = dataset.processor_adapter.join
     examples = [dataset[0], dataset[1]]
@@ -110,41 +112,41 @@ def test_pictures_that_nobody_joins_are_errors():
         am_data.collate([examples], layout="padded", join=join)
 
 
-def pictures_of(dataset, steps):
-    """`(row, its pictures)` of all rows of each step, rows told by their answers."""
+def images_of(dataset, steps):
+    """`(row, its images)` of all rows of each step, rows told by their answers."""
     found = []
     for micro_batches in steps:
         step = []
         for batch in micro_batches:
-            pictures = list(batch["pixel_values"]) if "pixel_values" in batch else []
+            images = list(batch["pixel_values"]) if "pixel_values" in batch else []
             for ids, labels, documents in zip(batch["input_ids"], batch["shift_labels"], batch["document_ids"]):
                 if not documents.any():
                     continue
                 answer = dataset.processor_adapter.processor.tokenizer.decode(labels[labels != -100])
-                has_picture = (ids == dataset.processor_adapter.image_token_id).any()
-                step.append((int(answer.split()[2].rstrip(".</s>")), pictures.pop(0) if has_picture else None))
-            assert not pictures
+                has_image = (ids == dataset.processor_adapter.image_token_id).any()
+                step.append((int(answer.split()[2].rstrip(".</s>")), images.pop(0) if has_image else None))
+            assert not images
         found.append(step)
     return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_share_rows_with_their_own_pictures(world_size):
+def test_ranks_share_rows_with_their_own_images(world_size):
     dataset = make_dataset(make_llava())
     ranks = [list(make_loader(dataset, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert len({tuple(len(step) for step in steps) for steps in ranks}) == 1
-    together = [list(chain(*shares)) for shares in zip(*(pictures_of(dataset, steps) for steps in ranks))]
-    alone = pictures_of(dataset, make_loader(dataset))
+    together = [list(chain(*shares)) for shares in zip(*(images_of(dataset, steps) for steps in ranks))]
+    alone = images_of(dataset, make_loader(dataset))
     assert [sorted(number for number, _ in step) for step in together] == [
         sorted(number for number, _ in step) for step in alone
     ]
     assert sorted(number for step in together for number, _ in step) == list(range(11))
-    for number, picture in (pair for step in together for pair in step):
+    for number, image in (pair for step in together for pair in step):
         expected = dataset[number]["pixel_values"][0] if number % 3 != 2 else None
-        assert torch.equal(picture, expected) if expected is not None else picture is None
+        assert torch.equal(image, expected) if expected is not None else image is None
 
 
-def test_a_stopped_loader_goes_on_with_the_same_pictures():
+def test_a_stopped_loader_goes_on_with_the_same_images():
     dataset = make_dataset(make_idefics3())
     whole = list(make_loader(dataset, global_batch_size=4))
     first = make_loader(dataset, global_batch_size=4)
@@ -157,7 +159,7 @@ def test_a_stopped_loader_goes_on_with_the_same_pictures():
         for batch, other in zip(step, expected, strict=True):
             assert batch.keys() == other.keys()
             assert all(torch.equal(batch[name], other[name]) for name in batch)
-    others = make_loader(make_dataset(make_idefics3(), with_picture=lambda number: number % 3 == 0))
+    others = make_loader(make_dataset(make_idefics3(), with_image=lambda number: number % 3 == 0))
     with pytest.raises(ValueError, match="the saved position has fingerprint="):
         others.load_state_dict(first.state_dict())
 
@@ -181,4 +183,4 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "am-data reads pictures with pillow; pip install am-data[vision]"
+    assert done.stdout.strip() == "am-data reads images with pillow; pip install am-data[vision]"

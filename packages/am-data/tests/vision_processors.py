@@ -1,4 +1,6 @@
-"""Real processors of transformers over a small tokenizer that is trained here, and pictures to put through them."""
+"""Real processors of transformers over a small tokenizer that is trained here, and images to put through them."""
+
+from __future__ import annotations
 
 import numpy as np
 from PIL import Image
@@ -22,7 +24,7 @@ IDEFICS3_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-# As LLaVA writes turns, pictures first, with an end of turn after an answer.
+# As LLaVA writes turns, images first, with an end of turn after an answer.
 LLAVA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -52,7 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(["What is in the picture? It is a red square.", "User: Assistant:", "\n\n"] * 4, trainer)
+    bpe.train_from_iterator(["What is in the image? It is a red square.", "User: Assistant:", "\n\n"] * 4, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<pad>",
@@ -64,18 +66,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_idefics3(*, splitting: bool = True, **options) -> Idefics3Processor:
-    """Crops of 16 x 16 pixels, 4 tokens each; with `splitting` a picture of 32 x 32 is 4 crops and itself."""
-    pictures = Idefics3ImageProcessorPil(
+    """Crops of 16 x 16 pixels, 4 tokens each; with `splitting` an image of 32 x 32 is 4 crops and itself."""
+    image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=splitting, **options
     )
-    return Idefics3Processor(pictures, make_tokenizer(), image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)
+    return Idefics3Processor(image_processor, make_tokenizer(), image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)
 
 
 def make_llava() -> LlavaProcessor:
-    """CLIP's pictures of 16 x 16 in patches of 4; the tower's class token is counted and left out: 16 tokens."""
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    """CLIP's images of 16 x 16 in patches of 4; the tower's class token is counted and left out: 16 tokens."""
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     return LlavaProcessor(
-        pictures,
+        image_processor,
         make_tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",
@@ -85,14 +87,18 @@ def make_llava() -> LlavaProcessor:
 
 
 def make_llava_siglip() -> LlavaProcessor:
-    """SigLIP's pictures of 16 x 16 in patches of 8, without a class token: 4 tokens."""
-    pictures = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    """SigLIP's images of 16 x 16 in patches of 8, without a class token: 4 tokens."""
+    image_processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
     return LlavaProcessor(
-        pictures, make_tokenizer(), patch_size=8, vision_feature_select_strategy="full", chat_template=LLAVA_TEMPLATE
+        image_processor,
+        make_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        chat_template=LLAVA_TEMPLATE,
     )
 
 
-def make_picture(width: int = 20, height: int = 12, *, seed: int = 0) -> Image.Image:
+def make_image(width: int = 20, height: int = 12, *, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -108,13 +114,15 @@ def make_qwen(family: str):
         "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
         "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
     }[family]
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 4096}, patch_size=4, merge_size=2)
-    return processor(pictures, make_tokenizer(), video(), chat_template=QWEN_TEMPLATE)
+    image_processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 64, "longest_edge": 4096}, patch_size=4, merge_size=2
+    )
+    return processor(image_processor, make_tokenizer(), video(), chat_template=QWEN_TEMPLATE)
 
 
 def make_idefics3_torchvision() -> Idefics3Processor:
     """As `make_idefics3`, with the image processor that `AutoProcessor` chooses where torchvision is installed."""
     from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor
 
-    pictures = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-    return Idefics3Processor(pictures, make_tokenizer(), image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)
+    image_processor = Idefics3ImageProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    return Idefics3Processor(image_processor, make_tokenizer(), image_seq_len=4, chat_template=IDEFICS3_TEMPLATE)

@@ -241,6 +241,26 @@ def test_bfloat16_error_is_that_of_rounding_the_weights(backend: str) -> None:
         assert (got.double() - want).norm() / want.norm() < 5e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_varlen_error_is_that_of_rounding(rows: list[list[int]], causal: bool) -> None:
+    torch.manual_seed(0)
+    ids = ids_of(rows)
+    B, S = ids.shape
+    inputs = [heads(B, h, S, 64, "tokens_first", torch.bfloat16).detach().cuda().requires_grad_() for h in (4, 2, 2)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = reference.attention(*wide, document_ids=ids, causal=causal, scale=0.2)
+    actual = am_kernels.attention(*inputs, document_ids=ids, causal=causal, scale=0.2, backend="varlen")
+    assert (actual[(ids == 0).cuda()] == 0).all()
+    weight = torch.randn(expected.shape, dtype=torch.bfloat16, device="cuda")
+    grads = torch.autograd.grad(actual, inputs, weight), torch.autograd.grad(expected, wide, weight.double())
+    for got, want in zip((actual, *grads[0]), (expected, *grads[1]), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - want).norm() / want.norm() < 1e-2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -248,6 +268,11 @@ def test_bfloat16_error_is_that_of_rounding_the_weights(backend: str) -> None:
         ({"backend": "sdpa", "softcap": 1.0}, "does not support softcap"),
         ({"backend": "bucketed"}, "does not support no document_ids"),
         ({"backend": "bucketed", "document_ids": torch.ones(1, 4, dtype=torch.int32), "causal": False}, "causal=False"),
+        ({"backend": "varlen"}, "does not support no document_ids, device cpu"),
+        (
+            {"backend": "varlen", "window": 2, "softcap": 1.0},
+            "softcap, no document_ids, window, device cpu, torch.float32",
+        ),
         ({"window": 0}, "window=0"),
         ({"window": 3, "causal": False}, "needs causal=True"),
         ({"document_ids": torch.ones(1, 5, dtype=torch.int32)}, r"describe \[1, 5\] tokens"),

@@ -41,9 +41,12 @@ def test_backends_agrees_with_what_attention_accepts() -> None:
     ids = torch.tensor([[1, 1, 2, 0]])
     q = torch.randn(1, 2, 4, 8)
     for backend in report:
-        if backend.operation == "attention":
-            assert backend.usable
+        if backend.operation == "attention" and backend.usable:
             am_kernels.attention(q, q, q, document_ids=ids, backend=backend.name)
+        elif backend.operation == "attention":
+            with pytest.raises(ValueError, match="device cpu"):
+                am_kernels.attention(q, q, q, document_ids=ids, backend=backend.name)
+    assert [backend.name for backend in report if not backend.usable] == ["varlen"]
     assert str(report).splitlines()[0].startswith("attention     bucketed   usable")
     assert {backend.operation for backend in report} == {"attention", "rms_norm", "add_rms_norm", "rope", "swiglu"}
 

@@ -176,15 +176,25 @@ def test_without_gradients_the_loss_is_the_same():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_under_activation_checkpointing(use_reentrant):
-    hidden, weight, bias, labels, weights = problem((40,), 8, 50, torch.float32)
-    expected, grads = reference("smooth_focal", (hidden, weight, bias), labels, weights, None, None)
+    hidden, weight, bias, labels, _ = problem((40,), 8, 50, torch.float32)
+    weights = torch.ones(40)
+    expected, grads = reference("weighted_cross_entropy", (hidden, weight, bias), labels, weights, None, None)
+    calls = []
+
+    def loss(logits, targets):
+        calls.append(len(logits))
+        return cross_entropy_sum(logits, targets)
 
     def run(hidden, weight, bias):
-        return smooth_focal(hidden, weight, labels, bias=bias, shift_weights=weights, chunk_size=7)
+        return am_loss.chunked(am_loss.Head(hidden, weight, bias), {"shift_labels": labels}, loss, chunk_size=7)
 
-    loss = checkpoint(run, hidden, weight, bias, use_reentrant=use_reentrant)
-    loss.backward()
-    assert_near(loss, expected, 1e-6)
+    total = checkpoint(run, hidden, weight, bias, use_reentrant=use_reentrant)
+    num_chunks = len(calls)
+    total.backward()
+    # Each chunk once more, not all chunks again for each.
+    assert len(calls) == 2 * num_chunks
+    assert sum(calls) == 2 * int((labels != -100).sum())
+    assert_near(total, expected, 1e-6)
     for tensor, grad in zip((hidden, weight, bias), grads):
         assert_near(tensor.grad, grad, 1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import assert_close, documents, image_rows, joined, linear_cross_entropy, stock
 
+import am_kernels
 import am_models
 from am_testing import run_distributed
 
@@ -38,6 +39,21 @@ def test_split_batch_gives_the_loss_what_the_family_does_not_declare():
     assert set(inputs) == {"input_ids", "position_ids", "document_ids", *image}
     assert set(targets) == {"shift_labels", "shift_weights"}
     assert set(am_models.split_batch(optimised("llama"), batch)[1]) == {"shift_labels", "shift_weights", *image}
+
+
+def test_documents_are_read_on_the_host_before_the_forward():
+    model, seen = optimised("llama"), []
+    inputs, targets = am_models.split_batch(model, weighted_batch(), device=torch.device("meta"))
+    devices = {name: tensor.device.type for name, tensor in (inputs | targets).items()}
+    assert devices.pop("document_ids") == "cpu"
+    assert set(devices.values()) == {"meta"}
+    # In front of the hook that finds documents in a tensor.
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["document_ids"]), prepend=True, with_kwargs=True
+    )
+    am_models.forward_with_loss(model, weighted_loss, *am_models.split_batch(model, weighted_batch()))
+    assert isinstance(seen[0], am_kernels.Documents)
+    assert seen[0].lengths == [5, 4]
 
 
 def test_further_targets_reach_the_loss_by_name():

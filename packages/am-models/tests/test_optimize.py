@@ -155,6 +155,23 @@ def test_requests_by_part():
     assert_close(model(TOKENS).logits, stock("llama")(TOKENS).logits, "logits")
 
 
+def test_a_backend_for_documents_leaves_the_rest_to_the_others():
+    model = stock("llama").eval()
+    am_models.optimize(model, kernels={"attention": "bucketed"})
+    assert_close(model(TOKENS).logits, stock("llama")(TOKENS).logits, "logits")
+    batch = am_models.split_batch(model, documents([6, 3], padding=2))
+    chosen = stock("llama")
+    am_models.optimize(chosen)
+    assert torch.equal(
+        am_models.forward_with_loss(model, linear_cross_entropy, *batch),
+        am_models.forward_with_loss(chosen, linear_cross_entropy, *batch),
+    )
+    am_models.optimize(model, kernels={"attention": "varlen"})
+    assert_close(model(TOKENS).logits, stock("llama")(TOKENS).logits, "logits")
+    with pytest.raises(ValueError, match="backend='varlen' does not support device cpu"):
+        am_models.forward_with_loss(model, linear_cross_entropy, *batch)
+
+
 def test_attention_chosen_by_the_user_is_kept_unless_ours_is_asked_for():
     model = am_models.AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="eager")
     assert model.config._attn_implementation == "eager"

@@ -9,11 +9,20 @@ import am_models
 
 
 def test_public_names():
-    names = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "Loss", "OptimizeReport", "VisionParts"}
-    names |= {"forward_with_loss", "multi_axis_positions", "num_position_axes", "optimize", "split_batch"}
+    names = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "Family", "Loss", "OptimizeReport", "VisionFamily"}
+    names |= {
+        "VisionParts",
+        "forward_with_loss",
+        "multi_axis_positions",
+        "num_position_axes",
+        "optimize",
+        "split_batch",
+    }
     names |= {"require_separate_documents", "vision_parts", "weight_map"}
-    assert set(am_models.__all__) == names
+    tables = {"FAMILIES", "VISION_FAMILIES"}
+    assert set(am_models.__all__) == names | tables
     assert all(callable(vars(am_models)[name]) for name in names)
+    assert all(isinstance(vars(am_models)[name], dict) for name in tables)
 
 
 def test_import_is_light():

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import copy
 
 import pytest
@@ -208,6 +210,15 @@ def test_meta_device_and_seeded_values():
     assert not torch.equal(first, values["model.layers.1.self_attn.q_proj.lora_A.weight"])
     initialise_lora(real, seed=6)
     assert not torch.equal(first, values["model.layers.0.self_attn.q_proj.lora_A.weight"])
+
+
+def test_the_seed_of_a_factor_is_made_of_the_seed_and_its_name():
+    # Other loaders derive the same: xxh3_64("5:0.lora_A.weight") >> 1.
+    generator = torch.Generator().manual_seed(7629134648244729620)
+    expected = nn.init.kaiming_uniform_(torch.empty(3, 6), a=5**0.5, generator=generator)
+    model = apply_lora(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=3, target_modules=["0"]))
+    initialise_lora(model, seed=5)
+    assert torch.equal(model[0].lora_A.weight, expected)
 
 
 def test_layer_resets_from_a_generator():

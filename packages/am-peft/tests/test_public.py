@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import subprocess
 import sys
 
@@ -9,9 +11,12 @@ def test_all_is_the_documented_names():
         "Adapter",
         "AppliedLora",
         "LoraFactor",
+        "LoraLayer",
         "LoraLinear",
+        "LoraOptions",
         "ReportRow",
         "TrainableReport",
+        "Wrapper",
         "adapter_files",
         "adapter_state_dict",
         "apply_lora",

@@ -40,7 +40,7 @@ class Built(NamedTuple):
     report: am_models.OptimizeReport
     router: routing.Routing
     mapping: Sequence[Mapping[str, Any]]
-    files: Mapping[str, bytes]
+    files: Mapping[str, str] | Mapping[str, bytes]
     export_files: Mapping[str, bytes]
     base: Path | None
     base_name: str | None
@@ -96,7 +96,8 @@ def build(
         am_models.require_separate_documents(model)
     if peft is None:
         return Built(model, model, report, router, mapping, files, files, None, None)
-    base = sources.base_name(config.model.name_or_path, folder) if folder else None
+    named = config.model.name_or_path
+    base = sources.base_name(named, folder) if folder and named is not None else None
     adapter_files = am_peft.adapter_files(model, base_model_name_or_path=base)
     return Built(model, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
 

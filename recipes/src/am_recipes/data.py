@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 import am_data
 import am_mesh
 from am_recipes.configs import RunConfig
@@ -61,11 +59,6 @@ def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:
 def shares_rows(dataset: am_data.Dataset | am_data.Stream) -> bool:
     """Whether a sample of `dataset` is several documents, which lie in one row."""
     return isinstance(dataset, am_data.Dataset) and isinstance(dataset[0], list)
-
-
-def to_device(batch: am_data.Batch, device: torch.device) -> am_data.Batch:
-    """The batch on `device`."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 import am_data
 import am_loss
 import am_mesh
 import am_models
-from am_recipes.data import count_targets, to_device
-from am_recipes.run import seed_everything
+from am_recipes.data import count_targets
+from am_recipes.progress import seed_everything
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def evaluate(
         total, count = torch.zeros((), device=device), 0
         for micro_batches in loader:
             for batch in micro_batches:
-                inputs, targets = am_models.split_batch(model, to_device(batch, device))
+                inputs, targets = am_models.split_batch(model, batch, device=device)
                 labels = {"shift_labels": targets["shift_labels"]}
                 total += am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, labels)
             count += count_targets(micro_batches)
@@ -40,32 +41,51 @@ def evaluate(
     return losses
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[tuple[str, str]]:
     """(prompt, answer) pairs, decoded greedily with the tokenizer's chat template. Every rank calls it."""
-    model.eval()
     answers = []
     for prompt in prompts:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        answers.append((prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        # The template has written the special tokens.
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        answers.append((prompt, _written(model, tokenizer, inputs, max_new_tokens, do_sample=False)))
     return answers
 
 
-@torch.no_grad()
 def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, seed: int
 ) -> list[tuple[str, str]]:
     """(prompt, continuation) pairs, each sampled from the 20 likeliest tokens with `seed`. Every rank calls it."""
-    model.eval()
     answers: list[tuple[str, str]] = []
     for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         seed_everything(seed, len(answers))
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, top_k=20, temperature=0.8)
-        answers.append((prompt, tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)))
+        inputs = tokenizer(prompt, return_tensors="pt")
+        text = _written(model, tokenizer, inputs, max_new_tokens, do_sample=True, top_k=20, temperature=0.8)
+        answers.append((prompt, text))
     return answers
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: BatchEncoding,
+    max_new_tokens: int,
+    **options: Any,
+) -> str:
+    """What `model` writes after `inputs [1, S]`."""
+    ids = generate(model, inputs.to(model.device), max_new_tokens=max_new_tokens, **options)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    """The token ids `[N]` that `model` writes after `inputs`, of one row. Every rank calls it."""
+    model.eval()
+    # transformers types it for its own generative classes, which an Auto class does not tell.
+    write = cast(Callable[..., torch.Tensor], model.generate)
+    return write(**inputs, **options)[0, inputs["input_ids"].shape[1] :]

@@ -25,7 +25,7 @@ import am_models
 import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import PretrainConfig
-from am_recipes.stop import StopSignal
+from am_recipes.progress import Progress, StopSignal
 from am_recipes.tokenizer import load_tokenizer
 
 
@@ -49,7 +49,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     held_out = {name: target.build(**given) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
     validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
-    total_steps = count_steps(config, loader, dataset)
+    total_steps = count_steps(config, loader)
 
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
@@ -71,13 +71,8 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
-    state = {
-        "model": built.state,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "data": loader,
-        "progress": run.Progress(),
-    }
+    progress = Progress()
+    state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, **built.checkpoint()) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
@@ -85,7 +80,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
-            inputs, targets = am_models.split_batch(model, data.to_device(batch, device))
+            inputs, targets = am_models.split_batch(model, batch, device=device)
             return {"loss": am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)}
 
         for micro_batches in this.steps(loader):
@@ -119,20 +114,17 @@ def make_loader(
     return data.loader(config, dataset, dims, functools.partial(am_data.collate, layout="padded"), training=training)
 
 
-def count_steps(config: PretrainConfig, loader: am_data.DataLoader, dataset: am_data.Dataset | am_data.Stream) -> int:
+def count_steps(config: PretrainConfig, loader: am_data.DataLoader) -> int:
     """Optimizer steps of the run. Raises ValueError where that is longer than the data, read `num_epochs` times."""
     scheduler = config.step_scheduler
+    if loader.is_stream:
+        return data.total_steps(config, loader)
     available = len(loader) * scheduler.num_epochs
-    asked = [] if scheduler.max_steps is None else [scheduler.max_steps]
-    if scheduler.max_tokens is not None:
-        # The last step of an epoch is a short one where the windows do not divide.
-        epochs, rest = divmod(scheduler.max_tokens, int(dataset.lengths.sum()))
-        tokens_per_step = scheduler.global_batch_size * int(dataset.lengths.max())
-        asked.append(epochs * len(loader) + -(-rest // tokens_per_step))
-    steps = min(asked, default=available)
+    tokens = None if scheduler.max_tokens is None else loader.steps_for_tokens(scheduler.max_tokens)
+    steps = min((limit for limit in (scheduler.max_steps, tokens) if limit is not None), default=available)
     if steps > available:
         raise ValueError(
-            f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} over {len(dataset)} windows has "
-            f"{available}; lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}"
+            f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} of the dataset are {available}; "
+            f"lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}"
         )
     return steps

@@ -72,7 +72,8 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
                 f"declares no router of {report.family}; leave the section out",
             )
         return Routing(None, 0.0, 0.0)
-    settings = model.config.to_dict()
+    text = model.config.get_text_config()
+    settings = text.to_dict()
     if settings["output_router_logits"]:
         if asked.balance_loss is None:
             raise config.error(
@@ -81,5 +82,5 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
                 f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; "
                 "say how much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
             )
-        model.config.output_router_logits = False
+        text.output_router_logits = False
     return Routing(settings["num_experts_per_tok"], balance_loss, asked.z_loss)

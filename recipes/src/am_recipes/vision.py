@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 import am_data
 import am_models
 from am_recipes.configs import VlmConfig
-from am_recipes.data import to_device
+from am_recipes.evaluate import generate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,13 +46,13 @@ def require_features(
     if row is None:
         return
     batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(model.config))
-    inputs, targets = am_models.split_batch(model, to_device(batch, device))
+    inputs, targets = am_models.split_batch(model, batch, device=device)
     model.eval()
     try:
         am_models.forward_with_loss(model, loss_fn, inputs, targets)
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(row[name].shape)}" for name in adapter.tensor_names)
         num_tokens = int((row["input_ids"] == adapter.image_token_id).sum())
         raise ValueError(
@@ -119,7 +119,6 @@ class _Question:
         return [self.example[name].shape for name in names]
 
 
-@torch.no_grad()
 def answer_rows(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -149,8 +148,7 @@ def answer_rows(
         if isinstance(model, FSDPModule):
             # generate runs the vision tower on its own, outside the forward that gathers its first weights.
             model.unshard()
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return decode(output[0, len(question.prompt) :].tolist())
+        return decode(generate(model, inputs, max_new_tokens=max_new_tokens, do_sample=False).tolist())
 
     found = [_question(dataset, index) for index in range(min(num_rows, len(dataset)))]
     questions = [question for question in found if question is not None]

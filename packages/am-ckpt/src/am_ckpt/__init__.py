@@ -1,6 +1,6 @@
 """Training checkpoints that commit atomically, resume exactly and load anywhere.
 
-Names are imported when first used, so that ``import am_ckpt`` does not import torch.
+Names are imported when first used, so that `import am_ckpt` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the tensors are in files of ``torch.save``, found without torch and without running what their pickles say.
+"""Where the tensors are in files of `torch.save`, found without torch and without running what their pickles say.
 
-Such a file is a zip file whose members are stored, not compressed: ``data.pkl``, a pickle that speaks of storages, and
-``data/0``, ``data/1``, ... with the bytes of these. Format: serialization.py and _utils.py in torch's ``torch`` folder.
+Such a file is a zip file whose members are stored, not compressed: `data.pkl`, a pickle that speaks of storages, and
+`data/0`, `data/1`, ... with the bytes of these. Format: serialization.py and _utils.py in torch's `torch` folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class _Window(io.RawIOBase):
 
 @dataclass(eq=False)
 class _Saved:
-    """A pickled tensor: where in a storage it lies, in elements. ``extra``: what else torch noted of it.
+    """A pickled tensor: where in a storage it lies, in elements. `extra`: what else torch noted of it.
 
     Compared and hashed by identity: a pickle can put one into another again and again.
     """
@@ -149,7 +149,7 @@ def locate(name: str, dtype: str, chunk: Chunk, descriptor: int) -> Chunk:
 def changed_ranges(path: Path, begin: int, size: int, where: str) -> list[tuple[int, int]]:
     """First byte and end of the members of an archive that do not have the CRC-32 that torch noted.
 
-    Where it noted none (``torch.serialization.set_crc32_options(False)``), nothing is found.
+    Where it noted none (`torch.serialization.set_crc32_options(False)`), nothing is found.
     """
     descriptor = open_for_reading(path)
     try:
@@ -168,7 +168,7 @@ def _crc32(path: Path, begin: int, end: int) -> int:
 
 @dataclass
 class StateDict:
-    """Tensors of nested dicts by name; ``paths``: name -> the keys that lead to it; ``others``: what is no tensor."""
+    """Tensors of nested dicts by name; `paths`: name -> the keys that lead to it; `others`: what is no tensor."""
 
     tensors: dict[str, Source] = field(default_factory=dict)
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class StateDict:
 
 
 def read_pickled_weights(folder: Path) -> StateDict | None:
-    """The tensors of ``pytorch_model.bin``, its index's files or accelerate's full state dict; None without any."""
+    """The tensors of `pytorch_model.bin`, its index's files or accelerate's full state dict; None without any."""
     where = folder / f"{PICKLED[0]}.index.json"
     if not where.is_file():
         there = [folder / name for name in PICKLED if (folder / name).is_file()]
@@ -194,10 +194,10 @@ def read_pickled_weights(folder: Path) -> StateDict | None:
 
 
 def _read_state_dict(path: Path) -> StateDict:
-    """The tensors of a file that ``torch.save`` wrote of (nested) dicts; links are followed, no data is read.
+    """The tensors of a file that `torch.save` wrote of (nested) dicts; links are followed, no data is read.
 
-    Raises :class:`UnsafeError` for pickles that refer to anything but tensors and for files of torch before 1.6,
-    ``ValueError`` where it is damaged.
+    Raises `UnsafeError` for pickles that refer to anything but tensors and for files of torch before 1.6,
+    `ValueError` where it is damaged.
     """
     result = StateDict()
     descriptor = open_for_reading(path, follow_symlinks=True)
@@ -240,7 +240,7 @@ def _read_state_dict(path: Path) -> StateDict:
 
 
 class _Archive:
-    """A file of ``torch.save`` in bytes ``begin`` to ``begin + size`` of another: a zip file of stored members."""
+    """A file of `torch.save` in bytes `begin` to `begin + size` of another: a zip file of stored members."""
 
     def __init__(self, descriptor: int, begin: int, size: int, path: Path, where: str) -> None:
         self._begin, self._path, self._where = begin, path, where
@@ -305,7 +305,7 @@ class _Archive:
         return [(self._begin + begin, self._begin + begin + count, noted) for begin, count, noted in places]
 
     def member(self, name: str, limit: int) -> bytes:
-        """The content of a member of at most ``limit`` bytes."""
+        """The content of a member of at most `limit` bytes."""
         begin, count = self._place(name)
         if count > limit:
             raise ValueError(f"{self._where}: {name} has {count} bytes, more than {limit}")

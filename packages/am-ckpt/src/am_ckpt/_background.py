@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 class Background:
-    """A thread whose error is raised by :meth:`wait`, or printed when the process ends and nobody has waited.
+    """A thread whose error is raised by `wait`, or printed when the process ends and nobody has waited.
 
     The interpreter waits for the thread before it ends.
     """
@@ -21,7 +21,7 @@ class Background:
         weakref.finalize(self, _print, self._errors)
 
     def start(self, action: Callable[[], None]) -> None:
-        """Run ``action`` in a thread. :meth:`wait` must have returned True since the last one."""
+        """Run `action` in a thread. `wait` must have returned True since the last one."""
 
         def run() -> None:
             try:
@@ -33,7 +33,7 @@ class Background:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether the action has ended, waiting up to ``seconds`` (None: as long as it takes). Raises its error."""
+        """Whether the action has ended, waiting up to `seconds` (None: as long as it takes). Raises its error."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():

@@ -19,7 +19,7 @@ BoxDigests = Mapping[str, list[list[Any]]]
 
 
 def require_digested(path: Path, header: Header, digests: BoxDigests) -> None:
-    """Raise ``ValueError`` unless every element of every tensor of the file is in exactly one box."""
+    """Raise `ValueError` unless every element of every tensor of the file is in exactly one box."""
     for name in digests.keys() - header.entries.keys():
         raise ValueError(f"{path}: there are digests of {name!r}, which the file does not hold")
     for name, entry in header.entries.items():

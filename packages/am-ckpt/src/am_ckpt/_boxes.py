@@ -47,7 +47,7 @@ def row_major(shape: Shape, item_bytes: int) -> Shape:
 
 
 def split(size: Shape, item_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Box]:
-    """Cut a box of this size into boxes of at most about ``block_bytes``, in row-major order."""
+    """Cut a box of this size into boxes of at most about `block_bytes`, in row-major order."""
     row = element_count(size[1:]) * item_bytes
     if not size or row * size[0] <= block_bytes:
         yield Box((0,) * len(size), size)
@@ -62,9 +62,9 @@ def split(size: Shape, item_bytes: int, block_bytes: int = BLOCK_BYTES) -> Itera
 
 
 def runs(region: Box, outer: Box, inner: Box) -> Iterator[tuple[int, int, int]]:
-    """Runs of ``region`` that are contiguous in two row-major arrays, which hold the boxes ``outer`` and ``inner``.
+    """Runs of `region` that are contiguous in two row-major arrays, which hold the boxes `outer` and `inner`.
 
-    Yields (first element in ``outer``'s array, first element in ``inner``'s array, number of elements).
+    Yields (first element in `outer`'s array, first element in `inner`'s array, number of elements).
     """
     size = region.size
     # The trailing dims that the region covers completely in both arrays form one run, with the dim before them.
@@ -86,7 +86,7 @@ def runs(region: Box, outer: Box, inner: Box) -> Iterator[tuple[int, int, int]]:
 
 
 def require_exact_cover(what: str, shape: Shape, boxes: Sequence[Box]) -> None:
-    """Raise ``ValueError`` unless ``boxes`` tile a tensor of ``shape``: every element once, none outside."""
+    """Raise `ValueError` unless `boxes` tile a tensor of `shape`: every element once, none outside."""
     whole = Box((0,) * len(shape), shape)
     for box in boxes:
         if box.intersect(whole) != box:
@@ -110,5 +110,5 @@ def require_exact_cover(what: str, shape: Shape, boxes: Sequence[Box]) -> None:
 
 
 def describe(box: Box) -> str:
-    """``[0:4, 2:8]``."""
+    """`[0:4, 2:8]`."""
     return "[" + ", ".join(f"{start}:{start + size}" for start, size in zip(box.offset, box.size, strict=True)) + "]"

@@ -2,7 +2,7 @@
 
 A save is planned in full before a byte is written (names, types, coverage, space), written into a staging folder that
 nothing reads, checked, and renamed. A load is checked in full (names, shapes, dtypes, groups) before a byte of the
-model changes. While planning, ranks exchange outcomes by collectives, while writing by files (see ``_save.py``), so
+model changes. While planning, ranks exchange outcomes by collectives, while writing by files (see `_save.py`), so
 they succeed or raise together.
 """
 
@@ -60,31 +60,31 @@ _CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors
 
 
 class Checkpointer:
-    """Checkpoints of one run under ``directory``. Every rank builds one with equal arguments and calls every method.
+    """Checkpoints of one run under `directory`. Every rank builds one with equal arguments and calls every method.
 
-    ``keep_last``: how many of the newest steps to keep. ``keep_every``: keep every multiple of this step number.
-    ``keep_best``: ``(metric, "min" | "max", count)``, the best by a metric given to :meth:`save`. A step stays if any
-    of the three keeps it, or a pin (:meth:`pin`), or if it is the newest; with none of the three, nothing is deleted.
+    `keep_last`: how many of the newest steps to keep. `keep_every`: keep every multiple of this step number.
+    `keep_best`: `(metric, "min" | "max", count)`, the best by a metric given to `save`. A step stays if any
+    of the three keeps it, or a pin (`pin`), or if it is the newest; with none of the three, nothing is deleted.
 
-    ``asynchronous``: :meth:`save` copies the state to host memory and returns; a thread of each rank writes and commits
+    `asynchronous`: `save` copies the state to host memory and returns; a thread of each rank writes and commits
     it. The memory (as much as this rank writes) is allocated at the first save and used again by all later ones. One
-    save is under way at a time: the next waits for it. An error is raised by whatever is called next, :meth:`save`,
-    :meth:`load`, :meth:`wait` or :meth:`flush`, and printed at the end of a process that calls nothing more; such a
+    save is under way at a time: the next waits for it. An error is raised by whatever is called next, `save`,
+    `load`, `wait` or `flush`, and printed at the end of a process that calls nothing more; such a
     process ends when the save has.
 
-    ``timeout``: seconds that ranks wait, while files are written, for one that does not report.
+    `timeout`: seconds that ranks wait, while files are written, for one that does not report.
 
-    ``layout``: of the model in a step. ``"sharded"``: every rank writes files of its own, on any number of machines.
-    ``"direct"``: all ranks, on one machine, write into the files of a Hugging Face folder, so that ``model/`` is one,
-    which transformers opens without a merge where ``files`` has config and tokenizer; ``mapping`` is applied, files
-    hold at most ``max_shard_size`` (bytes, or text such as ``"5GB"``). Tensors sharded along later dims (tensor
+    `layout`: of the model in a step. `"sharded"`: every rank writes files of its own, on any number of machines.
+    `"direct"`: all ranks, on one machine, write into the files of a Hugging Face folder, so that `model/` is one,
+    which transformers opens without a merge where `files` has config and tokenizer; `mapping` is applied, files
+    hold at most `max_shard_size` (bytes, or text such as `"5GB"`). Tensors sharded along later dims (tensor
     parallel) are written row by row there, which is slower. Both are resumed by any number of ranks; optimizers are
     sharded in both.
 
-    ``files``: more files for ``model/`` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
-    a file to copy; :func:`am_ckpt.hf_files` lists those of a Hugging Face folder. ``mapping``: records of how the
-    module's parameters relate to the published files (see :func:`am_ckpt.load_hf`), stored for tools that export later.
-    ``fingerprints``: JSON data; loading a checkpoint that has another value under the same key is refused.
+    `files`: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
+    a file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder. `mapping`: records of how the
+    module's parameters relate to the published files (see `am_ckpt.load_hf`), stored for tools that export later.
+    `fingerprints`: JSON data; loading a checkpoint that has another value under the same key is refused.
     """
 
     def __init__(
@@ -127,25 +127,25 @@ class Checkpointer:
         json.dumps([self._mapping, self._fingerprints], allow_nan=False)
 
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
-        """Commit ``state`` as ``step_{step:06d}``. Collective: every rank calls it.
+        """Commit `state` as `step_{step:06d}`. Collective: every rank calls it.
 
-        On return the step is durable; or, where ``asynchronous``, copied: training may go on, and :meth:`wait` returns
+        On return the step is durable; or, where `asynchronous`, copied: training may go on, and `wait` returns
         when it is durable.
 
-        ``state["model"]`` is an ``nn.Module`` (parameters and persistent buffers, plain or DTensor, tied ones once), or
-        an adapter: an object with ``state_dict()`` and ``load_state_dict()`` of full plain tensors and
-        ``named_parameters()``. Values that are ``torch.optim.Optimizer`` are stored by parameter name. All others have
-        ``state_dict()`` of plain data and tensors, equal on every rank: state that differs between ranks could not be
+        `state["model"]` is an `nn.Module` (parameters and persistent buffers, plain or DTensor, tied ones once), or
+        an adapter: an object with `state_dict()` and `load_state_dict()` of full plain tensors and
+        `named_parameters()`. Values that are `torch.optim.Optimizer` are stored by parameter name. All others have
+        `state_dict()` of plain data and tensors, equal on every rank: state that differs between ranks could not be
         resumed by another number of ranks, and is refused. Plain tensors of the model are taken to be replicas. Ranks
         may hold different parts of the model (stages of a pipeline), and its optimizer the parameters of that part, in
         the same groups.
 
         Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
-        content it raises ``FileExistsError``. A damaged folder of that name is set aside as ``.damaged-*``.
+        content it raises `FileExistsError`. A damaged folder of that name is set aside as `.damaged-*`.
 
         Any failure on any rank (no space, I/O error, unsupported type, a rank that does not report in time, tensors
         that another thread changes meanwhile) raises the same error on every rank, leaves earlier checkpoints as they
-        are and publishes nothing. ``metrics`` are floats such as ``{"val_loss": 1.25}``.
+        are and publishes nothing. `metrics` are floats such as `{"val_loss": 1.25}`.
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step={step!r} must be an integer of at least 0")
@@ -186,16 +186,16 @@ class Checkpointer:
             run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
 
     def load(self, state: Mapping[str, Any], which: int | str | os.PathLike[str] = "latest") -> int | None:
-        """Restore ``state`` in place and return its step, or None where the directory has no checkpoint. Collective.
+        """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
 
-        ``which``: ``"latest"``, ``"best"`` (needs ``keep_best``), a step, the name of its folder, or a path. Damaged
-        steps are skipped with a warning where the newest or best is looked for; a named one raises ``ValueError``, as
-        does any that a newer release wrote. Where every step is damaged: ``RuntimeError``. The number of ranks and the
+        `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. Damaged
+        steps are skipped with a warning where the newest or best is looked for; a named one raises `ValueError`, as
+        does any that a newer release wrote. Where every step is damaged: `RuntimeError`. The number of ranks and the
         layout may differ from those that saved.
 
-        Strict: the entries of ``state`` must be in the checkpoint, with the same parameter names, shapes, dtypes,
-        tied weights and optimizer groups; otherwise one ``ValueError`` lists the differences, and nothing has been
-        changed. Entries of the checkpoint that ``state`` does not name are left out. Optimizers that have not stepped
+        Strict: the entries of `state` must be in the checkpoint, with the same parameter names, shapes, dtypes,
+        tied weights and optimizer groups; otherwise one `ValueError` lists the differences, and nothing has been
+        changed. Entries of the checkpoint that `state` does not name are left out. Optimizers that have not stepped
         yet get their state as torch would have laid it out.
         """
         self.wait()
@@ -203,7 +203,7 @@ class Checkpointer:
         return None if found is None else restore(found, state, self._fingerprints)
 
     def digest(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """What this rank would save of ``state``, in a line: ``tensors``, ``bytes`` and ``xxh3_128``. Collective.
+        """What this rank would save of `state`, in a line: `tensors`, `bytes` and `xxh3_128`. Collective.
 
         Of names, places in the whole tensors, and bytes, with the other state: equal before a save and after the load
         of it by as many ranks in the same layout, so a run can log what it has restored. Reads all of the memory.
@@ -215,17 +215,17 @@ class Checkpointer:
     def wait(self) -> None:
         """Return when every save is durable; raise the error of one that is not. Every rank calls it.
 
-        At once unless ``asynchronous``: :meth:`save` itself returns only then.
+        At once unless `asynchronous`: `save` itself returns only then.
         """
         if self._background is not None:
             self._background.wait()
 
     def flush(self, deadline: float) -> bool:
-        """Give the save that is under way ``deadline`` more seconds: True once it is durable, or if there is none.
+        """Give the save that is under way `deadline` more seconds: True once it is durable, or if there is none.
 
         Otherwise the save is given up on all ranks and False is returned: the step is not there, or, if rank 0 was
         just about to publish it, complete. For processes that are about to be stopped. Every rank calls it; other
-        errors are raised as by :meth:`wait`.
+        errors are raised as by `wait`.
         """
         if self._background is None:
             return True
@@ -239,14 +239,14 @@ class Checkpointer:
             return False
 
     def pin(self, step: int) -> None:
-        """Keep ``step`` from being deleted until :meth:`unpin`: creates the empty file ``step_000100.pin``."""
+        """Keep `step` from being deleted until `unpin`: creates the empty file `step_000100.pin`."""
         if not (self.directory / step_name(step)).is_dir():
             there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
             raise FileNotFoundError(f"step {step} cannot be pinned; steps in {self.directory}: {there}")
         rank_zero(f"step {step} was not pinned", lambda: pin_path(self.directory, step).touch())
 
     def unpin(self, step: int) -> None:
-        """Let retention delete ``step`` again."""
+        """Let retention delete `step` again."""
         rank_zero(f"step {step} was not unpinned", lambda: pin_path(self.directory, step).unlink(missing_ok=True))
 
     # What follows runs inside the agreed steps of save and load; methods that touch the directory run on rank 0 alone.
@@ -433,7 +433,7 @@ def _tensor_files(
     weights: WeightFiles | None,
     headers: Mapping[str, Header],
 ) -> Iterator[TensorFile | FileShare]:
-    """What ``rank`` writes to safetensors files."""
+    """What `rank` writes to safetensors files."""
     for section in SECTIONS:
         owned = owned_pieces(contents, plan, section, rank)
         if section == "model" and weights is not None:

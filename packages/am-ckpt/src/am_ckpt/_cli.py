@@ -1,4 +1,4 @@
-"""The command ``am-ckpt``: what is in a checkpoint, and a plain Hugging Face folder out of it.
+"""The command `am-ckpt`: what is in a checkpoint, and a plain Hugging Face folder out of it.
 
 Exit codes: 0 ok, 1 wrong usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 input or output error, 6 conflict
 with what is there, 7 different, 130 interrupted.
@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line ``arguments`` (default: the process's) and return the exit code."""
+    """Run the command line `arguments` (default: the process's) and return the exit code."""
     options = _parser().parse_args(arguments)
     try:
         for folder in options.folders:

@@ -1,17 +1,17 @@
 """Python state as JSON plus tensors: nothing is pickled, so nothing runs when it is read.
 
-JSON's own types stand for themselves; every other type is an object with one key that begins with ``$``:
+JSON's own types stand for themselves; every other type is an object with one key that begins with `$`:
 
 ==============  ====================================================================
-``$int``        integer outside 64 bits, hexadecimal
-``$float``      NaN or infinity, the 16 hexadecimal digits of its IEEE double
-``$bytes``      base64
-``$tuple``      list of items; ``$size`` for torch.Size
-``$set``        list of items, sorted by their JSON
-``$dict``       list of [key, value]: keys that are not strings, or that begin with ``$``
-``$ordered``    the same for an OrderedDict; ``$counter`` for a collections.Counter
-``$tensor``     name of a tensor in the safetensors file beside it
-``$dtype``      ``float32`` and so on; ``$device`` such as ``cuda:0``
+`$int`        integer outside 64 bits, hexadecimal
+`$float`      NaN or infinity, the 16 hexadecimal digits of its IEEE double
+`$bytes`      base64
+`$tuple`      list of items; `$size` for torch.Size
+`$set`        list of items, sorted by their JSON
+`$dict`       list of [key, value]: keys that are not strings, or that begin with `$`
+`$ordered`    the same for an OrderedDict; `$counter` for a collections.Counter
+`$tensor`     name of a tensor in the safetensors file beside it
+`$dtype`      `float32` and so on; `$device` such as `cuda:0`
 ==============  ====================================================================
 
 Finite floats are JSON numbers: Python writes the shortest text that reads back to the same bits.
@@ -34,9 +34,9 @@ MAX_DEPTH = 64
 
 
 def encode(value: Any, path: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """``value`` as JSON-able data, and its tensors by name.
+    """`value` as JSON-able data, and its tensors by name.
 
-    ``path`` says where the value comes from. A type outside the table raises ``TypeError`` with the path of the item,
+    `path` says where the value comes from. A type outside the table raises `TypeError` with the path of the item,
     so that a checkpoint which could not be read back is never written.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -101,7 +101,7 @@ def _add_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor], path: str) -> Any:
-    """The inverse of :func:`encode`. Unknown tags and tensors that are not there raise ``ValueError`` with the path."""
+    """The inverse of `encode`. Unknown tags and tensors that are not there raise `ValueError` with the path."""
     if isinstance(value, list):
         return [decode(item, tensors, f"{path}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):

@@ -30,7 +30,7 @@ HEAD = "lm_head.weight"
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dict; links are followed, as in the folders of the Hugging Face cache.
 
-    As lenient as transformers, which writes and reads ``Infinity`` and ``NaN``.
+    As lenient as transformers, which writes and reads `Infinity` and `NaN`.
     """
     try:
         config = json.loads(read_file(path.resolve(), _MAX_CONFIG_BYTES).decode())
@@ -105,7 +105,7 @@ def _first_gap(numbers: set[int]) -> int:
 def uneven_layers(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> list[tuple[str, bool]]:
     """What one layer lacks or has in another dtype and all others of its kind agree on; True where that is no design.
 
-    Layers are of one kind where all lists of the config that have an entry a layer agree (``layer_types`` and the
+    Layers are of one kind where all lists of the config that have an entry a layer agree (`layer_types` and the
     like). The first and the last layer may differ by design, and so may those of quantised models.
     """
     by_prefix: dict[str, dict[int, dict[str, str]]] = {}
@@ -190,7 +190,7 @@ def head_problem(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> Va
 
 
 def implied_head(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> str | None:
-    """The embedding that stands for ``lm_head.weight`` too, where config.json ties them and it is stored once."""
+    """The embedding that stands for `lm_head.weight` too, where config.json ties them and it is stored once."""
     embeddings = [name for name in tensors if _EMBEDDING.fullmatch(name)]
     return embeddings[0] if _is_tied(config) is True and HEAD not in tensors and len(embeddings) == 1 else None
 
@@ -200,7 +200,7 @@ def _is_tied(config: Mapping[str, Any]) -> Any:
 
 
 def tied_embedding(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> str | None:
-    """The embedding that config.json ties ``lm_head.weight`` to, where both are there in equal shape and dtype."""
+    """The embedding that config.json ties `lm_head.weight` to, where both are there in equal shape and dtype."""
     if _is_tied(config) is not True or HEAD not in tensors:
         return None
     head = tensors[HEAD]

@@ -36,7 +36,7 @@ class Stateful(Protocol):
 class Adapter(Stateful, Protocol):
     """A small model beside a frozen one: its state is full plain tensors by the names of the adapter file.
 
-    ``state_dict()`` may be collective: every rank calls it. ``named_parameters()`` yields the same names with the
+    `state_dict()` may be collective: every rank calls it. `named_parameters()` yields the same names with the
     parameters being trained, so that optimizer state is stored under them.
     """
 
@@ -45,7 +45,7 @@ class Adapter(Stateful, Protocol):
 
 @dataclass
 class Contents:
-    """What this rank holds: tensors by section (``model``, ``optim``) and name, and the other state by entry."""
+    """What this rank holds: tensors by section (`model`, `optim`) and name, and the other state by entry."""
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=lambda: {name: {} for name in SECTIONS})
     state: dict[str, tuple[bytes, dict[str, torch.Tensor]]] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class Contents:
 
 @dataclass(frozen=True)
 class Description:
-    """What ranks tell each other about their contents: plain data, no tensors but those of modules' ``extra`` state.
+    """What ranks tell each other about their contents: plain data, no tensors but those of modules' `extra` state.
 
-    Of optimizers ``groups`` and ``values`` are apart: ranks that are stages of a pipeline have other parameters, and
+    Of optimizers `groups` and `values` are apart: ranks that are stages of a pipeline have other parameters, and
     other modules.
     """
 
@@ -83,8 +83,8 @@ class Plan:
     shares: dict[str, list[dict[str, list[Any]]]]
 
 
-def parameter_names(model: Any) -> dict[int, str]:
-    """``id(parameter)`` -> name for ``state["model"]``, a module or an adapter."""
+def parameter_names(model: nn.Module | Adapter) -> dict[int, str]:
+    """`id(parameter)` -> name for `state["model"]`, a module or an adapter."""
     if isinstance(model, nn.Module):
         return {id(stored.tensor): stored.name for stored in stored_tensors(model) if stored.is_parameter}
     return {id(parameter): name for name, parameter in model.named_parameters()}
@@ -110,7 +110,7 @@ def require_entries(state: Mapping[str, Any]) -> None:
 
 
 def collect(state: Mapping[str, Any], contents: Contents) -> Description:
-    """Fill ``contents`` from the live objects of ``state`` and describe them to the other ranks."""
+    """Fill `contents` from the live objects of `state` and describe them to the other ranks."""
     require_entries(state)
     names: dict[int, str] = {}
     if MODEL in state:
@@ -145,7 +145,7 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
 
 
 def encoded_state(value: Any, entry: str) -> tuple[bytes, dict[str, torch.Tensor]]:
-    """The text of ``state/<entry>.json``, and the tensors of the safetensors file beside it."""
+    """The text of `state/<entry>.json`, and the tensors of the safetensors file beside it."""
     data, tensors = encode(value, entry)
     return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(), tensors
 
@@ -191,7 +191,7 @@ def _state_digest(text: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def join_extra_states(contents: Contents, described: Sequence[Description]) -> None:
-    """Put into ``contents.state`` what modules of all ranks hold beside tensors: stages of a pipeline have others."""
+    """Put into `contents.state` what modules of all ranks hold beside tensors: stages of a pipeline have others."""
     joined: dict[str, Any] = {}
     digests: dict[str, tuple[int, str]] = {}
     for rank, description in enumerate(described):
@@ -209,7 +209,7 @@ def join_extra_states(contents: Contents, described: Sequence[Description]) -> N
 
 
 def join_optimizers(contents: Contents, described: Sequence[Description]) -> None:
-    """Put into ``contents.state`` what is stored of the optimizers, of the parameters of all ranks."""
+    """Put into `contents.state` what is stored of the optimizers, of the parameters of all ranks."""
     for entry, own in contents.optimizers.items():
         groups = joined_groups(entry, [description.groups[entry] for description in described])
         values: dict[str, dict[str, Any]] = {}
@@ -246,7 +246,7 @@ def contents_digest(contents: Contents, description: Description) -> dict[str, A
 
 
 def make_plan(described: Sequence[Description]) -> Plan:
-    """Every rank's part, computed alike on all ranks; ``ValueError`` where what they hold does not fit together."""
+    """Every rank's part, computed alike on all ranks; `ValueError` where what they hold does not fit together."""
     first = described[0].state_digests
     for rank, description in enumerate(described[1:], start=1):
         different = sorted(
@@ -269,7 +269,7 @@ def make_plan(described: Sequence[Description]) -> Plan:
 
 
 def owned_pieces(contents: Contents, plan: Plan, section: str, rank: int) -> Iterator[tuple[str, list[Piece]]]:
-    """What ``rank`` writes of a section, by tensor."""
+    """What `rank` writes of a section, by tensor."""
     for name, boxes in plan.shares[section][rank].items():
         here = {piece.box: piece for piece in pieces(contents.tensors[section][name], name)}
         yield name, [here[box] for box in boxes]

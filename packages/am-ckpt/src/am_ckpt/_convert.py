@@ -1,4 +1,4 @@
-"""A checkpoint's model in another kind of folder: Hugging Face files, shards, or torch's ``.distcp``."""
+"""A checkpoint's model in another kind of folder: Hugging Face files, shards, or torch's `.distcp`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def convert(
     fsync: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write the model of ``source``, of any kind that :func:`inspect` recognises, as a folder of kind ``to``.
+    """Write the model of `source`, of any kind that `inspect` recognises, as a folder of kind `to`.
 
-    ``"hf"``: what :func:`merge` writes; an adapter becomes a PEFT folder. ``"sharded"``: a file of torch's Hugging Face
-    writer, which training frameworks read with ``HuggingFaceStorageReader``; :func:`reshard` writes several.
-    ``"dcp"``: ``.distcp`` and ``.metadata`` of ``torch.distributed.checkpoint``, the state dict below ``"model"``, for
+    `"hf"`: what `merge` writes; an adapter becomes a PEFT folder. `"sharded"`: a file of torch's Hugging Face
+    writer, which training frameworks read with `HuggingFaceStorageReader`; `reshard` writes several.
+    `"dcp"`: `.distcp` and `.metadata` of `torch.distributed.checkpoint`, the state dict below `"model"`, for
     frameworks that resume from nothing else; written by torch itself, which is imported, with one tensor in memory at
     a time. Config and tokenizer are carried along.
 
     Optimizers are left behind: each framework names their state in its own way. A mapping stored in the checkpoint is
-    applied by ``"hf"`` alone; the others keep the names of the module. In a step with ``layout="direct"`` it is applied
+    applied by `"hf"` alone; the others keep the names of the module. In a step with `layout="direct"` it is applied
     already, so all kinds have the published names. The destination must not exist; it appears
-    complete or not at all. ``section``, ``threads``, ``fsync``, ``progress`` and errors: see :func:`merge`.
+    complete or not at all. `section`, `threads`, `fsync`, `progress` and errors: see `merge`.
     """
     if to == "hf":
         return merge(source, destination, section=section, threads=threads, fsync=fsync, progress=progress)
@@ -84,9 +84,11 @@ def convert(
 def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int], None] | None) -> None:
     import numpy
     import torch
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     from am_ckpt._shards import DTYPES, as_bytes
     from am_ckpt._tensors import TensorReader

@@ -40,9 +40,9 @@ _FICLONERANGE = 0x4020940D
 
 
 class Copier:
-    """Runs jobs on ``threads`` threads. ``targets``: descriptors of the output files, open for reading and writing.
+    """Runs jobs on `threads` threads. `targets`: descriptors of the output files, open for reading and writing.
 
-    ``digest``: hash what is written.
+    `digest`: hash what is written.
     """
 
     def __init__(self, targets: dict[str, int], *, threads: int, follow_symlinks: bool, digest: bool = False) -> None:
@@ -59,7 +59,7 @@ class Copier:
         self.overflowed: Counter[str] = Counter()
 
     def run(self, jobs: Iterator[tuple[int, Job]], finished: Callable[[int, Job, str], None]) -> None:
-        """Copy every job; ``finished`` is called after each, by the thread that did it, with the xxh3_64 of its bytes.
+        """Copy every job; `finished` is called after each, by the thread that did it, with the xxh3_64 of its bytes.
 
         The first error of any thread stops all of them and is raised here, as is an interrupt.
         """
@@ -161,29 +161,29 @@ class Buffers:
         self._scratch = memoryview(mmap.mmap(-1, SCRATCH_BYTES + 2 * _PAGE, flags))
 
     def block(self, size: Shape, item_bytes: int, target: int = 0) -> numpy.ndarray:
-        """A contiguous array of this size (at most ``TILE_BYTES``), to be written at byte ``target`` of a file.
+        """A contiguous array of this size (at most `TILE_BYTES`), to be written at byte `target` of a file.
 
-        ``target`` is a multiple of ``item_bytes``. What was in the array before is lost.
+        `target` is a multiple of `item_bytes`. What was in the array before is lost.
         """
         start = target % _PAGE
         return self._tile[start : start + element_count(size) * item_bytes].view(f"u{item_bytes}").reshape(size)
 
     def between(self, begin: int, target: int, count: int) -> memoryview:
-        """``count`` bytes (at most ``SCRATCH_BYTES``) on their way from byte ``begin`` of a file to ``target``."""
+        """`count` bytes (at most `SCRATCH_BYTES`) on their way from byte `begin` of a file to `target`."""
         start = target % _PAGE
         if 0 < (start - begin) % _PAGE < _SLOW_DISTANCE:
             start += _PAGE // 2
         return self._scratch[start : start + count]
 
     def read(self, begin: int, count: int) -> memoryview:
-        """``count`` bytes (at most ``SCRATCH_BYTES``) to hold what is at byte ``begin`` of a file."""
+        """`count` bytes (at most `SCRATCH_BYTES`) to hold what is at byte `begin` of a file."""
         # Not after its source's place, and aligned for every item.
         start = begin % _PAGE // _SLOW_DISTANCE * _SLOW_DISTANCE
         return self._scratch[start : start + count]
 
 
 def file_pieces(path: Path, begin: int, end: int) -> Iterator[memoryview]:
-    """Bytes ``begin`` to ``end`` of a file, in pieces that hold until the next is asked for."""
+    """Bytes `begin` to `end` of a file, in pieces that hold until the next is asked for."""
     buffers = Buffers()
     descriptor = open_for_reading(path)
     try:
@@ -196,7 +196,7 @@ def file_pieces(path: Path, begin: int, end: int) -> Iterator[memoryview]:
 
 
 def fill(block: numpy.ndarray, box: Box, source: Source, open_file: Callable[[Path], int], buffers: Buffers) -> None:
-    """Fill ``block``, which stands for ``box`` of a tensor, from the parts of it that files hold."""
+    """Fill `block`, which stands for `box` of a tensor, from the parts of it that files hold."""
     rows = source.rows
     table, places = rows.table, rows.in_box(box)
     strides = row_major_strides(table.size[places]) if table.strides is None else table.strides[places]
@@ -222,7 +222,7 @@ def fill(block: numpy.ndarray, box: Box, source: Source, open_file: Callable[[Pa
 
 
 def read_box(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
-    """Fill ``out`` with the box whose first element is at byte ``begin`` and whose strides in the file are given."""
+    """Fill `out` with the box whose first element is at byte `begin` and whose strides in the file are given."""
     dims = [dim for dim in range(out.ndim) if out.shape[dim] != 1]
     order = sorted(range(len(dims)), key=lambda index: -strides[dims[index]])
     # Most boxes are so already, and a tensor may have many.
@@ -233,7 +233,7 @@ def read_box(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, bu
 
 
 def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffers: Buffers, path: Path) -> None:
-    """:func:`read_box` for strides that fall from dim to dim."""
+    """`read_box` for strides that fall from dim to dim."""
     span = out.itemsize
     for n, stride in zip(out.shape, strides, strict=True):
         span += (n - 1) * stride
@@ -259,7 +259,7 @@ def _read(descriptor: int, begin: int, strides: Shape, out: numpy.ndarray, buffe
 
 
 def _cast(data: memoryview, source_dtype: str, dtype: str) -> tuple[memoryview, int]:
-    """The values of ``data`` in another floating-point type, rounded to nearest even; how many became infinite."""
+    """The values of `data` in another floating-point type, rounded to nearest even; how many became infinite."""
     # The one thing here that needs torch: numpy has no bfloat16.
     import torch
 

@@ -13,7 +13,7 @@ from am_ckpt._sources import Source, by_table
 
 
 def cover_problems(tensors: Mapping[str, Source]) -> list[ValueError]:
-    """:func:`cover_problem` of every tensor that has one."""
+    """`cover_problem` of every tensor that has one."""
     found = []
     for (name, source), regular in zip(tensors.items(), _regular(list(tensors.values())), strict=True):
         problem = None if regular else cover_problem(name, source)
@@ -108,7 +108,7 @@ def _first_hole(source: Source, boxes: list[Box]) -> Box:
 
 
 def _without(part: Box, box: Box) -> list[Box]:
-    """``part`` without ``box``, as boxes."""
+    """`part` without `box`, as boxes."""
     common = part.intersect(box)
     if common is None:
         return [part]

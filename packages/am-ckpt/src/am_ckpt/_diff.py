@@ -29,10 +29,10 @@ _NUMPY |= {f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bi
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the same in ``a`` and ``b``.
+    """One tensor that is not the same in `a` and `b`.
 
-    ``what``: ``"only in a"``, ``"only in b"``, ``"shape"``, ``"dtype"`` or ``"values"``. ``a`` and ``b``: dtype and
-    shape, such as ``"F32 [4, 8]"``. Where shapes are equal: how many elements differ, by how much at most (infinite
+    `what`: `"only in a"`, `"only in b"`, `"shape"`, `"dtype"` or `"values"`. `a` and `b`: dtype and
+    shape, such as `"F32 [4, 8]"`. Where shapes are equal: how many elements differ, by how much at most (infinite
     where one is NaN and the other is not) and the index of the first.
     """
 
@@ -47,9 +47,9 @@ class Difference:
 
 @dataclass
 class DiffReport:
-    """``differences`` by name; ``num_equal`` tensors are the same. ``exit_code``: 0, or 7 where there are any.
+    """`differences` by name; `num_equal` tensors are the same. `exit_code`: 0, or 7 where there are any.
 
-    ``notes``: what a reader should know about how they were compared.
+    `notes`: what a reader should know about how they were compared.
     """
 
     a: str
@@ -64,7 +64,7 @@ class DiffReport:
         return 7 if self.differences else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``json.dumps``; an infinite difference is the text ``"inf"``, since JSON has none."""
+        """Plain data for `json.dumps`; an infinite difference is the text `"inf"`, since JSON has none."""
         plain = asdict(self)
         for item in plain["differences"]:
             if item["max_abs_difference"] == math.inf:
@@ -96,17 +96,17 @@ def diff(
     atol: float = 0.0,
     rtol: float = 0.0,
 ) -> DiffReport:
-    """Compare the tensors of two checkpoint folders of any kind that :func:`inspect` recognises.
+    """Compare the tensors of two checkpoint folders of any kind that `inspect` recognises.
 
-    Elements are different where ``|a - b| > atol + rtol * |b|``, or where one is NaN and the other is not; tensors of
+    Elements are different where `|a - b| > atol + rtol * |b|`, or where one is NaN and the other is not; tensors of
     different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
-    as ``optim/<name>``. A mapping that only one of them carries is applied, so that a step compares with what it was
+    as `optim/<name>`. A mapping that only one of them carries is applied, so that a step compares with what it was
     merged to; the second name of a tensor that is tied, by config.json too, stands for the first. Where one alone has
-    torchtitan's own names, it is compared as :func:`merge` would write it, by the config.json of the other or its own;
-    where there is none that describes it, by the names as they are, and ``notes`` say so. ``tensors``: a pattern of
-    names, such as ``"*.layers.0.*"``. ``section``: see :func:`inspect`, of those that have any.
+    torchtitan's own names, it is compared as `merge` would write it, by the config.json of the other or its own;
+    where there is none that describes it, by the names as they are, and `notes` say so. `tensors`: a pattern of
+    names, such as `"*.layers.0.*"`. `section`: see `inspect`, of those that have any.
 
-    Memory: headers and less than 64 MiB. Raises as :func:`inspect`, and ``ValueError`` where one is not whole.
+    Memory: headers and less than 64 MiB. Raises as `inspect`, and `ValueError` where one is not whole.
     """
     if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
         raise ArgumentError(f"atol={atol} and rtol={rtol} must be numbers that are not negative")
@@ -212,7 +212,7 @@ def _compare(
 
 
 def _difference(a: numpy.ndarray, a_dtype: str, b: numpy.ndarray, b_dtype: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """``|a - b|`` and ``|b|`` in float64; 0 where both are NaN or the same infinity, infinite where one is NaN."""
+    """`|a - b|` and `|b|` in float64; 0 where both are NaN or the same infinity, infinite where one is NaN."""
     if a_dtype == b_dtype and a_dtype[0] in "IU":
         # In float64, neighbours of 64 bits would be equal. Modulo 2 ** 64 the larger minus the smaller is exact.
         mine, theirs = _values(a, a_dtype), _values(b, b_dtype)

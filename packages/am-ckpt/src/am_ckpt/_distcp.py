@@ -1,7 +1,7 @@
-"""torch's ``.distcp`` checkpoints without torch, and without running what their pickles say.
+"""torch's `.distcp` checkpoints without torch, and without running what their pickles say.
 
-``.metadata`` is a pickle of dataclasses. Every tensor chunk is an archive of ``torch.save`` inside a ``.distcp`` file.
-Format: metadata.py and filesystem.py in torch's ``distributed/checkpoint`` folder.
+`.metadata` is a pickle of dataclasses. Every tensor chunk is an archive of `torch.save` inside a `.distcp` file.
+Format: metadata.py and filesystem.py in torch's `distributed/checkpoint` folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"
 
 
 class _Properties:
-    """Stand-in for ``TensorProperties``, whose pickled state is a tuple that starts with the dtype."""
+    """Stand-in for `TensorProperties`, whose pickled state is a tuple that starts with the dtype."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__["state"] = state
@@ -39,7 +39,7 @@ class _Properties:
 
 @dataclass
 class _File:
-    """A file that ``.metadata`` names: its size (None: it is missing), where the last entry ends, and one of them."""
+    """A file that `.metadata` names: its size (None: it is missing), where the last entry ends, and one of them."""
 
     size: int | None
     entry: str
@@ -48,7 +48,7 @@ class _File:
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """``.metadata``; or ``__0.metadata``, ``__1.metadata``, ... of ranks that saved without collectives; or nothing."""
+    """`.metadata`; or `__0.metadata`, `__1.metadata`, ... of ranks that saved without collectives; or nothing."""
     if (folder / METADATA).exists():
         return [folder / METADATA]
     found = {int(match[1]): entry for entry in folder.iterdir() if (match := _RANK_METADATA.fullmatch(entry.name))}
@@ -56,12 +56,12 @@ def metadata_files(folder: Path) -> list[Path]:
 
 
 def read_metadata(folder: Path) -> StateDict:
-    """Read the :func:`metadata_files` of a folder; archives are not read yet.
+    """Read the `metadata_files` of a folder; archives are not read yet.
 
     Where every rank has metadata of its own, a part that several ranks have written is taken from the first.
 
-    Raises :class:`UnsafeError` for pickles that refer to anything a checkpoint does not need and for paths that lead
-    out of the folder, ``ValueError`` where it is damaged, :class:`IncompleteError` where files are missing.
+    Raises `UnsafeError` for pickles that refer to anything a checkpoint does not need and for paths that lead
+    out of the folder, `ValueError` where it is damaged, `IncompleteError` where files are missing.
     """
     result = StateDict()
     files: dict[str, _File] = {}

@@ -1,4 +1,6 @@
-"""What can be wrong with a checkpoint, told apart for exit codes. All are ``ValueError`` to callers."""
+"""What can be wrong with a checkpoint, told apart for exit codes. All are `ValueError` to callers."""
+
+from __future__ import annotations
 
 
 class UnsafeError(ValueError):
@@ -29,5 +31,5 @@ _EXIT_CODES = (
 
 
 def exit_code(error: Exception) -> int:
-    """What the command ``am-ckpt`` exits with after a ``ValueError`` or ``OSError``."""
+    """What the command `am-ckpt` exits with after a `ValueError` or `OSError`."""
     return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))

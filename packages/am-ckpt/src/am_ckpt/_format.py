@@ -1,6 +1,6 @@
 """The safetensors container: a bounded, strict header parser and an aligned header writer.
 
-A safetensors file is ``<u64 header length><JSON header><data>``. The parser allocates no more than the header's own
+A safetensors file is `<u64 header length><JSON header><data>`. The parser allocates no more than the header's own
 size (at most 100 MB, never more than the file holds) and refuses what the format forbids or what hides trouble:
 duplicate keys, holes, overlaps, trailing bytes, sizes that disagree with shapes. The writer pads the header with
 spaces so that data starts on a multiple of 4096 bytes, and puts tensors whose size is a multiple of 4096 first: ranges
@@ -60,7 +60,7 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: ``begin`` and ``end`` are byte offsets from the start of the file."""
+    """One tensor of a file: `begin` and `end` are byte offsets from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,8 +72,8 @@ class Entry:
 class Columns:
     """The tensors of a file as columns, for headers hold up to millions in all.
 
-    ``begins`` and ``ends``: bytes from the start of the data, int64. ``sizes``: the shapes one after the other, int64;
-    ``num_dims``: how many of them each tensor has. ``text``: the JSON they were read from.
+    `begins` and `ends`: bytes from the start of the data, int64. `sizes`: the shapes one after the other, int64;
+    `num_dims`: how many of them each tensor has. `text`: the JSON they were read from.
     """
 
     names: list[str]
@@ -87,7 +87,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Header:
-    """A parsed header. ``text`` is its exact bytes including the length prefix, ``data_start`` their number."""
+    """A parsed header. `text` is its exact bytes including the length prefix, `data_start` their number."""
 
     metadata: dict[str, str]
     columns: Columns
@@ -114,7 +114,7 @@ def element_count(shape: Iterable[int]) -> int:
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether ``value`` is a list of integers that can be sizes or offsets."""
+    """Whether `value` is a list of integers that can be sizes or offsets."""
     if not isinstance(value, list):
         return False
     # A loop takes half the time of all(), and headers hold millions.
@@ -125,7 +125,7 @@ def is_sizes(value: Any) -> bool:
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``object_pairs_hook`` for :func:`json.loads`: two values under one key are an error, not the last one."""
+    """`object_pairs_hook` for `json.loads`: two values under one key are an error, not the last one."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -141,7 +141,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN. ``where`` begins every error message."""
+    """Strict JSON: UTF-8, no duplicate keys, no NaN. `where` begins every error message."""
     try:
         # Decoded here, since json would take UTF-16 and UTF-32 too.
         return json.loads(text.decode(), object_pairs_hook=refuse_duplicates, parse_constant=_refuse_constant)
@@ -150,7 +150,7 @@ def parse_json(text: bytes, where: str) -> Any:
 
 
 def parse_rows(text: str, where: str, num_texts: int) -> Any:
-    """:func:`parse_json` for an object of objects with ``num_texts`` values each that are text; faster.
+    """`parse_json` for an object of objects with `num_texts` values each that are text; faster.
 
     Of a key that occurs twice only the last value is left; then the text has more strings than what was made of it.
     """
@@ -172,7 +172,7 @@ def _num_strings(text: str) -> int:
 
 
 def integers(rows: list[Any]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
-    """Length of each list in ``rows`` and all of their items, int64; None where :func:`is_sizes` is not true of one."""
+    """Length of each list in `rows` and all of their items, int64; None where `is_sizes` is not true of one."""
     if not set(map(type, rows)) <= {list}:
         return None
     items = list(chain.from_iterable(rows))
@@ -190,7 +190,7 @@ def integers(rows: list[Any]) -> tuple[numpy.ndarray, numpy.ndarray] | None:
 def products(num_dims: numpy.ndarray, sizes: numpy.ndarray) -> numpy.ndarray:
     """Number of elements of each tensor, from its number of dims and the sizes of all one after the other.
 
-    Exact where it is less than ``2**58``; otherwise some number that is not less.
+    Exact where it is less than `2**58`; otherwise some number that is not less.
     """
     counts = numpy.ones(len(num_dims), numpy.int64)
     starts = (numpy.cumsum(num_dims) - num_dims)[num_dims > 0]
@@ -205,9 +205,9 @@ def products(num_dims: numpy.ndarray, sizes: numpy.ndarray) -> numpy.ndarray:
 
 
 def parse_header(text: bytes, file_bytes: int, where: str, like: Header | None = None) -> Header:
-    """Check and decode ``text``, the length prefix and the header of a file of ``file_bytes`` bytes.
+    """Check and decode `text`, the length prefix and the header of a file of `file_bytes` bytes.
 
-    ``like``: a header that is likely to describe the same tensors, as those of other ranks do.
+    `like`: a header that is likely to describe the same tensors, as those of other ranks do.
     """
     metadata, rest = _split(text[8:])
     if rest and like is not None and rest == like.columns.text:
@@ -295,9 +295,9 @@ def _entry_problem(name: str, value: Any) -> str | None:
 
 
 def read_header(path: Path, *, follow_symlinks: bool = False, like: Header | None = None) -> Header:
-    """Read and check the header of ``path``; ``ValueError`` names the file, ``OSError`` where it cannot be read.
+    """Read and check the header of `path`; `ValueError` names the file, `OSError` where it cannot be read.
 
-    ``like``: see :func:`parse_header`.
+    `like`: see `parse_header`.
     """
     descriptor = open_for_reading(path, follow_symlinks=follow_symlinks)
     try:
@@ -325,7 +325,7 @@ def read_header(path: Path, *, follow_symlinks: bool = False, like: Header | Non
 
 
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
-    """The header of a file that will hold ``tensors`` (name -> safetensors dtype, shape); data starts aligned.
+    """The header of a file that will hold `tensors` (name -> safetensors dtype, shape); data starts aligned.
 
     The columns are in file order: tensors of a multiple of 4096 bytes first, then larger items before smaller ones,
     so that every tensor starts on a multiple of its item size.

@@ -53,28 +53,28 @@ def load_hf(
     initialiser: Initialiser | None = None,
     seed: int = 0,
 ) -> None:
-    """Fill ``model`` with the weights of a Hugging Face folder, in place. Collective: every rank calls it.
+    """Fill `model` with the weights of a Hugging Face folder, in place. Collective: every rank calls it.
 
-    ``model`` may be on the meta device, whole or sharded (DTensor): tensors on meta get memory on ``device`` (default:
+    `model` may be on the meta device, whole or sharded (DTensor): tensors on meta get memory on `device` (default:
     the mesh's device for shards, the CPU for the rest), real ones keep theirs; tied weights stay tied. Each rank reads
     only the byte ranges of its own shards. Values are cast to the parameter's dtype where both are floating point.
     Buffers that no file holds (rotary frequencies) are recomputed by the modules themselves.
 
-    ``folder`` holds ``model.safetensors``, or the files that ``model.safetensors.index.json`` names. None reads
-    nothing: everything must match ``initialise``.
+    `folder` holds `model.safetensors`, or the files that `model.safetensors.index.json` names. None reads
+    nothing: everything must match `initialise`.
 
-    ``mapping`` lists where files and module differ: ``{"file": name in the file, "parameter": name in the module,
+    `mapping` lists where files and module differ: `{"file": name in the file, "parameter": name in the module,
     "slice": [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
-    file}``. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
+    file}`. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
 
-    ``initialise``: shell-style patterns of parameters that are initialised instead of loaded, by
-    ``initialiser(module)`` if given, else by the module's own code (``reset_parameters``, transformers'
-    ``_init_weights``); the values depend on the parameter's name and ``seed`` alone. ``ignore``: patterns of names in
+    `initialise`: shell-style patterns of parameters that are initialised instead of loaded, by
+    `initialiser(module)` if given, else by the module's own code (`reset_parameters`, transformers'
+    `_init_weights`); the values depend on the parameter's name and `seed` alone. `ignore`: patterns of names in
     the files that the model does without.
 
-    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one ``ValueError``
-    with counts and nearest names before anything is touched. Damaged or missing files raise ``ValueError`` and
-    ``FileNotFoundError``.
+    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one `ValueError`
+    with counts and nearest names before anything is touched. Damaged or missing files raise `ValueError` and
+    `FileNotFoundError`.
     """
     path = Path(folder) if folder is not None else None
     context = f"{path} was not loaded" if path is not None else "the model was not initialised"
@@ -170,13 +170,13 @@ class _LoadPlan:
         return [(name, self._sources[name]) for name in others if name in self._sources]
 
     def wanted(self) -> set[str]:
-        """Names in the files, and ``parameter:`` names of the model, that this rank knows what to do with."""
+        """Names in the files, and `parameter:` names of the model, that this rank knows what to do with."""
         names = {place.name for stored in self._stored for place in stored.places}
         files = {record.file for stored in self._stored for record in self._needs(stored)}
         return names | files | {f"parameter:{name}" for name in names}
 
     def check(self, wanted: set[str], ignore: Sequence[str]) -> None:
-        """Raise one ``ValueError`` with all differences; ``wanted`` is the union over ranks (of pipeline stages)."""
+        """Raise one `ValueError` with all differences; `wanted` is the union over ranks (of pipeline stages)."""
         missing, shapes = [], []
         for stored in self._stored:
             if not matches(stored, self.patterns):
@@ -232,19 +232,19 @@ def save_hf(
     files: Mapping[str, str | bytes] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write ``model``, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
+    """Write `model`, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
 
-    Weights go to ``model.safetensors``, or to several files with an index where they exceed ``max_shard_size`` (bytes,
-    or text such as ``"5GB"``). Every rank writes the ranges of its own shards, so memory stays bounded and ``folder``
-    must be on a file system that all ranks share. Tied weights are written once, dtypes are the model's, ``mapping``
-    (see :func:`load_hf`) is applied in reverse.
+    Weights go to `model.safetensors`, or to several files with an index where they exceed `max_shard_size` (bytes,
+    or text such as `"5GB"`). Every rank writes the ranges of its own shards, so memory stays bounded and `folder`
+    must be on a file system that all ranks share. Tied weights are written once, dtypes are the model's, `mapping`
+    (see `load_hf`) is applied in reverse.
 
-    ``files_from``: a folder whose config, tokenizer, chat template and code are copied (:func:`hf_files`); ``files``:
+    `files_from`: a folder whose config, tokenizer, chat template and code are copied (`hf_files`); `files`:
     the contents of such files by name, which come first. Where neither has a config.json, a transformers model writes
     its own; other models get weights alone.
 
     The folder appears complete or not at all. An existing one is replaced if it is empty or an export of this function
-    with nothing added; otherwise ``FileExistsError``.
+    with nothing added; otherwise `FileExistsError`.
     """
     target = Path(folder).absolute()
     context = f"{target} was not written"

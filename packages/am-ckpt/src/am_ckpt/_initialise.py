@@ -4,9 +4,9 @@ Three questions, in this order: which tensors get memory (those on meta, real on
 that no file holds contain (rotary frequencies, embedding scales), and what new parameters start from. For the last two
 the module's own code answers, so the values are those of a model that was built with memory:
 
-- a class of the model's own with ``reset_parameters()`` is asked first, also when the parameter sits in a child of it;
-- then the nearest ``transformers.PreTrainedModel`` above, through ``_init_weights(module)``, like ``from_pretrained``;
-- then ``reset_parameters()`` of torch's own modules.
+- a class of the model's own with `reset_parameters()` is asked first, also when the parameter sits in a child of it;
+- then the nearest `transformers.PreTrainedModel` above, through `_init_weights(module)`, like `from_pretrained`;
+- then `reset_parameters()` of torch's own modules.
 
 A new parameter is initialised whole, on the CPU, from a seed made of its name: its values do not depend on the layout.
 """
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 import xxhash
@@ -41,9 +41,9 @@ def matches(stored: Stored, patterns: Sequence[str]) -> bool:
 
 
 def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
-    """Give memory to every tensor of ``model`` that is on meta, uninitialised; keep ties; leave real tensors alone.
+    """Give memory to every tensor of `model` that is on meta, uninitialised; keep ties; leave real tensors alone.
 
-    ``device=None``: the mesh's device for sharded tensors, the CPU for the others. Returns the places of the buffers
+    `device=None`: the mesh's device for sharded tensors, the CPU for the others. Returns the places of the buffers
     that no file holds and that therefore must be recomputed.
     """
     groups: dict[int, list[Place]] = {}
@@ -70,21 +70,20 @@ def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
     for places in groups.values():
         first = places[0]
         for other in places[1:]:
-            for kind in (first.module._parameters, first.module._buffers):
-                if first.key in kind:
-                    (other.module._parameters if kind is first.module._parameters else other.module._buffers)[
-                        other.key
-                    ] = kind[first.key]
+            if first.key in first.module._parameters:
+                other.module._parameters[other.key] = first.module._parameters[first.key]
+            if first.key in first.module._buffers:
+                other.module._buffers[other.key] = first.module._buffers[first.key]
     return buffers
 
 
 def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: Initialiser | None) -> None:
-    """Let the modules fill the buffers at ``places``; ``ValueError`` names one that nothing fills completely."""
+    """Let the modules fill the buffers at `places`; `ValueError` names one that nothing fills completely."""
     by_module: dict[int, list[Place]] = {}
     for place in places:
         by_module.setdefault(id(place.module), []).append(place)
     for group in by_module.values():
-        buffers = [group[0].module._buffers[place.key] for place in group]
+        buffers = [group[0].module.get_buffer(place.key) for place in group]
         for source in _sources(model, group[0], initialiser):
             results = []
             # Filled twice, from different values: what a source leaves out differs between the two.
@@ -111,7 +110,7 @@ def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: In
 def initialise_parameters(
     model: nn.Module, patterns: Sequence[str], seed: int, initialiser: Initialiser | None
 ) -> None:
-    """Initialise the parameters (and stored buffers) that match ``patterns``, each from (its name, ``seed``) alone."""
+    """Initialise the parameters (and stored buffers) that match `patterns`, each from (its name, `seed`) alone."""
     for stored in stored_tensors(model):
         if not matches(stored, patterns):
             continue
@@ -145,7 +144,7 @@ def _chain(model: nn.Module, place: Place) -> list[nn.Module]:
 
 
 def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
-    """From the root to the module at ``place``."""
+    """From the root to the module at `place`."""
     path = [model]
     while path[-1] is not place.module:
         for child in path[-1].children():
@@ -157,18 +156,18 @@ def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
     return path
 
 
-def _has_own_reset(module: nn.Module) -> bool:
+def _has_own_reset(module: nn.Module) -> TypeGuard[_Resets]:
     return isinstance(module, _Resets) and not type(module).reset_parameters.__module__.startswith("torch.")
 
 
 def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) -> Iterator[Callable[[], object]]:
-    """The ways to set the first values of what ``place.module`` holds, most specific first."""
+    """The ways to set the first values of what `place.module` holds, most specific first."""
     module = place.module
     if initialiser is not None:
         yield lambda: initialiser(module)
         return
     path = _ancestors(model, place)
-    own = [ancestor for ancestor in path if _has_own_reset(ancestor)]
+    own: list[_Resets] = [ancestor for ancestor in path if _has_own_reset(ancestor)]
     if own:
         yield own[-1].reset_parameters
     # A transformers model means that transformers is loaded; it is not imported here.
@@ -184,7 +183,7 @@ def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) ->
 def _temporary_parameters(
     modules: Sequence[nn.Module], *, buffers: bool
 ) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
-    """Replace what ``modules`` hold directly by whole CPU tensors, so that initialisation code can run without touching
+    """Replace what `modules` hold directly by whole CPU tensors, so that initialisation code can run without touching
     shards, other devices or loaded values. Floating point starts as NaN: what is not initialised shows."""
     kept = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
     temporary: dict[tuple[int, str], torch.Tensor] = {}

@@ -1,6 +1,6 @@
 """One view of every kind of checkpoint folder: which tensors, in which bytes of which files. Without torch.
 
-Recognised: a step of our own, torch's ``.distcp`` folders, safetensors shards of torch's Hugging Face writer, plain
+Recognised: a step of our own, torch's `.distcp` folders, safetensors shards of torch's Hugging Face writer, plain
 Hugging Face folders and adapters; and the folders that NeMo AutoModel, torchtitan, accelerate and Lightning put them
 in. Headers and metadata are read, tensor data never.
 """
@@ -51,13 +51,13 @@ _FLAT = re.compile(r"flat_param(?:_\d+)?$")
 
 @dataclass
 class Inventory:
-    """What a checkpoint folder holds: see :func:`inspect`.
+    """What a checkpoint folder holds: see `inspect`.
 
-    ``kind``: ``"am-ckpt"``, ``"dcp"`` (``.distcp`` files), ``"dcp-safetensors"`` (shards of torch's Hugging Face
-    writer), ``"huggingface"``, ``"torch"`` (``pytorch_model.bin``) or ``"adapter"``. ``tensors`` are those of the model
-    by name; ``sections`` those of every part, ``section`` the part that is the model. ``others``: entries that are no
-    tensors. ``files``: small files that belong to the model. ``problems``: everything by which the model's tensors are
-    not whole. ``notes``: what a reader should know and cannot be checked.
+    `kind`: `"am-ckpt"`, `"dcp"` (`.distcp` files), `"dcp-safetensors"` (shards of torch's Hugging Face
+    writer), `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are those of the model
+    by name; `sections` those of every part, `section` the part that is the model. `others`: entries that are no
+    tensors. `files`: small files that belong to the model. `problems`: everything by which the model's tensors are
+    not whole. `notes`: what a reader should know and cannot be checked.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Inventory:
         return self.sections[self.section]
 
     def small_files(self) -> dict[str, bytes]:
-        """The content of ``files``."""
+        """The content of `files`."""
         return {
             name: read_file(path, _MAX_SMALL_BYTES, follow_symlinks=self.follow_symlinks)
             for name, path in self.files.items()
@@ -100,7 +100,7 @@ class Inventory:
             raise type(first)(f"{first}{more}")
 
     def to_json(self, *, chunks: bool = True) -> dict[str, Any]:
-        """Plain data for ``json.dumps``; ``chunks=False`` leaves out where the bytes are."""
+        """Plain data for `json.dumps`; `chunks=False` leaves out where the bytes are."""
         return {
             "path": str(self.path),
             "kind": self.kind,
@@ -153,14 +153,14 @@ def paused_collector() -> Iterator[None]:
 
 
 def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inventory:
-    """What the checkpoint folder ``path`` holds, read from headers and metadata alone.
+    """What the checkpoint folder `path` holds, read from headers and metadata alone.
 
-    ``section``: which part is the model, where a ``.distcp`` folder holds several and none is called ``model``: the
+    `section`: which part is the model, where a `.distcp` folder holds several and none is called `model`: the
     keys of the state dict that lead to it, joined by dots.
 
-    Whether every element of every tensor is in exactly one file is checked; what is not right is in ``problems``.
-    Raises ``ValueError`` where the folder is of no known kind, holds pickled weights, or has damaged or unsafe files,
-    ``FileNotFoundError`` where files are missing.
+    Whether every element of every tensor is in exactly one file is checked; what is not right is in `problems`.
+    Raises `ValueError` where the folder is of no known kind, holds pickled weights, or has damaged or unsafe files,
+    `FileNotFoundError` where files are missing.
     """
     folder = Path(path).absolute()
     if not folder.is_dir():
@@ -180,7 +180,7 @@ def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inve
 
 
 def step_folder(folder: Path) -> Path | None:
-    """The step of ours that ``folder`` is, or is the model of; the manifest knows which shards belong together."""
+    """The step of ours that `folder` is, or is the model of; the manifest knows which shards belong together."""
     places = (folder, folder.parent) if folder.name == "model" else (folder,)
     return next((place for place in places if os.path.lexists(place / MANIFEST) and _is_step(place)), None)
 

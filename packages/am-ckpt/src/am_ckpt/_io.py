@@ -43,7 +43,7 @@ _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS}
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
-    """xxh3-128 of ``data``, 32 hexadecimal digits."""
+    """xxh3-128 of `data`, 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -62,9 +62,9 @@ def file_digest(path: Path) -> str:
 
 
 def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
-    """A descriptor of a regular file; a symbolic link, FIFO or device raises ``ValueError`` instead of being followed.
+    """A descriptor of a regular file; a symbolic link, FIFO or device raises `ValueError` instead of being followed.
 
-    ``follow_symlinks=True`` is for folders in the layout of the Hugging Face cache, whose files are links.
+    `follow_symlinks=True` is for folders in the layout of the Hugging Face cache, whose files are links.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     if not follow_symlinks:
@@ -84,7 +84,7 @@ def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
 
 
 def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, path: Path) -> None:
-    """Fill ``buffer`` from byte ``offset`` of the file; raises ``ValueError`` where the file ends before."""
+    """Fill `buffer` from byte `offset` of the file; raises `ValueError` where the file ends before."""
     view = memoryview(buffer)
     done = 0
     while done < len(view):
@@ -103,7 +103,7 @@ def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, p
 def write_all(
     descriptor: int, data: bytes | bytearray | memoryview, offset: int, path: str | Path | None = None
 ) -> None:
-    """Write every byte of ``data`` at ``offset``, absorbing short writes. ``path``: for errors that no caller names."""
+    """Write every byte of `data` at `offset`, absorbing short writes. `path`: for errors that no caller names."""
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -114,7 +114,7 @@ def write_all(
 
 
 def create(path: Path, size: int) -> int:
-    """Create ``path`` exclusively and reserve ``size`` bytes where the file system can; returns the descriptor."""
+    """Create `path` exclusively and reserve `size` bytes where the file system can; returns the descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         if size and sys.platform == "linux":
@@ -138,7 +138,7 @@ def _with_path(error: OSError, path: str | Path | None) -> OSError:
 
 @contextlib.contextmanager
 def new_file(path: Path, size: int) -> Iterator[int]:
-    """The descriptor of a new file with room for ``size`` bytes; fsynced and closed afterwards, errors name it."""
+    """The descriptor of a new file with room for `size` bytes; fsynced and closed afterwards, errors name it."""
     with _synced(create(path, size), path) as descriptor:
         yield descriptor
 
@@ -185,7 +185,7 @@ class BlockDigests:
 
 
 def block_digests(path: Path, begin: int) -> list[str]:
-    """xxh3-128 of every 16 MiB of a file from byte ``begin`` on."""
+    """xxh3-128 of every 16 MiB of a file from byte `begin` on."""
     digests = BlockDigests()
     buffer = memoryview(bytearray(PIECE_BYTES))
     descriptor = open_for_reading(path)
@@ -201,9 +201,9 @@ def block_digests(path: Path, begin: int) -> list[str]:
 
 
 def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview]) -> dict[str, Any]:
-    """Write ``header`` and then ``blocks`` to a new file of ``size`` bytes in all, fsync it, and return its record.
+    """Write `header` and then `blocks` to a new file of `size` bytes in all, fsync it, and return its record.
 
-    The record: ``bytes``, ``header_xxh3_128``, and ``blocks_xxh3_128`` of every 16 MiB after the header. The header
+    The record: `bytes`, `header_xxh3_128`, and `blocks_xxh3_128` of every 16 MiB after the header. The header
     names the save, so only the latter are equal for equal content.
     """
     digests = BlockDigests()
@@ -222,14 +222,14 @@ def write_file(path: Path, header: bytes, size: int, blocks: Iterable[memoryview
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a small new file durably; returns its record (``bytes``, ``xxh3_128``)."""
+    """Write a small new file durably; returns its record (`bytes`, `xxh3_128`)."""
     with new_file(path, len(content)) as descriptor:
         write_all(descriptor, content, 0)
     return {"bytes": len(content), "xxh3_128": digest(content)}
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names inside ``path`` durable."""
+    """Make the names inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -238,7 +238,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def require_space(directory: Path, planned_bytes: int) -> None:
-    """Raise ``OSError(ENOSPC)`` unless the file system holds ``planned_bytes`` plus 2 %."""
+    """Raise `OSError(ENOSPC)` unless the file system holds `planned_bytes` plus 2 %."""
     needed = planned_bytes + planned_bytes // 50
     information = os.statvfs(directory)
     free = information.f_bavail * information.f_frsize
@@ -253,7 +253,7 @@ def require_space(directory: Path, planned_bytes: int) -> None:
 
 
 def point(link: Path, target: str) -> None:
-    """Make ``link`` a relative symbolic link to ``target``, replacing an older link atomically."""
+    """Make `link` a relative symbolic link to `target`, replacing an older link atomically."""
     # One name, so that what a crash leaves here is taken away by the next call.
     temporary = link.with_name(f".{link.name}-new")
     temporary.unlink(missing_ok=True)
@@ -294,10 +294,10 @@ def is_filled(path: Path) -> bool:
 
 
 def publish_folder(folder: Path, target: Path) -> None:
-    """Give ``folder`` the name ``target``. What is there, if anything, gets the name ``folder``.
+    """Give `folder` the name `target`. What is there, if anything, gets the name `folder`.
 
-    Where the system cannot exchange folders there is a moment without ``target``; :func:`put_back` then ends what a
-    kill or a power cut has cut short, an error is undone here. For the one process that writes ``target``. Without
+    Where the system cannot exchange folders there is a moment without `target`; `put_back` then ends what a
+    kill or a power cut has cut short, an error is undone here. For the one process that writes `target`. Without
     hard links either, a power cut needs a file system that keeps a rename whole.
     """
     if not is_filled(target):
@@ -336,7 +336,7 @@ def _link_tree(folder: Path, copy: Path) -> None:
 
 
 def put_back(target: Path) -> None:
-    """Undo a :func:`publish_folder` that was killed on its way. For the one process that writes ``target``."""
+    """Undo a `publish_folder` that was killed on its way. For the one process that writes `target`."""
     aside = _aside(target)
     if not aside.exists():
         return
@@ -349,7 +349,7 @@ def put_back(target: Path) -> None:
 
 
 def was_cut_short(target: Path) -> bool:
-    """Whether there is something for :func:`put_back` to do."""
+    """Whether there is something for `put_back` to do."""
     return _aside(target).exists()
 
 
@@ -408,9 +408,9 @@ def own_lease() -> dict[str, Any]:
 
 
 def lease_state(path: Path) -> str:
-    """``dead``, ``alive`` or ``unknown`` (another machine or container) for the writer named in a lease file.
+    """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
 
-    A missing or half-written lease is ``unknown`` during its first minute, then ``dead``: the writer died before it
+    A missing or half-written lease is `unknown` during its first minute, then `dead`: the writer died before it
     could sign.
     """
     own = own_lease()

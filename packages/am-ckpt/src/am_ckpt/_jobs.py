@@ -1,7 +1,7 @@
 """What is to be copied, planned before a byte is: tensors of output files, and the jobs that fill them.
 
 All of it is arrays, since a checkpoint may have millions of parts; a job becomes an object when it is run. Long runs in
-both places are ranges, and ranges that meet are one; everything else is put together in tiles: see ``_copy``.
+both places are ranges, and ranges that meet are one; everything else is put together in tiles: see `_copy`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_RANGE_BYTES = 64 * 2**20
 
 @dataclass(slots=True)
 class Output:
-    """One tensor of the result: ``source`` as ``dtype``, from byte ``begin`` of output file ``file``."""
+    """One tensor of the result: `source` as `dtype`, from byte `begin` of output file `file`."""
 
     name: str
     file: str
@@ -47,7 +47,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Range:
-    """``count`` bytes from ``begin`` of ``path`` to ``target`` of output file ``file``."""
+    """`count` bytes from `begin` of `path` to `target` of output file `file`."""
 
     path: Path
     begin: int
@@ -88,8 +88,8 @@ _Columns = tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray, numpy.ndarray, num
 class Jobs(Sequence[Job]):
     """All copies, in the order of the outputs, as columns; objects are made of those that are asked for.
 
-    ``output``: index into ``outputs``; ``path``: index into ``paths``, -1 for tiles; ``begin``, ``target``,
-    ``num_bytes``: as in :class:`Range`, but that tiles begin that many bytes after their output does.
+    `output`: index into `outputs`; `path`: index into `paths`, -1 for tiles; `begin`, `target`,
+    `num_bytes`: as in `Range`, but that tiles begin that many bytes after their output does.
     """
 
     outputs: Sequence[Output]
@@ -162,7 +162,7 @@ def plan_jobs(outputs: Sequence[Output]) -> Jobs:
 
 
 def _group_jobs(group: Group, outputs: list[Output], numbers: numpy.ndarray) -> Iterator[_Columns]:
-    """Ranges, of any length, and tiles of outputs whose parts are in one table; ``numbers``: of its paths."""
+    """Ranges, of any length, and tiles of outputs whose parts are in one table; `numbers`: of its paths."""
     table, owner = group.table, group.owner
     item = numpy.array([ITEM_BYTES[output.source.dtype] for output in outputs], numpy.int64)
     out_item = numpy.array([ITEM_BYTES[output.dtype] for output in outputs], numpy.int64)
@@ -170,7 +170,7 @@ def _group_jobs(group: Group, outputs: list[Output], numbers: numpy.ndarray) -> 
     strides = row_major_strides(size) if table.strides is None else table.strides[group.rows]
     strides = strides * item[owner, None]
     targets = (row_major_strides(group.shapes) * out_item[:, None])[owner]
-    # Of each part, the trailing dims that are contiguous in both places form a run; ``outer`` dims are left.
+    # Of each part, the trailing dims that are contiguous in both places form a run; `outer` dims are left.
     run, outer = item[owner], numpy.full(len(owner), size.shape[1])
     alike = numpy.ones(len(owner), bool)
     for dim in reversed(range(size.shape[1])):
@@ -200,7 +200,7 @@ def _group_jobs(group: Group, outputs: list[Output], numbers: numpy.ndarray) -> 
 
 
 def _tiles(group: Group, tiled: numpy.ndarray, item: numpy.ndarray, out_item: numpy.ndarray) -> _Columns:
-    """The tiles of the outputs that are ``tiled``."""
+    """The tiles of the outputs that are `tiled`."""
     elements = group.shapes.prod(axis=1)
     # Nearly all tensors are one tile, and there may be many.
     small = numpy.flatnonzero(tiled & (elements > 0) & (elements * item <= TILE_BYTES))
@@ -217,7 +217,7 @@ def _tiles(group: Group, tiled: numpy.ndarray, item: numpy.ndarray, out_item: nu
 
 
 def _cut(shape: Shape, limit: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """First elements, and their numbers, of contiguous boxes of at most ``limit`` elements that tile a tensor."""
+    """First elements, and their numbers, of contiguous boxes of at most `limit` elements that tile a tensor."""
     dim, inner = 0, element_count(shape[1:])
     while inner > limit:
         dim += 1
@@ -228,14 +228,14 @@ def _cut(shape: Shape, limit: int) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _block(shape: Shape, first: int, count: int) -> Box:
-    """The box of ``count`` elements from element ``first`` on."""
+    """The box of `count` elements from element `first` on."""
     strides = row_major(shape, 1)
     offset = tuple(first // stride % size for stride, size in zip(strides, shape, strict=True))
     return Box(offset, tuple(min(size, max(1, count // stride)) for stride, size in zip(strides, shape, strict=True)))
 
 
 def parts_of(record: Record, source: Source) -> Source:
-    """The published tensor of ``record``, in its own dims: where it is in the files of its parameter."""
+    """The published tensor of `record`, in its own dims: where it is in the files of its parameter."""
     rows, dropped = source.rows, dropped_dims(record, source.shape)
     if record.box.size == source.shape and not record.transpose and not dropped:
         return Source(source.dtype, source.shape, rows)

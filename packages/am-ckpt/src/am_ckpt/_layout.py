@@ -1,7 +1,7 @@
 """The folder of checkpoints: names, manifests, and which steps can be trusted.
 
-A step exists when ``step_000100/manifest.json`` is there, whole (it carries the digest of itself) and names files that
-are there with the sizes it says. The links ``latest`` and ``best`` are for people: nothing here reads them.
+A step exists when `step_000100/manifest.json` is there, whole (it carries the digest of itself) and names files that
+are there with the sizes it says. The links `latest` and `best` are for people: nothing here reads them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PART = re.compile(r"[\w.\-+ ]+")
 
 
 def step_name(step: int) -> str:
-    """``step_000100``."""
+    """`step_000100`."""
     return f"step_{step:06d}"
 
 
 def require_file_name(name: str, what: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is a plain file name: no folders, no ``..``, no control characters."""
+    """Raise `ValueError` unless `name` is a plain file name: no folders, no `..`, no control characters."""
     if not _PART.fullmatch(name) or name.startswith(".") or len(name) > 200:
         raise ValueError(
             f"{what} {name!r} is not a plain file name; use letters, digits, '.', '-', '_' and no leading dot"
@@ -53,7 +53,7 @@ def _text(manifest: dict[str, Any]) -> bytes:
 
 
 def read_file(path: Path, limit: int, *, follow_symlinks: bool = False) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes."""
+    """The content of a regular file of at most `limit` bytes."""
     descriptor = open_for_reading(path, follow_symlinks=follow_symlinks)
     try:
         size = os.fstat(descriptor).st_size
@@ -67,7 +67,7 @@ def read_file(path: Path, limit: int, *, follow_symlinks: bool = False) -> bytes
 
 
 def read_manifest(step: Path) -> dict[str, Any]:
-    """The manifest of a step folder; ``ValueError`` says what is wrong with it."""
+    """The manifest of a step folder; `ValueError` says what is wrong with it."""
     path = step / MANIFEST
     try:
         manifest = parse_json(read_file(path, _MAX_MANIFEST_BYTES), str(path))
@@ -99,7 +99,7 @@ def read_manifest(step: Path) -> dict[str, Any]:
 
 
 def read_complete(step: Path) -> dict[str, Any]:
-    """The manifest of ``step``, after checking that every file is there with its size; ``ValueError`` names one."""
+    """The manifest of `step`, after checking that every file is there with its size; `ValueError` names one."""
     manifest = read_manifest(step)
     for record in manifest["files"]:
         path = step / record["path"]
@@ -113,10 +113,10 @@ def read_complete(step: Path) -> dict[str, Any]:
 
 
 def check_step(step: Path) -> dict[str, Any]:
-    """The manifest of ``step``, after checking that the checkpoint is whole.
+    """The manifest of `step`, after checking that the checkpoint is whole.
 
     Every file must be there with its size, every safetensors header must have its digest and parse, and every file
-    that is not tensors of the model or an optimizer must have its digest. Raises ``ValueError`` naming the file.
+    that is not tensors of the model or an optimizer must have its digest. Raises `ValueError` naming the file.
     """
     manifest = read_complete(step)
     for record in manifest["files"]:
@@ -135,7 +135,7 @@ def check_step(step: Path) -> dict[str, Any]:
 def checked_header(path: Path, record: dict[str, Any], like: Header | None = None) -> Header:
     """The header of a safetensors file of a checkpoint, if it is the one that was written.
 
-    ``like``: a header that is likely to describe the same tensors.
+    `like`: a header that is likely to describe the same tensors.
     """
     header = read_header(path, like=like)
     if digest(header.text) != record["header_xxh3_128"]:

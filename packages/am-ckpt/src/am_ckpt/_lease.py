@@ -29,9 +29,9 @@ _held: set[Path] = set()
 
 
 def sign(folder: Path, *, held: bool) -> None:
-    """Sign the new staging folder ``folder``; a thread renews the signature until :func:`release`.
+    """Sign the new staging folder `folder`; a thread renews the signature until `release`.
 
-    ``held``: other writers of this process are kept out too. Give it where :func:`release` is sure to be called.
+    `held`: other writers of this process are kept out too. Give it where `release` is sure to be called.
     """
     released = _renewing[folder] = threading.Event()
     if held:
@@ -62,7 +62,7 @@ def release(folder: Path) -> None:
 def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
     """Remove unfinished deletes and the staging folders of dead writers; return the names of live writers' folders.
 
-    ``own`` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
+    `own` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
     minute, by the file system's clock, unless its signature is older than that.
     """
     alive = []
@@ -81,7 +81,7 @@ def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
 
 
 def _watch(theirs: Path, ours: Path) -> str:
-    """``alive`` once ``theirs`` is renewed, ``dead`` when it was not for long; ``unknown`` if it is not signed yet."""
+    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` if it is not signed yet."""
     try:
         signed = theirs.stat().st_mtime
         while True:

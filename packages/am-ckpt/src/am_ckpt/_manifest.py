@@ -80,7 +80,7 @@ _DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"header_xxh3_128", "boxes_x
 
 
 def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
-    """Raise ``ValueError`` unless every field has its type, ``UnsafeError`` where a path leads out of the step."""
+    """Raise `ValueError` unless every field has its type, `UnsafeError` where a path leads out of the step."""
     _require(manifest, _FIELDS, {"published", "dcp"}, where)
     seen: set[str] = set()
     for number, record in enumerate(manifest["files"]):

@@ -1,4 +1,4 @@
-"""How the tensors of published files relate to a module's parameters: records of ``load_hf``'s ``mapping``."""
+"""How the tensors of published files relate to a module's parameters: records of `load_hf`'s `mapping`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from am_ckpt._boxes import Box, Shape, require_exact_cover
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor of the files and the part of a parameter that it is: see :func:`load_hf`."""
+    """One tensor of the files and the part of a parameter that it is: see `load_hf`."""
 
     file: str
     parameter: str
@@ -39,13 +39,13 @@ def without_ones(shape: Shape) -> Shape:
 
 
 def dropped_dims(record: Record, parameter_shape: Shape) -> list[int]:
-    """Dims of ``file_shape`` that the published tensor lacks: one index of several (experts are stored one by one)."""
+    """Dims of `file_shape` that the published tensor lacks: one index of several (experts are stored one by one)."""
     sizes = zip(record.file_shape, record.in_file(parameter_shape), strict=True)
     return [dim for dim, (size, total) in enumerate(sizes) if size == 1 and total != 1]
 
 
 def output_shape(record: Record, parameter_shape: Shape) -> Shape:
-    """The shape of the published tensor that is written for ``record``."""
+    """The shape of the published tensor that is written for `record`."""
     dropped = dropped_dims(record, parameter_shape)
     return tuple(size for dim, size in enumerate(record.file_shape) if dim not in dropped)
 
@@ -53,7 +53,7 @@ def output_shape(record: Record, parameter_shape: Shape) -> Shape:
 def records_by_parameter(
     mapping: Sequence[Mapping[str, Any]] | None, shapes: Mapping[str, Shape]
 ) -> dict[str, list[Record]]:
-    """The mapping's records of the parameters in ``shapes``; ``ValueError`` where they do not tile a parameter."""
+    """The mapping's records of the parameters in `shapes`; `ValueError` where they do not tile a parameter."""
     records: dict[str, list[Record]] = {}
     for item in mapping or ():
         if set(item) != {"file", "parameter", "slice", "transpose"}:
@@ -77,7 +77,7 @@ def _record(item: Mapping[str, Any], shape: Shape) -> Record:
 
 
 def _is_range(value: Any, size: int) -> bool:
-    """Whether ``value`` is None (all of a dim) or first and last + 1 of some of its ``size`` indices."""
+    """Whether `value` is None (all of a dim) or first and last + 1 of some of its `size` indices."""
     if value is None:
         return True
     pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)

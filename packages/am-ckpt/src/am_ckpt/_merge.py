@@ -45,7 +45,7 @@ _NUMBERS = re.compile(r"(\d{1,18})", re.ASCII)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: ``num_bytes`` of tensors, ``resumed_bytes`` of them from the run before, wall ``seconds``."""
+    """What a merge did: `num_bytes` of tensors, `resumed_bytes` of them from the run before, wall `seconds`."""
 
     source: str
     kind: str
@@ -58,7 +58,7 @@ class MergeReport:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``json.dumps``."""
+        """Plain data for `json.dumps`."""
         return asdict(self)
 
 
@@ -77,26 +77,26 @@ def merge(
     digest: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write the model of checkpoint ``source`` as the Hugging Face folder ``destination``; one process, no collective.
+    """Write the model of checkpoint `source` as the Hugging Face folder `destination`; one process, no collective.
 
-    ``source``: any folder that :func:`inspect` recognises; it is only read. Weights go to ``model.safetensors``, or to
-    files of at most ``max_shard_size`` (bytes, or ``"5GB"``) with an index; an adapter stays one file. A mapping stored
+    `source`: any folder that `inspect` recognises; it is only read. Weights go to `model.safetensors`, or to
+    files of at most `max_shard_size` (bytes, or `"5GB"`) with an index; an adapter stays one file. A mapping stored
     in the checkpoint is applied, a tied head that equals its embedding is written once.
 
-    ``like``: a folder whose config, tokenizer, chat template and code are carried along, before those of the source;
-    weights in it are compared by name and shape. ``dtype``: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for the
+    `like`: a folder whose config, tokenizer, chat template and code are carried along, before those of the source;
+    weights in it are compared by name and shape. `dtype`: `"float32"`, `"bfloat16"` or `"float16"` for the
     floating-point tensors of 16 bits and more (config.json is changed accordingly); default: as stored.
-    ``section``: see :func:`inspect`. ``threads``: default the number of cores, at most 8.
+    `section`: see `inspect`. `threads`: default the number of cores, at most 8.
 
-    The destination appears complete or not at all; an existing one raises ``FileExistsError``, unless ``overwrite`` and
-    it holds nothing but a model's files. After an interruption ``resume`` goes on where the last merge to the
-    destination stopped; if source or arguments have changed since, it starts from zero and says so. ``fsync=False``
-    does not wait for the disk: a power cut may then lose the result, and nothing can be resumed. ``digest`` hashes what
-    is written and adds ``am_ckpt_digests.json``, by which :func:`verify` finds a flipped bit wherever the folder goes.
-    ``progress(done, total)`` is called with numbers of bytes, from several threads.
+    The destination appears complete or not at all; an existing one raises `FileExistsError`, unless `overwrite` and
+    it holds nothing but a model's files. After an interruption `resume` goes on where the last merge to the
+    destination stopped; if source or arguments have changed since, it starts from zero and says so. `fsync=False`
+    does not wait for the disk: a power cut may then lose the result, and nothing can be resumed. `digest` hashes what
+    is written and adds `am_ckpt_digests.json`, by which `verify` finds a flipped bit wherever the folder goes.
+    `progress(done, total)` is called with numbers of bytes, from several threads.
 
-    Memory: headers, and less than 8 MiB a thread. Raises ``ValueError`` where parts are missing, overlapping, damaged
-    or unsafe, ``FileNotFoundError`` where files are, ``OSError`` where reading or writing fails.
+    Memory: headers, and less than 8 MiB a thread. Raises `ValueError` where parts are missing, overlapping, damaged
+    or unsafe, `FileNotFoundError` where files are, `OSError` where reading or writing fails.
     """
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:
@@ -238,7 +238,7 @@ class _Plan:
             self.notes.append(f"{HEAD} is tied and equals {embedding}: written once")
 
     def _compare(self, like: Path, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Compare names and shapes with the weights in ``like``, where it has any."""
+        """Compare names and shapes with the weights in `like`, where it has any."""
         if (like / ADAPTER).is_file() and self.inventory.adapter:
             theirs = whole_sources(like / ADAPTER, read_header(like / ADAPTER, follow_symlinks=True))
         elif (like / INDEX).is_file() or (like / SINGLE).is_file():

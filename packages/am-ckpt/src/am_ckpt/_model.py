@@ -20,7 +20,7 @@ from am_ckpt._names import WRAPPERS
 
 @dataclass
 class Place:
-    """One name of a tensor: ``module`` holds it as attribute ``key``; ``name`` is the full name."""
+    """One name of a tensor: `module` holds it as attribute `key`; `name` is the full name."""
 
     name: str
     module: nn.Module
@@ -46,7 +46,7 @@ class Stored:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, or ``model``."""
+    """The module inside DistributedDataParallel, or `model`."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
@@ -90,7 +90,7 @@ def stored_tensors(model: nn.Module) -> list[Stored]:
 
 
 def extra_states(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that have state of their own kind (``get_extra_state``), by the names that it has in state dicts."""
+    """The modules that have state of their own kind (`get_extra_state`), by the names that it has in state dicts."""
     return {
         ".".join([*_bare(prefix), "_extra_state"]): module
         for prefix, module in unwrap(model).named_modules()
@@ -99,7 +99,7 @@ def extra_states(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def mesh_axes(tensors: list[torch.Tensor]) -> dict[str, int]:
-    """Names and sizes of the device mesh axes over which ``tensors`` are laid out."""
+    """Names and sizes of the device mesh axes over which `tensors` are laid out."""
     axes: dict[str, int] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):

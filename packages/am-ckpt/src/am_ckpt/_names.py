@@ -27,7 +27,7 @@ _NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn
 def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
 
-    What :func:`save_hf` copies from ``files_from``; also fit for ``Checkpointer(files=)``.
+    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`.
     """
     found = {}
     for path in sorted(Path(folder).iterdir()):
@@ -38,7 +38,7 @@ def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def byte_count(size: int | str) -> int:
-    """Bytes in ``size``: a number, or text such as ``"5GB"`` (decimal) or ``"5GiB"``."""
+    """Bytes in `size`: a number, or text such as `"5GB"` (decimal) or `"5GiB"`."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size)
@@ -48,7 +48,7 @@ def byte_count(size: int | str) -> int:
 
 
 def weight_index(headers: Mapping[str, Header]) -> bytes:
-    """The content of ``model.safetensors.index.json`` for weight files with these headers."""
+    """The content of `model.safetensors.index.json` for weight files with these headers."""
     size = sum(header.file_bytes - header.data_start for header in headers.values())
     home = {tensor: name for name, header in headers.items() for tensor in header.columns.names}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
@@ -58,9 +58,9 @@ def weight_index(headers: Mapping[str, Header]) -> bytes:
 def weight_files(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int
 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
-    """Distribute ``tensors`` (name -> dtype and shape), in order, to files of at most ``max_shard_bytes`` of data.
+    """Distribute `tensors` (name -> dtype and shape), in order, to files of at most `max_shard_bytes` of data.
 
-    A larger tensor gets a file of its own. Names are transformers': one file, or ``model-00001-of-00003.safetensors``.
+    A larger tensor gets a file of its own. Names are transformers': one file, or `model-00001-of-00003.safetensors`.
     """
     groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     used = 0

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 def named_groups(entry: str, optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
-    """Parameter names of each group; ``names`` maps ``id(parameter)`` to its name in the model."""
+    """Parameter names of each group; `names` maps `id(parameter)` to its name in the model."""
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -48,7 +48,7 @@ def joined_groups(entry: str, ranks: Sequence[list[list[str]]]) -> list[list[str
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What of an optimizer is no tensor of a parameter: ``values`` by parameter name and slot."""
+    """What of an optimizer is no tensor of a parameter: `values` by parameter name and slot."""
 
     type: str
     groups: list[list[str]]
@@ -59,7 +59,7 @@ class OptimizerState:
 def optimizer_contents(
     entry: str, optimizer: Optimizer, names: Mapping[int, str]
 ) -> tuple[dict[str, torch.Tensor], OptimizerState]:
-    """Tensors by ``<slot>/<parameter name>``, and everything else."""
+    """Tensors by `<slot>/<parameter name>`, and everything else."""
     groups = named_groups(entry, optimizer, names)
     options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     tensors: dict[str, torch.Tensor] = {}
@@ -88,9 +88,9 @@ def optimizer_contents(
 def match_groups(
     entry: str, optimizer: Optimizer, groups: Sequence[list[str]], saved: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """For each group of ``optimizer``, the options of the saved group with the same parameters, on all ranks together.
+    """For each group of `optimizer`, the options of the saved group with the same parameters, on all ranks together.
 
-    Raises ``ValueError`` where the type or the grouping differs.
+    Raises `ValueError` where the type or the grouping differs.
     """
     if saved["type"] != type(optimizer).__name__:
         raise ValueError(f"state[{entry!r}] is {type(optimizer).__name__}, the checkpoint holds {saved['type']}")
@@ -116,8 +116,8 @@ def new_slot(
 ) -> torch.Tensor:
     """An uninitialised tensor for a slot that the optimizer has not made yet, laid out as torch would.
 
-    A slot of the parameter's shape is sharded and placed like it. Any other (``step`` above all) is a plain tensor: on
-    the CPU, or on the parameter's device where the options say ``capturable`` or ``fused``.
+    A slot of the parameter's shape is sharded and placed like it. Any other (`step` above all) is a plain tensor: on
+    the CPU, or on the parameter's device where the options say `capturable` or `fused`.
     """
     if slot != "step" and shape == tuple(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)

@@ -60,7 +60,7 @@ _MAX_DIMS = 64
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows ``allowed`` globals and no other. The Python class: the C one allocates what a memo index claims."""
+    """Knows `allowed` globals and no other. The Python class: the C one allocates what a memo index claims."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
@@ -101,7 +101,7 @@ def _refuse(self: Any) -> None:
 
 
 def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """The step of an unpickler that makes a tuple, held to ``_MAX_TUPLE``."""
+    """The step of an unpickler that makes a tuple, held to `_MAX_TUPLE`."""
 
     def load_tuple(self: Any) -> None:
         load(self)
@@ -125,9 +125,9 @@ for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
 
 
 def unpickle(content: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> Any:
-    """What a pickle describes, of ``allowed`` globals, (module, name) -> stand-in; a persistent id stands for itself.
+    """What a pickle describes, of `allowed` globals, (module, name) -> stand-in; a persistent id stands for itself.
 
-    Raises :class:`UnsafeError` for any other global, ``ValueError`` where it is damaged.
+    Raises `UnsafeError` for any other global, `ValueError` where it is damaged.
     """
     try:
         return _Unpickler(content, allowed, where).load()
@@ -157,12 +157,12 @@ def unused(*values: Any) -> str:
 
 
 def ordered_dict() -> OrderedDict[Any, Any]:
-    """Stand-in for ``OrderedDict``, which is pickled empty and then filled: a copy could be made by a few bytes."""
+    """Stand-in for `OrderedDict`, which is pickled empty and then filled: a copy could be made by a few bytes."""
     return OrderedDict()
 
 
 def torch_size(values: Any = ()) -> Shape:
-    """Stand-in for ``torch.Size``."""
+    """Stand-in for `torch.Size`."""
     if not is_shape(tuple(values)):
         raise ValueError("a torch.Size that no tensor has")
     return tuple(values)

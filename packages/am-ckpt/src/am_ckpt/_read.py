@@ -26,7 +26,7 @@ from am_ckpt._sources import Source
 
 
 def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
-    """Raise ``ValueError`` unless the chunks hold every element of ``boxes`` exactly once."""
+    """Raise `ValueError` unless the chunks hold every element of `boxes` exactly once."""
     for box in boxes:
         chunks = source.rows.chunks_in(box)
         parts = [part for chunk in chunks if (part := chunk.box.intersect(box)) is not None]
@@ -48,7 +48,7 @@ class _OwnBuffers(threading.local):
 
 
 class Reader:
-    """Open files of one load; ``follow_symlinks`` for folders of the Hugging Face cache. Close it after use.
+    """Open files of one load; `follow_symlinks` for folders of the Hugging Face cache. Close it after use.
 
     Threads may read at the same time.
     """
@@ -73,7 +73,7 @@ class Reader:
         self._stale.clear()
 
     def read_all(self, wanted: Iterable[tuple[Source, Piece]]) -> None:
-        """:meth:`read` many pieces, in the order of files, on the cores that the ranks of this machine leave.
+        """`read` many pieces, in the order of files, on the cores that the ranks of this machine leave.
 
         Cut small, so that a large tensor is not left to one thread.
         """
@@ -102,7 +102,7 @@ class Reader:
                 raise
 
     def read(self, source: Source, piece: Piece) -> None:
-        """Fill ``piece.values`` with the box of ``source``; values are cast to their dtype block by block."""
+        """Fill `piece.values` with the box of `source`; values are cast to their dtype block by block."""
         dtype = DTYPES[source.dtype]
         target = piece.values
         if target.dtype == dtype and is_direct(target):

@@ -47,19 +47,19 @@ def reshard(
     fsync: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write the tensors of checkpoint ``source`` as one shard file a rank; one process, no collective.
+    """Write the tensors of checkpoint `source` as one shard file a rank; one process, no collective.
 
-    ``mesh``: ranks of each axis, ``{"dp": 4}`` or ``{"dp": 4, "tp": 2}``, outer first. Along ``tp`` a tensor is cut
-    on the dim that ``placements`` gives for its name (pattern -> dim, the first that matches, of an optimizer's tensors
-    by the name of their parameter), and is otherwise in the files of ``tp`` rank 0; along ``dp`` every part is then cut
-    on dim 0, as FSDP2 does. Pieces are those of ``torch.chunk``; ranks beyond them hold nothing of a tensor.
+    `mesh`: ranks of each axis, `{"dp": 4}` or `{"dp": 4, "tp": 2}`, outer first. Along `tp` a tensor is cut
+    on the dim that `placements` gives for its name (pattern -> dim, the first that matches, of an optimizer's tensors
+    by the name of their parameter), and is otherwise in the files of `tp` rank 0; along `dp` every part is then cut
+    on dim 0, as FSDP2 does. Pieces are those of `torch.chunk`; ranks beyond them hold nothing of a tensor.
 
     A step of the Checkpointer becomes such a step, with model, optimizer and state, whose digests are those of a source
-    that was found undamaged; it can take the place of the old one. Any other kind, and a step with ``model_only``,
+    that was found undamaged; it can take the place of the old one. Any other kind, and a step with `model_only`,
     becomes a folder of shards as torch's Hugging Face writer names them, with the model alone, under the names of the
-    step's files (published ones where ``layout="direct"`` has applied a mapping). The destination must
-    not exist; it appears complete or not at all. ``section``, ``threads``, ``resume``, ``fsync``, ``progress`` and
-    errors: see :func:`merge`.
+    step's files (published ones where `layout="direct"` has applied a mapping). The destination must
+    not exist; it appears complete or not at all. `section`, `threads`, `resume`, `fsync`, `progress` and
+    errors: see `merge`.
     """
     started = time.monotonic()
     dp, tp = _ranks(mesh)
@@ -116,7 +116,7 @@ class _Layout:
         return self.dp * self.tp
 
     def boxes(self, name: str, shape: Shape) -> Iterator[tuple[int, Box]]:
-        """(rank, box) of every rank that holds some of a tensor; ``name``: for ``placements``, none if it is empty."""
+        """(rank, box) of every rank that holds some of a tensor; `name`: for `placements`, none if it is empty."""
         dim = next((dim for pattern, dim in self.placements.items() if name and fnmatchcase(name, pattern)), None)
         whole = Box((0,) * len(shape), shape)
         columns = [whole]
@@ -134,7 +134,7 @@ class _Layout:
 
 
 def _chunks(box: Box, dim: int, count: int) -> Iterator[Box]:
-    """The pieces of ``torch.chunk``: equal but for the last, and fewer than ``count`` where there are too few rows."""
+    """The pieces of `torch.chunk`: equal but for the last, and fewer than `count` where there are too few rows."""
     step = -(-box.size[dim] // count)
     for start in range(0, box.size[dim], step):
         offset, size = list(box.offset), list(box.size)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from am_ckpt._boxes import Box, row_major
 from am_ckpt._codec import decode
-from am_ckpt._contents import MODEL, parameter_names, require_entries
+from am_ckpt._contents import MODEL, Adapter, parameter_names, require_entries
 from am_ckpt._format import parse_json
 from am_ckpt._inventory import inspect
 from am_ckpt._layout import checked_header, read_file, read_manifest
@@ -31,7 +31,7 @@ _MAX_STATE_BYTES = 2**30
 
 
 def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> int:
-    """Load the checkpoint ``folder`` into ``state`` and return its step; see :meth:`Checkpointer.load`. Collective."""
+    """Load the checkpoint `folder` into `state` and return its step; see `Checkpointer.load`. Collective."""
     with Reader() as reader:
         # A rank that is a stage of a pipeline has some of the model.
         names = agree(f"{folder} was not loaded, nothing was changed", lambda: _names(state))
@@ -68,7 +68,7 @@ def _names(state: Mapping[str, Any]) -> _Names:
 
 
 class _Step:
-    """One checkpoint folder opened for loading; ``names`` are those of every rank."""
+    """One checkpoint folder opened for loading; `names` are those of every rank."""
 
     def __init__(self, folder: Path, reader: Reader, names: Sequence[_Names]) -> None:
         self._folder = folder
@@ -84,7 +84,7 @@ class _Step:
         return int(self._manifest["step"])
 
     def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
-        """Compare ``state`` with the checkpoint and return what must be done, in order."""
+        """Compare `state` with the checkpoint and return what must be done, in order."""
         self._manifest = read_manifest(self._folder)
         self._records = {record["path"]: record for record in self._manifest["files"]}
         self._sections = inspect(self._folder).sections
@@ -168,7 +168,7 @@ class _Step:
 
         return load
 
-    def _adapter(self, model: Any) -> Callable[[], None]:
+    def _adapter(self, model: Adapter) -> Callable[[], None]:
         if self._manifest["model"] != "adapter":
             raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
         path = self._folder / "model" / ADAPTER
@@ -226,7 +226,7 @@ class _Step:
 
 
 def module_sources(manifest: Mapping[str, Any], sources: dict[str, Source]) -> dict[str, Source]:
-    """A step's ``sources``, by the names that they have in the module if a mapping was applied to them."""
+    """A step's `sources`, by the names that they have in the module if a mapping was applied to them."""
     if "published" not in manifest:
         return sources
     parameters = manifest["published"]["parameters"]
@@ -241,7 +241,7 @@ def module_sources(manifest: Mapping[str, Any], sources: dict[str, Source]) -> d
 
 
 def read_state(folder: Path, records: Mapping[str, dict[str, Any]], entry: str, reader: Reader) -> Any:
-    """The decoded state of an entry; ``records`` by path. The digests of its files are checked by ``check_step``."""
+    """The decoded state of an entry; `records` by path. The digests of its files are checked by `check_step`."""
     tensors: dict[str, torch.Tensor] = {}
     path = folder / "state" / f"{entry}.safetensors"
     if f"state/{path.name}" in records:
@@ -287,7 +287,7 @@ def _load_state(value: Any, data: Any) -> Callable[[], None]:
 
 
 def _readable(name: str, source: Source, tensor: torch.Tensor) -> list[Piece]:
-    """This rank's pieces of ``tensor``, after checking that the source holds each of them completely."""
+    """This rank's pieces of `tensor`, after checking that the source holds each of them completely."""
     parts = pieces(tensor, name)
     require_readable(name, source, [piece.box for piece in parts])
     return parts
@@ -303,7 +303,7 @@ def _shape_difference(name: str, source: Source, tensor: torch.Tensor) -> list[s
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """`` (nearest: other)``, or nothing where no candidate is similar."""
+    """` (nearest: other)`, or nothing where no candidate is similar."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f" (nearest: {close[0]})" if close else ""
 

@@ -14,7 +14,7 @@ from am_ckpt._layout import Best, rank_best, read_complete, step_name, steps
 
 @dataclass(frozen=True)
 class Keep:
-    """The newest ``last``, every multiple of ``every``, the best by a metric; all steps where all three are None."""
+    """The newest `last`, every multiple of `every`, the best by a metric; all steps where all three are None."""
 
     last: int | None
     every: int | None
@@ -43,7 +43,7 @@ def pin_path(directory: Path, step: int) -> Path:
 
 
 def manifests_of(directory: Path, read: Callable[[Path], dict[str, Any]] = read_complete) -> dict[int, dict[str, Any]]:
-    """Manifests of the steps that ``read`` accepts (default: those whose files are all there), newest first."""
+    """Manifests of the steps that `read` accepts (default: those whose files are all there), newest first."""
     manifests = {}
     for step, path in steps(directory):
         try:
@@ -55,9 +55,9 @@ def manifests_of(directory: Path, read: Callable[[Path], dict[str, Any]] = read_
 
 
 def tidy(directory: Path, keep: Keep, saved: int) -> None:
-    """Point ``latest`` and ``best``, then delete the complete steps that nothing keeps.
+    """Point `latest` and `best`, then delete the complete steps that nothing keeps.
 
-    ``saved``, just committed, stays. What goes wrong here is a warning: the step is saved.
+    `saved`, just committed, stays. What goes wrong here is a warning: the step is saved.
     """
     try:
         manifests = manifests_of(directory)

@@ -52,7 +52,7 @@ class TensorFile:
     boxes: Mapping[str, Mapping[str, list[int]]] | None = None
 
     def write(self, folder: Path, give_up: Callable[[], None]) -> dict[str, Any]:
-        """Write the file durably; its record. ``give_up`` is called between tensors, and may raise."""
+        """Write the file durably; its record. `give_up` is called between tensors, and may raise."""
         metadata = self.metadata
         if self.boxes is not None:
             # Read by torch's HuggingFaceStorageReader; torch ignores global_shape.
@@ -61,14 +61,14 @@ class TensorFile:
         return write_file(folder / self.path, header.text, header.file_bytes, self._blocks(header, give_up))
 
     def digests(self) -> dict[str, Any]:
-        """``blocks_xxh3_128`` of the record, which alone is equal for equal content."""
+        """`blocks_xxh3_128` of the record, which alone is equal for equal content."""
         digests = BlockDigests()
         for block in self._blocks(self._header({}), lambda: None):
             digests.update(block)
         return {"blocks_xxh3_128": digests.hexdigests()}
 
     def copied(self, copies: Iterator[torch.Tensor]) -> TensorFile:
-        """The same file with the next of ``copies`` for each of its tensors."""
+        """The same file with the next of `copies` for each of its tensors."""
         return replace(self, tensors={name: next(copies) for name in self.tensors})
 
     def _header(self, metadata: Mapping[str, str]) -> Header:
@@ -91,9 +91,9 @@ def file_metadata(save_id: str, rank: int, size: int) -> dict[str, str]:
 class Job:
     """What one rank writes of a step, and what rank 0 publishes: nothing in it changes while training goes on.
 
-    ``headers``: of the files that ranks write together, by name in ``model/``; rank 0 makes them. ``texts``: other
-    files of this rank by path; ``manifest``: all of it but the files, on rank 0.
-    ``timeout``: seconds that ranks wait for each other. ``stop`` is set to give up.
+    `headers`: of the files that ranks write together, by name in `model/`; rank 0 makes them. `texts`: other
+    files of this rank by path; `manifest`: all of it but the files, on rank 0.
+    `timeout`: seconds that ranks wait for each other. `stop` is set to give up.
     """
 
     directory: Path
@@ -122,9 +122,9 @@ class Job:
 
 
 def stage(job: Job, planned_bytes: int) -> None:
-    """Create the staging folder; ``OSError`` without room for it, ``RuntimeError`` beside another live writer.
+    """Create the staging folder; `OSError` without room for it, `RuntimeError` beside another live writer.
 
-    Rank 0 only. Ends in :func:`run`, or in :func:`discard` where it comes to nothing.
+    Rank 0 only. Ends in `run`, or in `discard` where it comes to nothing.
     """
     create_staging(job.staging, planned_bytes, STAGING, held=True)
     for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
@@ -133,9 +133,9 @@ def stage(job: Job, planned_bytes: int) -> None:
 
 
 def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool) -> None:
-    """Create and sign a folder for ``planned_bytes``, beside no live writer's whose name begins with ``prefix``.
+    """Create and sign a folder for `planned_bytes`, beside no live writer's whose name begins with `prefix`.
 
-    ``held``: see :func:`am_ckpt._lease.sign`.
+    `held`: see `am_ckpt._lease.sign`.
     """
     staging.parent.mkdir(parents=True, exist_ok=True)
     require_space(staging.parent, planned_bytes)
@@ -151,7 +151,7 @@ def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool
 def new_manifest(
     step: int, save_id: str, world_size: int, tensors: Mapping[str, Mapping[str, Any]], own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of a step without its files; ``own``: fields that are not as they are in the simplest one."""
+    """The manifest of a step without its files; `own`: fields that are not as they are in the simplest one."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -182,9 +182,9 @@ def discard(staging: Path) -> None:
 def run(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], None]) -> None:
     """Write this rank's files, and publish the step once all ranks have. Every rank calls it; all succeed or raise.
 
-    ``require_unchanged`` raises where the tensors were changed while they were written; ``tidy`` runs on rank 0 after
+    `require_unchanged` raises where the tensors were changed while they were written; `tidy` runs on rank 0 after
     the commit. Raises the same error on every rank that is alive: the first that rank 0 learns of, or a
-    ``TimeoutError`` naming the ranks that it heard nothing of.
+    `TimeoutError` naming the ranks that it heard nothing of.
     """
     if job.rank == 0:
         try:
@@ -273,7 +273,7 @@ def write_files(
     texts: Mapping[str, bytes],
     stop: threading.Event,
 ) -> list[dict[str, Any]]:
-    """Write the files of one rank into ``folder``, durably, and return their records."""
+    """Write the files of one rank into `folder`, durably, and return their records."""
 
     def give_up() -> None:
         if stop.is_set():
@@ -297,9 +297,9 @@ def join_records(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def seal_step(folder: Path, manifest: Mapping[str, Any], parts: list[dict[str, Any]]) -> None:
-    """Check that this process sees what all ranks wrote into ``folder``, and write the manifest.
+    """Check that this process sees what all ranks wrote into `folder`, and write the manifest.
 
-    ``parts``: the records of all ranks.
+    `parts`: the records of all ranks.
     """
     records = join_records(parts)
     for record in records:
@@ -360,7 +360,7 @@ def _gather(job: Job) -> dict[int, dict[str, Any]]:
 
 
 def _announce(job: Job, outcome: dict[str, Any], seconds: float) -> None:
-    """Tell the other ranks how the save ended, wait up to ``seconds`` until they know, remove the staging folder."""
+    """Tell the other ranks how the save ended, wait up to `seconds` until they know, remove the staging folder."""
     ranks = job.staging / "ranks"
     try:
         if job.size > 1:

@@ -1,4 +1,4 @@
-"""What shard files hold of which tensors, from their headers: ``DCP_SHARDING_INFO``, as torch's writers put it there.
+"""What shard files hold of which tensors, from their headers: `DCP_SHARDING_INFO`, as torch's writers put it there.
 
 All of it is arrays, since there may be millions of parts: a row a part, in the order of the files.
 """
@@ -28,8 +28,8 @@ def shard_sources(
 ) -> tuple[dict[str, Source], bool]:
     """The tensors of which shard files hold parts, by name; and whether all files say how large they are as a whole.
 
-    A file without ``DCP_SHARDING_INFO`` holds whole tensors. ``described``: dtype and shape of all tensors, where a
-    manifest says so; otherwise they are as large as what is there. Raises ``ValueError`` with file and tensor.
+    A file without `DCP_SHARDING_INFO` holds whole tensors. `described`: dtype and shape of all tensors, where a
+    manifest says so; otherwise they are as large as what is there. Raises `ValueError` with file and tensor.
     """
     paths: list[Path] = []
     numbers = {name: number for number, name in enumerate(described or ())}
@@ -101,7 +101,7 @@ def shard_sources(
 
 def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
     """Of each tensor of a file: its offset in the global one; the shape of that if it is said, else where it ends;
-    whether it is said. The first two as ``Columns.sizes``."""
+    whether it is said. The first two as `Columns.sizes`."""
     columns = header.columns
     count = len(columns.names)
     if "DCP_SHARDING_INFO" not in header.metadata:
@@ -127,9 +127,9 @@ def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, n
 
 
 def _kinds(text: str) -> tuple[list[Any], dict[str, int]] | None:
-    """The different entries of ``DCP_SHARDING_INFO``, and which of them each tensor has; each is parsed once.
+    """The different entries of `DCP_SHARDING_INFO`, and which of them each tensor has; each is parsed once.
 
-    None unless the text is as torch writes it: ``{"NAME": {ENTRY}, "NAME": {ENTRY}}``, without escapes.
+    None unless the text is as torch writes it: `{"NAME": {ENTRY}, "NAME": {ENTRY}}`, without escapes.
     """
     if "\\" in text or not text.startswith('{"') or not text.endswith("}}"):
         return None
@@ -154,7 +154,7 @@ def _kinds(text: str) -> tuple[list[Any], dict[str, int]] | None:
 
 
 def _rows(entries: list[Any], key: str, kind: numpy.ndarray, num_dims: numpy.ndarray) -> numpy.ndarray:
-    """What tensors of these kinds have under ``key``, one after the other; raises what any other thing there raises."""
+    """What tensors of these kinds have under `key`, one after the other; raises what any other thing there raises."""
     found = integers(list(map(itemgetter(key), entries)))
     if found is None or found[1].max(initial=0) >= _MAX_PLACE or (found[0][kind] != num_dims).any():
         raise ValueError(key)
@@ -166,7 +166,7 @@ def _rows(entries: list[Any], key: str, kind: numpy.ndarray, num_dims: numpy.nda
 def _places_one_by_one(
     path: Path, header: Header, entries: list[Any]
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """:func:`_places` where entries do not all say the same, or one is wrong."""
+    """`_places` where entries do not all say the same, or one is wrong."""
     offsets: list[int] = []
     ends: list[int] = []
     said = []

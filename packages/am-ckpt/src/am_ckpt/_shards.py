@@ -56,14 +56,14 @@ class Piece:
 
 
 def dtype_name(dtype: torch.dtype, what: str) -> str:
-    """The safetensors name of ``dtype``; ``TypeError`` naming ``what`` where the format has none."""
+    """The safetensors name of `dtype`; `TypeError` naming `what` where the format has none."""
     if dtype not in DTYPE_NAMES:
         raise TypeError(f"{what} has dtype {dtype}, which safetensors cannot hold; supported are {', '.join(DTYPES)}")
     return DTYPE_NAMES[dtype]
 
 
 def pieces(tensor: torch.Tensor, what: str) -> list[Piece]:
-    """This rank's pieces of ``tensor``, plain or DTensor; ``what`` names it in errors. Empty boxes are left out."""
+    """This rank's pieces of `tensor`, plain or DTensor; `what` names it in errors. Empty boxes are left out."""
     if not isinstance(tensor, DTensor):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             raise TypeError(f"{what} is a {type(tensor).__qualname__}; plain tensors and DTensors can be stored")
@@ -141,7 +141,7 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, writable, as bytes."""
     flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(bytearray())
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
 
 
 def is_direct(tensor: torch.Tensor) -> bool:
@@ -150,7 +150,7 @@ def is_direct(tensor: torch.Tensor) -> bool:
 
 
 def cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The view of ``tensor`` that ``box`` describes."""
+    """The view of `tensor` that `box` describes."""
     for dim, (start, size) in enumerate(zip(box.offset, box.size, strict=True)):
         tensor = tensor.narrow(dim, start, size)
     return tensor
@@ -174,7 +174,7 @@ def byte_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
 class Held:
     """What one rank holds of one tensor: exchanged between ranks, so plain data only.
 
-    ``samples``: of each box the digest of its first values, where other ranks could hold the same box.
+    `samples`: of each box the digest of its first values, where other ranks could hold the same box.
     """
 
     dtype: str
@@ -184,7 +184,7 @@ class Held:
 
 
 def held(tensor: torch.Tensor, what: str) -> Held:
-    """What this rank holds of ``tensor``, which ``what`` names in errors."""
+    """What this rank holds of `tensor`, which `what` names in errors."""
     parts = pieces(tensor, what)
     samples = tuple(_sample(part.values) for part in parts) if _may_be_replica(tensor) else ()
     return Held(dtype_name(tensor.dtype, what), tuple(tensor.shape), tuple(part.box for part in parts), samples)
@@ -209,7 +209,7 @@ def assign(held: Sequence[dict[str, Held]]) -> tuple[dict[str, Held], list[dict[
     """Decide who writes what, from what every rank holds (index = rank). Every rank computes the same answer.
 
     Returns each tensor with all its distinct boxes, and per rank the boxes it writes. A box held by several ranks goes
-    to the one with the fewest bytes so far. Raises ``ValueError`` where ranks disagree on dtype or shape, where they
+    to the one with the fewest bytes so far. Raises `ValueError` where ranks disagree on dtype or shape, where they
     hold other values of the same box, or where the boxes do not tile the tensor.
     """
     names = list(dict.fromkeys(name for rank in held for name in rank))

@@ -28,10 +28,10 @@ _MIN_SORTED = 16
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """``box`` of a tensor from byte ``begin`` of ``path``.
+    """`box` of a tensor from byte `begin` of `path`.
 
-    Row-major, unless ``strides`` (in elements) say otherwise. With ``archive_bytes``, what begins there is an archive
-    of that many bytes written by ``torch.save``; the values lie inside it.
+    Row-major, unless `strides` (in elements) say otherwise. With `archive_bytes`, what begins there is an archive
+    of that many bytes written by `torch.save`; the values lie inside it.
     """
 
     path: Path
@@ -45,8 +45,8 @@ class Chunk:
 class Table:
     """Chunks as columns: those of tensors of the same number of dims, each tensor's rows beside each other.
 
-    ``file``: index into ``paths``; ``begin``: as in :class:`Chunk`; ``offset``, ``size`` and, where not all chunks are
-    row-major, ``strides`` are ``[rows, dims]``; ``archive_bytes``: None where no chunk is an archive.
+    `file`: index into `paths`; `begin`: as in `Chunk`; `offset`, `size` and, where not all chunks are
+    row-major, `strides` are `[rows, dims]`; `archive_bytes`: None where no chunk is an archive.
     """
 
     paths: list[Path]
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(slots=True, eq=False)
 class Rows(Sequence[Chunk]):
-    """The chunks of one tensor: the rows ``first`` to ``last`` of a table, in the order of the files."""
+    """The chunks of one tensor: the rows `first` to `last` of a table, in the order of the files."""
 
     table: Table
     first: int
@@ -103,11 +103,11 @@ class Rows(Sequence[Chunk]):
         ]
 
     def chunks_in(self, box: Box) -> list[Chunk]:
-        """At least all chunks that have elements of ``box``."""
+        """At least all chunks that have elements of `box`."""
         return self._chunks(self.in_box(box))
 
     def in_box(self, box: Box) -> numpy.ndarray:
-        """The rows of at least all chunks that have elements of ``box``, found without going through all of many."""
+        """The rows of at least all chunks that have elements of `box`, found without going through all of many."""
         if len(self) < _MIN_SORTED or not box.size:
             return numpy.arange(self.first, self.last)
         dim, order, starts, stops = self._sorted()
@@ -151,7 +151,7 @@ class Source:
 
 
 def paths_of(sources: Iterable[Source]) -> set[Path]:
-    """The files that hold ``sources``, with those beside them in the same tables."""
+    """The files that hold `sources`, with those beside them in the same tables."""
     tables = {id(rows.table): rows.table for source in sources for rows in (source.rows,)}
     return {path for table in tables.values() for path in table.paths}
 
@@ -160,8 +160,8 @@ def paths_of(sources: Iterable[Source]) -> set[Path]:
 class Group:
     """The chunks of all tensors that are in one table.
 
-    ``members [tensors]``: which tensors these are; ``shapes [tensors, dims]``. ``rows [chunks]``: their rows in the
-    table, ``owner [chunks]``: of which of the tensors each is; in the order of the tensors.
+    `members [tensors]`: which tensors these are; `shapes [tensors, dims]`. `rows [chunks]`: their rows in the
+    table, `owner [chunks]`: of which of the tensors each is; in the order of the tensors.
     """
 
     table: Table
@@ -172,7 +172,7 @@ class Group:
 
 
 def by_table(sources: Sequence[Source]) -> Iterator[Group]:
-    """All chunks of ``sources``."""
+    """All chunks of `sources`."""
     tables, number, firsts, lasts = places_of(sources)
     order = numpy.argsort(number, kind="stable")
     edges = numpy.searchsorted(number[order], numpy.arange(len(tables) + 1)).tolist()
@@ -186,7 +186,7 @@ def by_table(sources: Sequence[Source]) -> Iterator[Group]:
 
 
 def places_of(sources: Sequence[Source]) -> tuple[list[Table], numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """The tables of ``sources``; of each source, which of these it is in, and its first and last row."""
+    """The tables of `sources`; of each source, which of these it is in, and its first and last row."""
     rows = [source.rows for source in sources]
     tables = {id(own.table): own.table for own in rows}
     numbers = {key: number for number, key in enumerate(tables)}
@@ -229,7 +229,7 @@ def _table(chunks: Sequence[Chunk], num_dims: int) -> Table:
 
 
 def row_major_strides(size: numpy.ndarray) -> numpy.ndarray:
-    """Strides, in elements, of contiguous tensors whose sizes are the rows of ``size``."""
+    """Strides, in elements, of contiguous tensors whose sizes are the rows of `size`."""
     strides = numpy.ones_like(size)
     for dim in reversed(range(size.shape[1] - 1)):
         strides[:, dim] = strides[:, dim + 1] * size[:, dim + 1]
@@ -237,7 +237,7 @@ def row_major_strides(size: numpy.ndarray) -> numpy.ndarray:
 
 
 def by_dims(num_dims: numpy.ndarray, *columns: numpy.ndarray) -> Iterator[tuple[numpy.ndarray, list[numpy.ndarray]]]:
-    """Rows of the same number of dims, and ``[rows, dims]`` of ``columns``, in which rows lie one after the other."""
+    """Rows of the same number of dims, and `[rows, dims]` of `columns`, in which rows lie one after the other."""
     found = numpy.flatnonzero(numpy.bincount(num_dims)).tolist()
     if len(found) == 1:
         yield numpy.arange(len(num_dims)), [column.reshape(len(num_dims), found[0]) for column in columns]
@@ -288,7 +288,7 @@ def hf_sources(folder: Path) -> dict[str, Source]:
 
 
 def read_weight_map(where: Path, suffix: str) -> dict[str, str]:
-    """Tensor -> file of an index of a Hugging Face folder; every file is in the folder and ends in ``suffix``."""
+    """Tensor -> file of an index of a Hugging Face folder; every file is in the folder and ends in `suffix`."""
     try:
         index = parse_json(read_file(where, _MAX_INDEX_BYTES, follow_symlinks=True), str(where))
     except UnsafeError:

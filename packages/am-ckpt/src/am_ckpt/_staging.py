@@ -12,13 +12,13 @@ _ALIGNMENT = 64
 
 
 class StagingMemory:
-    """Host memory for copies of tensors, kept from one call of :meth:`copy` to the next."""
+    """Host memory for copies of tensors, kept from one call of `copy` to the next."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Contiguous CPU copies of ``tensors``, all in one block of memory. They overwrite those of the last call.
+        """Contiguous CPU copies of `tensors`, all in one block of memory. They overwrite those of the last call.
 
         The memory grows where it does not suffice, is never given back, and is pinned where a tensor is on an
         accelerator. On return the copies are complete.
@@ -45,7 +45,7 @@ Versions = dict[str, tuple[int, int, int]]
 
 
 def versions(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Versions:
-    """What changes when a tensor is written to in place, or gets other memory: by ``section tensor 'name'``."""
+    """What changes when a tensor is written to in place, or gets other memory: by `section tensor 'name'`."""
     # Without gradients, to_local() is the shard itself and not a view of its own history.
     with torch.no_grad():
         return {
@@ -56,7 +56,7 @@ def versions(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Versions:
 
 
 def require_unchanged(before: Versions, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Raise ``RuntimeError`` naming the first tensor that was written to since ``before``."""
+    """Raise `RuntimeError` naming the first tensor that was written to since `before`."""
     for what, version in versions(tensors).items():
         if version != before[what]:
             raise RuntimeError(

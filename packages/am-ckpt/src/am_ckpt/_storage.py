@@ -1,7 +1,7 @@
-"""Storage for ``torch.distributed.checkpoint.save`` and ``load``: their planning, our files and commit.
+"""Storage for `torch.distributed.checkpoint.save` and `load`: their planning, our files and commit.
 
-What ``save`` writes is a folder as the Checkpointer's steps are: safetensors shards and a manifest, without pickle,
-published by one rename. ``load`` reads such folders, the Checkpointer's and Hugging Face folders into any layout.
+What `save` writes is a folder as the Checkpointer's steps are: safetensors shards and a manifest, without pickle,
+published by one rename. `load` reads such folders, the Checkpointer's and Hugging Face folders into any layout.
 """
 
 from __future__ import annotations
@@ -19,17 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint import storage
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -52,16 +61,16 @@ _log = logging.getLogger("am_ckpt")
 _MODEL = "model"
 
 
-class StorageWriter(dcp.StorageWriter):
-    """``torch.distributed.checkpoint.save(state_dict, storage_writer=am_ckpt.StorageWriter(path))``, and async_save.
+class StorageWriter(storage.StorageWriter):
+    """`torch.distributed.checkpoint.save(state_dict, storage_writer=am_ckpt.StorageWriter(path))`, and async_save.
 
-    ``path``: the folder to write, which must not exist yet; on a file system that all ranks share. ``step`` is noted in
-    its manifest. What the state dict nests under ``"model"`` goes to ``model/``, everything else to ``optim/`` and
-    ``state/``; a state dict that nests nothing is the model's. So ``am-ckpt inspect``, ``verify`` and ``merge``, and
-    torch's ``HuggingFaceStorageReader`` on ``model/``, read the folder.
+    `path`: the folder to write, which must not exist yet; on a file system that all ranks share. `step` is noted in
+    its manifest. What the state dict nests under `"model"` goes to `model/`, everything else to `optim/` and
+    `state/`; a state dict that nests nothing is the model's. So `am-ckpt inspect`, `verify` and `merge`, and
+    torch's `HuggingFaceStorageReader` on `model/`, read the folder.
 
     Values that are no tensors must be of the types that a checkpoint can hold without pickle; others raise
-    ``TypeError`` with their name. torch raises what happens on any rank as ``CheckpointException`` on all.
+    `TypeError` with their name. torch raises what happens on any rank as `CheckpointException` on all.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, step: int = 0) -> None:
@@ -123,7 +132,7 @@ class StorageWriter(dcp.StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what ``plan`` gives this rank, durably."""
+        """Write what `plan` gives this rank, durably."""
         try:
             return self._write(plan, planner)
         except BaseException:
@@ -193,14 +202,14 @@ class StorageWriter(dcp.StorageWriter):
         return StorageMeta(checkpoint_id=self._path)
 
 
-class StorageReader(dcp.StorageReader):
-    """``torch.distributed.checkpoint.load(state_dict, storage_reader=am_ckpt.StorageReader(path))``.
+class StorageReader(storage.StorageReader):
+    """`torch.distributed.checkpoint.load(state_dict, storage_reader=am_ckpt.StorageReader(path))`.
 
-    ``path``: a folder written with :class:`StorageWriter`, whose names are then those that were saved; or the model of
-    a step of the Checkpointer, of torch's ``HuggingFaceStorageWriter`` or of a Hugging Face folder. ``prefix`` is put
-    before the names of these, ``"model."`` where the state dict to load is ``{"model": model.state_dict()}``.
+    `path`: a folder written with `StorageWriter`, whose names are then those that were saved; or the model of
+    a step of the Checkpointer, of torch's `HuggingFaceStorageWriter` or of a Hugging Face folder. `prefix` is put
+    before the names of these, `"model."` where the state dict to load is `{"model": model.state_dict()}`.
 
-    Folders in which an element of a tensor is missing raise ``ValueError`` before anything is read; values are cast to
+    Folders in which an element of a tensor is missing raise `ValueError` before anything is read; values are cast to
     the dtype of the tensor to load.
     """
 
@@ -306,7 +315,7 @@ def _box(item: WriteItem) -> Box:
 
 
 def _described_tensors(plans: list[SavePlan]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of every tensor; ``ValueError`` unless the plans write each of its elements once."""
+    """Dtype and shape of every tensor; `ValueError` unless the plans write each of its elements once."""
     boxes: dict[str, list[Box]] = {}
     described: dict[str, tuple[str, tuple[int, ...]]] = {}
     for item in (item for plan in plans for item in plan.items if item.type != WriteItemType.BYTE_IO):

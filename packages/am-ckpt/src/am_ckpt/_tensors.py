@@ -23,7 +23,7 @@ _MAX_OPEN = 256
 
 
 class TensorReader:
-    """Keeps the files it has read last open; use it in a ``with`` statement."""
+    """Keeps the files it has read last open; use it in a `with` statement."""
 
     def __init__(self, *, follow_symlinks: bool) -> None:
         self._follow_symlinks = follow_symlinks
@@ -48,14 +48,14 @@ class TensorReader:
         return self._descriptors[path]
 
     def located(self, name: str, source: Source) -> Source:
-        """``source`` with the places of its values instead of the archives that they are in."""
+        """`source` with the places of its values instead of the archives that they are in."""
         if source.rows.table.archive_bytes is None:
             return source
         chunks = [locate(name, source.dtype, chunk, self._open(chunk.path)) for chunk in source.chunks]
         return Source(source.dtype, source.shape, chunks)
 
     def all_located(self, tensors: Mapping[str, Source]) -> dict[str, Source]:
-        """:meth:`located` of all tensors."""
+        """`located` of all tensors."""
         archives = [name for name, source in tensors.items() if source.rows.table.archive_bytes is not None]
         found = {name: self.located(name, tensors[name]) for name in archives}
         share_tables(found.values())
@@ -66,7 +66,7 @@ class TensorReader:
     ) -> Iterator[tuple[Box, numpy.ndarray]]:
         """The tensor's values as unsigned integers of its item size, in blocks of about 2 MiB, row-major.
 
-        ``record``: the published tensor to read, instead of all of the parameter. ``block_item_bytes``: cut as for
+        `record`: the published tensor to read, instead of all of the parameter. `block_item_bytes`: cut as for
         items of this size, so that tensors of different dtypes are cut alike. The array is reused: it holds until the
         next block is asked for.
         """

@@ -58,16 +58,16 @@ def published_aliases(aliases: Mapping[str, str]) -> dict[str, str]:
 
 
 def _published(name: str) -> str | None:
-    """What transformers calls a tensor, with ``{}`` for an expert's number; None of names that are not torchtitan's."""
+    """What transformers calls a tensor, with `{}` for an expert's number; None of names that are not torchtitan's."""
     return next((re.sub(old, new, name) for old, new in _NAMES if re.fullmatch(old, name)), None)
 
 
 def as_published(
     tensors: Mapping[str, Source], config: Mapping[str, Any], where: Path, locate: Callable[[str, Source], Source]
 ) -> dict[str, Source]:
-    """The tensors of torchtitan's model as those of the transformers model that ``config`` describes.
+    """The tensors of torchtitan's model as those of the transformers model that `config` describes.
 
-    ``where``: of the config, for errors. ``locate``: gives a source whose chunks are values, not archives of them.
+    `where`: of the config, for errors. `locate`: gives a source whose chunks are values, not archives of them.
 
     Which rows of Llama's queries and keys belong together follows from the config's numbers of heads. They are held
     against the rows, so the config of another model is refused, but for one whose numbers are all wrong by the same
@@ -115,7 +115,7 @@ def as_published(
 
 
 def _llama_heads(config: Mapping[str, Any], where: Path) -> tuple[dict[str, int], int]:
-    """Heads of queries and keys (``q_proj``, ``k_proj``) and the rows of a head, as transformers reads the config."""
+    """Heads of queries and keys (`q_proj`, `k_proj`) and the rows of a head, as transformers reads the config."""
     heads = _count(config, "num_attention_heads", None, where)
     counts = {"q_proj": heads, "k_proj": _count(config, "num_key_value_heads", heads, where)}
     hidden = _count(config, "hidden_size", None, where)

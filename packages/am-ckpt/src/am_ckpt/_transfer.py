@@ -55,10 +55,10 @@ _JOURNAL_EVERY = 2**30
 
 @dataclass(frozen=True)
 class Transfer:
-    """What a folder will hold: tensors of the files in ``headers``, and the content of ``small`` files.
+    """What a folder will hold: tensors of the files in `headers`, and the content of `small` files.
 
-    Names of files are paths in the folder. ``seal``: called with the staging folder when all of that is in it; what it
-    returns is written last. ``notes`` are for the report; more are added on the way.
+    Names of files are paths in the folder. `seal`: called with the staging folder when all of that is in it; what it
+    returns is written last. `notes` are for the report; more are added on the way.
     """
 
     headers: dict[str, Header]
@@ -127,10 +127,10 @@ def transfer(
     progress: Callable[[int, int], None] | None,
     digests: bool = False,
 ) -> int:
-    """Make the folder ``target``; returns the bytes that were there from an interrupted run.
+    """Make the folder `target`; returns the bytes that were there from an interrupted run.
 
-    ``threads``: default the number of cores, at most 8. ``progress``: called with bytes done and all bytes.
-    ``digests``: add the file ``DIGESTS``.
+    `threads`: default the number of cores, at most 8. `progress`: called with bytes done and all bytes.
+    `digests`: add the file `DIGESTS`.
     """
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads={threads} must be at least 1")
@@ -172,7 +172,7 @@ def _write(
     progress: Callable[[int, int], None] | None,
     digests: bool,
 ) -> list[str]:
-    """Write the files of ``plan`` but for the jobs that are ``done``; return the digests of all jobs."""
+    """Write the files of `plan` but for the jobs that are `done`; return the digests of all jobs."""
     folder = staging / _FOLDER
     if not done:
         small_bytes = sum(map(len, plan.small.values()))
@@ -231,9 +231,9 @@ def _digests_json(plan: Transfer, jobs: Jobs, hashes: list[str]) -> bytes:
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """The staging folder of ``target``, held by this process alone; ``FileExistsError`` while another has it.
+    """The staging folder of `target`, held by this process alone; `FileExistsError` while another has it.
 
-    What a process that died left in it is there still. What one left of an older ``target``, or half deleted, is not.
+    What a process that died left in it is there still. What one left of an older `target`, or half deleted, is not.
     """
     staging = target.with_name(f".{target.name}.merging")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ def _discard(staging: Path) -> None:
 
 
 def _empty(staging: Path, num_bytes: int) -> None:
-    """Make room in the staging folder for ``num_bytes``."""
+    """Make room in the staging folder for `num_bytes`."""
     (staging / _JOURNAL).unlink(missing_ok=True)
     if os.path.lexists(staging / _FOLDER):
         shutil.rmtree(staging / _FOLDER)
@@ -284,7 +284,7 @@ def _empty(staging: Path, num_bytes: int) -> None:
 
 
 def written_folder(target: Path, num_bytes: int, fsync: bool, write: Callable[[Path], None]) -> list[str]:
-    """Make the folder ``target`` of what ``write`` puts into the folder that it is given; the names of the files."""
+    """Make the folder `target` of what `write` puts into the folder that it is given; the names of the files."""
     with _staging(target) as staging:
         try:
             _empty(staging, num_bytes)
@@ -336,7 +336,7 @@ def _copy(
     journal: _Journal | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """Copy what is not ``done``; the digests of all jobs."""
+    """Copy what is not `done`; the digests of all jobs."""
     total = int(jobs.num_bytes.sum())
     copied = sum(jobs[index].count for index in done)
     hashes = [done.get(index, "") for index in range(len(jobs))]

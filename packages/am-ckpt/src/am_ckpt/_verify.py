@@ -42,10 +42,10 @@ _MAX_SMALL_BYTES = 256 * 2**20
 
 @dataclass
 class VerifyReport:
-    """``problems`` make a checkpoint unfit, ``warnings`` may be meant. ``exit_code``: 0, or that of the gravest: 4
+    """`problems` make a checkpoint unfit, `warnings` may be meant. `exit_code`: 0, or that of the gravest: 4
     unsafe, 2 damaged, 3 incomplete, 5 could not be read.
 
-    ``num_not_read``: entries of a ``.distcp`` folder that are pickles.
+    `num_not_read`: entries of a `.distcp` folder that are pickles.
     """
 
     path: str
@@ -57,7 +57,7 @@ class VerifyReport:
     num_not_read: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``json.dumps``."""
+        """Plain data for `json.dumps`."""
         return asdict(self)
 
     def add(self, problem: Exception) -> None:
@@ -68,19 +68,19 @@ class VerifyReport:
 
 
 def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | None = None) -> VerifyReport:
-    """Check the checkpoint folder ``path``; it is only read.
+    """Check the checkpoint folder `path`; it is only read.
 
     Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
     and those of headers; of Hugging Face folders what config.json says against the tensors that are there (layers,
     vocabulary, experts, ties, dtypes), what one layer lacks and all others have, files and tensors that the index does
     not name, and whether tokenizer and chat template are there.
 
-    ``full`` reads all tensors: of our steps against the digests in the manifest, of ``merge(digest=True)`` against its
-    own, of files of ``torch.save`` (``.distcp`` too) against their CRC-32, so that any changed bit is found; and of
+    `full` reads all tensors: of our steps against the digests in the manifest, of `merge(digest=True)` against its
+    own, of files of `torch.save` (`.distcp` too) against their CRC-32, so that any changed bit is found; and of
     every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
-    embedding. What is no tensor in a ``.distcp`` folder is a pickle and is not read.
+    embedding. What is no tensor in a `.distcp` folder is a pickle and is not read.
 
-    Returns what was found. Raises as :func:`inspect` where the folder cannot be read at all.
+    Returns what was found. Raises as `inspect` where the folder cannot be read at all.
     """
     own = step_folder(Path(path).absolute())
     if own is not None:
@@ -115,7 +115,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
 
 
 def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
-    """Hold the files of a step against its manifest, all of their content if ``full``."""
+    """Hold the files of a step against its manifest, all of their content if `full`."""
     manifest = read_manifest(folder)
     paths = {record["path"] for record in manifest["files"]}
     for entry in manifest["state"]:
@@ -176,7 +176,7 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
 
 
 def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
-    """Hold files against what ``merge(digest=True)`` wrote, all data of weight files with ``full``."""
+    """Hold files against what `merge(digest=True)` wrote, all data of weight files with `full`."""
     where = inventory.path / DIGESTS
     said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
     known = isinstance(said, dict) and (said.get("format"), said.get("version")) == ("am-ckpt digests", 1)
@@ -295,7 +295,7 @@ def _prefix(inventory: Inventory, section: str) -> str:
 
 
 def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
-    """All bytes of files of ``torch.save`` against the CRC-32 that they carry."""
+    """All bytes of files of `torch.save` against the CRC-32 that they carry."""
     inside: dict[Path, list[tuple[int, str]]] = {}
     for section, tensors in inventory.sections.items():
         for name, source in tensors.items():
@@ -315,7 +315,7 @@ def _not_as_noted(path: Path, begin: int, end: int, what: str) -> ValueError:
 
 
 def _check_values(inventory: Inventory, section: str, reader: TensorReader, report: VerifyReport) -> None:
-    """Archives of ``.distcp`` files; with ``full`` every value: what is not finite, tensors of zeros.
+    """Archives of `.distcp` files; with `full` every value: what is not finite, tensors of zeros.
 
     Outside the model both may be meant: moments start as zeros, and the best loss as infinity.
     """

@@ -23,7 +23,7 @@ from am_ckpt._shards import Held, Piece, cut, plain_bytes
 
 
 class WeightFiles:
-    """Names and contents of the files for the parameters ``merged``, with the records of ``mapping`` applied."""
+    """Names and contents of the files for the parameters `merged`, with the records of `mapping` applied."""
 
     def __init__(
         self, merged: Mapping[str, Held], mapping: Sequence[Mapping[str, Any]] | None, max_shard_bytes: int
@@ -65,21 +65,21 @@ class FileShare:
     tensors: Mapping[tuple[str, Box], torch.Tensor]
 
     def write(self, folder: Path, give_up: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Write into the file that :func:`create_files` has made, durably; returns the file's record.
+        """Write into the file that `create_files` has made, durably; returns the file's record.
 
-        The record: ``bytes``, ``header_xxh3_128`` and ``boxes_xxh3_128``: by tensor, the (offset, size, digest) of what
-        was written here. ``give_up`` is called between blocks, and may raise.
+        The record: `bytes`, `header_xxh3_128` and `boxes_xxh3_128`: by tensor, the (offset, size, digest) of what
+        was written here. `give_up` is called between blocks, and may raise.
         """
         with open_file(folder / self.path) as descriptor:
             digests = self.digests(descriptor, give_up)
         return {"bytes": self.header.file_bytes, "header_xxh3_128": digest(self.header.text), **digests}
 
     def copied(self, copies: Iterator[torch.Tensor]) -> FileShare:
-        """The same with the next of ``copies`` for each of its tensors."""
+        """The same with the next of `copies` for each of its tensors."""
         return replace(self, tensors={key: next(copies) for key in self.tensors})
 
     def digests(self, descriptor: int | None = None, give_up: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """``boxes_xxh3_128`` alone; written on the way where a descriptor is given."""
+        """`boxes_xxh3_128` alone; written on the way where a descriptor is given."""
         found: dict[str, list[list[Any]]] = {}
         for (name, box), values in self.tensors.items():
             for block, hexdigest in _blocks(self.header.entries[name], Piece(box, values), descriptor):
@@ -120,10 +120,10 @@ def file_piece(record: Record, piece: Piece) -> Piece | None:
 
 
 def _blocks(entry: Entry, part: Piece, descriptor: int | None) -> Iterator[tuple[Box, str]]:
-    """Write a part of the tensor ``entry`` in blocks of at most about 16 MiB, after each yield its box and xxh3-128.
+    """Write a part of the tensor `entry` in blocks of at most about 16 MiB, after each yield its box and xxh3-128.
 
     The digest is of the block's values in row-major order. Shards along later dims lie in short runs, each of which is
-    a write of its own. ``descriptor``: of the file; None writes nothing.
+    a write of its own. `descriptor`: of the file; None writes nothing.
     """
     item = ITEM_BYTES[entry.dtype]
     shape = without_ones(entry.shape)

@@ -1,5 +1,7 @@
 """The Checkpointer in the background, with retention: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The Checkpointer on four ranks that write into the same Hugging Face files: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

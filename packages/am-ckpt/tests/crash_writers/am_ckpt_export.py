@@ -1,5 +1,7 @@
 """save_hf over an older export: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import torch
 from safetensors.torch import load_file
 

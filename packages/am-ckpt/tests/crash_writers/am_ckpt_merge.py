@@ -1,5 +1,7 @@
 """Merging a step into a Hugging Face folder: for crash_matrix.py. What is there before is the step alone."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Going on with a merge that was interrupted after its first tensor: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Merging over an older merge: for crash_matrix.py. What is there before are two steps, and a merge of the first."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

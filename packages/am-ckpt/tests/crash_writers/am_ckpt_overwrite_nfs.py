@@ -1,5 +1,7 @@
 """am_ckpt_overwrite.py on a file system that cannot exchange two folders in one step, as NFS: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import contextlib
 import runpy
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The Checkpointer on four ranks, each with its shards: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

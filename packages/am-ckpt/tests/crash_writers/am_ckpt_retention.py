@@ -1,5 +1,7 @@
 """A save that deletes one of three steps, keeps the best and a pinned one: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The Checkpointer, with retention: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import torch
 
 import am_ckpt

@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint into a new folder each, the newest with .metadata counts: for crash_matrix.py."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import torch

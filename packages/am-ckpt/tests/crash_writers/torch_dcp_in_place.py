@@ -1,5 +1,7 @@
 """torch.distributed.checkpoint into one folder, as its tutorial does: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import runpy
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """torch.save over the file before: for crash_matrix.py."""
 
+from __future__ import annotations
+
 import torch
 
 

@@ -1,7 +1,9 @@
 """Write checkpoints of a tiny Llama with NeMo AutoModel's own Checkpointer, on two CPU processes.
 
-In an environment with nemo-automodel 0.7.0: ``torchrun --nproc-per-node 2 nemo_automodel.py FOLDER``.
+In an environment with nemo-automodel 0.7.0: `torchrun --nproc-per-node 2 nemo_automodel.py FOLDER`.
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path

@@ -1,8 +1,10 @@
 """Write checkpoints of a tiny Llama 3 with torchtitan's own CheckpointManager, on two CPU processes.
 
-In an environment with torchtitan 0.3.0: ``torchrun --nproc-per-node 2 torchtitan.py FOLDER`` (under another name, so
+In an environment with torchtitan 0.3.0: `torchrun --nproc-per-node 2 torchtitan.py FOLDER` (under another name, so
 that the script does not hide the package).
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path

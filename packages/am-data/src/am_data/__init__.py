@@ -3,6 +3,8 @@
 Names are imported when first used, so that the command `am-data` answers `--help` without importing torch.
 """
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -68,6 +68,15 @@ def collate(
     further = _further_arrays([example for examples in rows for example in examples], set(joined))
     longest = max(1, *(sum(len(example["input_ids"]) for example in row) for row in rows))
     shape = (len(rows), _width(longest, pad_to_multiple_of, max_length))
+    tensors = _laid_out(rows, further, shape, pad_token_id) | joined
+    if position_ids is not None:
+        tensors["position_ids"] = position_ids(tensors)
+    return tensors
+
+
+def _laid_out(
+    rows: Sequence[Sequence[Example]], further: dict[str, np.dtype], shape: tuple[int, int], pad_token_id: int
+) -> Batch:
     batch: dict[str, NDArray] = {
         "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
         "position_ids": np.zeros(shape, dtype=np.int64),
@@ -86,10 +95,7 @@ def collate(
                 targets = example[name][1:]
                 batch[f"shift_{name}"][row, begin : begin + len(targets)] = targets
             begin = end
-    tensors = {name: torch.from_numpy(array) for name, array in batch.items()} | joined
-    if position_ids is not None:
-        tensors["position_ids"] = position_ids(tensors)
-    return tensors
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def check_layout(layout: Layout, join: Join | None) -> None:

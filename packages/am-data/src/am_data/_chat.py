@@ -1,5 +1,7 @@
 """Conversations as token ids with a mask that is proven row by row, and a report of what was left out."""
 
+from __future__ import annotations
+
 import hashlib
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, RowRefusedError, normalise
+from am_data._messages import Format, Row, RowRefusedError, normalise
 from am_data._render import Renderer, TrainOn
 from am_data._report import DatasetReport
 from am_data._row_filter import NUM_SAMPLES, Refused, check_options, collect, cut, digest_of, layout_of, segments
-from am_data._rows import Row, Rows, read_rows
+from am_data._rows import Rows, read_rows
 from am_data._tokens import TextExample, TokenDataset
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class ChatDataset:
     def __init__(
         self,
         path: Rows,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         *,
         split: str = "train",
         format: Format = "auto",
@@ -73,7 +75,7 @@ class ChatDataset:
             dropped=dropped,
             num_tokens=self._tokens.num_tokens,
             num_supervised_tokens=self._tokens.num_supervised_tokens,
-            samples=[segments(row.example, tokenizer.decode) for row in kept[:NUM_SAMPLES]],
+            samples=[segments(row.example, renderer.decode) for row in kept[:NUM_SAMPLES]],
         )
 
     @property
@@ -127,7 +129,7 @@ class _Masker:
         return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest)
 
 
-def _outcomes(masker: _Masker, source: "Sequence[Row] | datasets.Dataset", num_proc: int) -> Iterator[_Kept | Refused]:
+def _outcomes(masker: _Masker, source: Sequence[Row] | datasets.Dataset, num_proc: int) -> Iterator[_Kept | Refused]:
     if num_proc == 1:
         yield from map(masker, source)
         return

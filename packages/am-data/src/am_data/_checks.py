@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from am_data._contracts import Batch, Collate, Dataset, Example, Stream
+from am_data._render import IGNORE_INDEX
 
 _DATASET_MEMBERS = ("__len__", "__getitem__", "lengths", "fingerprint")
 _STREAM_MEMBERS = ("__iter__", "state_dict", "load_state_dict")
@@ -20,6 +21,12 @@ def check_source(source: Dataset | Stream) -> None:
     """TypeError with the missing members for what is neither a `Dataset` nor a `Stream`."""
     if isinstance(source, type):
         raise TypeError(f"{source.__name__} is a class; give a dataset or a stream, as {source.__name__}(...) makes it")
+    if any(base.__module__ == "datasets.iterable_dataset" for base in type(source).__mro__):
+        raise TypeError(
+            "a datasets.IterableDataset has the members of an am_data.Stream, but starts every iteration from the "
+            "position that was loaded last, so a resumed run would miss rows in each later epoch; wrap it in a class "
+            "that calls set_epoch, as the README of am-data shows under Stream"
+        )
     if isinstance(source, Dataset | Stream):
         return
     name, members = type(source).__name__, dir(source)
@@ -85,7 +92,7 @@ def empty_batch(collate: Collate) -> Batch:
         error.add_note("raised by collate([]): of no samples at all, collate makes one row without targets")
         raise
     checked = check_batch(batch, "collate([])")
-    num_targets = int((checked["shift_labels"] != -100).sum())
+    num_targets = int((checked["shift_labels"] != IGNORE_INDEX).sum())
     if num_targets:
         raise ValueError(
             f"collate([]) has {num_targets} targets in shift_labels; of no samples at all it makes one row without "

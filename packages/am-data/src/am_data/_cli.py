@@ -1,5 +1,7 @@
 """The command `am-data`. Nothing heavy is imported before the arguments are known to be good."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

@@ -4,14 +4,18 @@ Nothing is repaired silently: what a layout does not define (an unknown role, a 
 refused with a `RowRefusedError`, whose `reason` is what the dataset's report counts.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
 
+Row: TypeAlias = Mapping[str, Any]
 Message: TypeAlias = dict[str, Any]
 # (content of the row, turn) to a string, or to parts of type "text" and others.
 ReadContent: TypeAlias = "Callable[[object, int], str | list[dict[str, Any]]]"
-Format: TypeAlias = Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion"]
+Format: TypeAlias = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
@@ -39,21 +43,19 @@ class RowRefusedError(ValueError):
         self.detail = detail
 
 
+def check_format(format: str) -> None:
+    """ValueError for what is neither "auto" nor a row format."""
+    if format not in get_args(Format):
+        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(get_args(Format))}")
+
+
 def detect_format(columns: Sequence[str]) -> Format:
-    """The layout that a set of column names belongs to; ValueError with the known layouts if none."""
-    present = set(columns)
-    if "messages" in present:
-        return "messages"
-    if "conversations" in present:
-        return "sharegpt"
-    if {"instruction", "output"} <= present:
-        return "alpaca"
-    if {"prompt", "completion"} <= present:
-        return "prompt_completion"
-    raise ValueError(
-        f"columns {sorted(present)} fit no known format; rows need `messages`, `conversations`, "
-        "`instruction` and `output`, or `prompt` and `completion`: rename the columns"
-    )
+    """The format that a set of column names belongs to; ValueError with the known formats if none."""
+    for name, known in ROW_FORMATS.items():
+        if set(known.columns) <= set(columns):
+            return name
+    needed = " or ".join(" and ".join(f"`{column}`" for column in known.columns) for known in ROW_FORMATS.values())
+    raise ValueError(f"columns {sorted(columns)} fit no known format; rows need {needed}: rename the columns")
 
 
 def read_text(content: object, turn: int) -> str:
@@ -72,10 +74,12 @@ def read_text(content: object, turn: int) -> str:
 
 
 def normalise(
-    row: Mapping[str, Any], layout: Format, read_content: ReadContent = read_text
+    row: Row, layout: Format, read_content: ReadContent = read_text
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """`(messages, tools)` of one row, checked; raises RowRefusedError. `tools` is None where the row has none."""
-    messages = [check_message(message, turn, read_content) for turn, message in enumerate(_CONVERTERS[layout](row))]
+    messages = [
+        check_message(message, turn, read_content) for turn, message in enumerate(ROW_FORMATS[layout].read(row))
+    ]
     if not messages:
         raise RowRefusedError("no messages", "the list is empty")
     return messages, _tools(row.get("tools"))
@@ -160,30 +164,30 @@ def _decoded(value: object, field: str) -> Any:
         raise RowRefusedError(f"{field} is not valid JSON", str(error)) from error
 
 
-def _turns(row: Mapping[str, Any], column: str) -> Sequence[Any]:
+def _turns(row: Row, column: str) -> Sequence[Any]:
     turns = _decoded(row.get(column), column)
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise RowRefusedError(f"{column} is not a list", f"it is a {type(turns).__name__}")
     return turns
 
 
-def _required(row: Mapping[str, Any], column: str) -> str:
+def _required(row: Row, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise RowRefusedError(f"{column} is empty", f"it is {value!r}")
     return value
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
+def _system(row: Row) -> list[Message]:
     system = row.get("system")
     return [{"role": "system", "content": system}] if system else []
 
 
-def _from_messages(row: Mapping[str, Any]) -> list[Message]:
+def _from_messages(row: Row) -> list[Message]:
     return list(_turns(row, "messages"))
 
 
-def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
+def _from_alpaca(row: Row) -> list[Message]:
     messages = _system(row)
     for question, answer in row.get("history") or []:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -192,7 +196,7 @@ def _from_alpaca(row: Mapping[str, Any]) -> list[Message]:
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
+def _from_sharegpt(row: Row) -> list[Message]:
     turns = _turns(row, "conversations")
     if turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None:
         return list(turns)
@@ -211,7 +215,7 @@ def _from_sharegpt(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
+def _from_prompt_completion(row: Row) -> list[Message]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, Sequence) and not isinstance(prompt, str):
         if not isinstance(completion, Sequence) or isinstance(completion, str):
@@ -221,9 +225,20 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> list[Message]:
     return [*_system(row), {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-_CONVERTERS: dict[str, Callable[[Mapping[str, Any]], list[Message]]] = {
-    "messages": _from_messages,
-    "alpaca": _from_alpaca,
-    "sharegpt": _from_sharegpt,
-    "prompt_completion": _from_prompt_completion,
+@dataclass(frozen=True)
+class RowFormat:
+    """A layout of rows: the columns that tell it (it may have others), and how its messages are read, unchecked."""
+
+    columns: tuple[str, ...]
+    read: Callable[[Row], list[Message]]
+
+
+# In the order in which format="auto" looks for them.
+ROW_FORMATS: dict[Format, RowFormat] = {
+    "messages": RowFormat(("messages",), _from_messages),
+    "sharegpt": RowFormat(("conversations",), _from_sharegpt),
+    "alpaca": RowFormat(("instruction", "output"), _from_alpaca),
+    "prompt_completion": RowFormat(("prompt", "completion"), _from_prompt_completion),
 }
+# A type checker does not read tables, so the names stand in `Format` as well.
+assert get_args(Format) == ("auto", *ROW_FORMATS)

@@ -5,6 +5,8 @@ Best fit decreasing: the longest example first, into the fullest pack that still
 integers of at most `capacity`, so packs are kept by the room left and the right one is a binary search away.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, insort
 
 import numpy as np
@@ -65,9 +67,9 @@ class PackedDataset:
     longer than `capacity`, and TypeError for a `Stream`, whose lengths nobody knows.
     """
 
-    def __init__(self, dataset: Dataset, capacity: int) -> None:
+    def __init__(self, dataset: Dataset | Stream, capacity: int) -> None:
         check_source(dataset)
-        if isinstance(dataset, Stream) and not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset):
             raise TypeError(
                 f"PackedDataset needs the lengths of all examples, which a stream ({type(dataset).__name__}) does not "
                 "have; let the stream itself give packs (lists of examples), or leave it unpacked"

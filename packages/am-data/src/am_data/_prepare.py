@@ -7,6 +7,8 @@ The text of a document is encoded without special tokens, and what looks like on
 can forge the start of a document. `tokenizers` encodes in batches, on threads of its own.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -215,7 +217,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read: {reason}; mend the file") from error
 
 
-def _encoded(encoder: "Tokenizer", texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+def _encoded(encoder: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
     """Each text with its ids, encoded in batches of about a megabyte; a text without any id is left out."""
     texts = iter(texts)
     for first in texts:
@@ -235,7 +237,7 @@ def _hash_share(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
-def _load_tokenizer(path: Path) -> "Tokenizer":
+def _load_tokenizer(path: Path) -> Tokenizer:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

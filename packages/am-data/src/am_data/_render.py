@@ -11,16 +11,17 @@ No template is edited. The spans are derived twice, and a conversation on which 
    each content, proves that none is lost, and maps to tokens by offsets.
 """
 
+from __future__ import annotations
+
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from am_data._messages import Message, RowRefusedError, check_messages
+from am_data._skeleton import MARKER, Piece, Skeleton, Turn, locate, mark_contents, marker, marker_index, refuse_dropped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,13 +30,11 @@ TrainOn: TypeAlias = Literal["assistant", "last"]
 Tools: TypeAlias = list[dict[str, Any]]
 
 IGNORE_INDEX = -100
-_MARKER = re.compile(r"Zq\d{4}qZ")
-_THINK = re.compile(r"(\s*</?think>\s*)")
 _CACHE_SIZE = 1024
 
 
 def render_and_mask(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Tools | None = None,
@@ -54,42 +53,12 @@ def render_and_mask(
     return renderer.mask(check_messages(messages), tools=tools, train_on=train_on)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """Of one turn under loss: the content before it, the text from there to its first token, its closing text."""
-
-    anchor: int | None
-    prompt_tail: str
-    closing: str
-
-
-@dataclass(frozen=True)
-class _Skeleton:
-    """The literal text around contents: `literals[0] content literals[1] content ... literals[-1]`.
-
-    `order` names, in the order of the text, the piece (index into the pieces of the messages) between two literals.
-    """
-
-    literals: tuple[str, ...]
-    order: tuple[int, ...]
-    turns: tuple[_Turn, ...]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A part of a message's text that is replaced by a marker."""
-
-    turn: int
-    text: str
-    reasoning: bool
-
-
 class Renderer:
     """Masks conversations with one tokenizer and template; keeps the skeletons of the shapes it has met."""
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         *,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -105,7 +74,7 @@ class Renderer:
         self._template_kwargs = dict(chat_template_kwargs or {})
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {token for token, value in added if value.special} | set(tokenizer.all_special_ids)
-        self._skeletons: dict[tuple[Any, ...], _Skeleton] = {}
+        self._skeletons: dict[tuple[Any, ...], Skeleton] = {}
 
     def mask(
         self, messages: list[Message], *, tools: Tools | None = None, train_on: TrainOn = "assistant"
@@ -136,9 +105,9 @@ class Renderer:
         if not messages:
             raise RowRefusedError("no prompt before an assistant turn", "the conversation starts with it")
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages,
-                tools=tools,
+                tools=None if tools is None else list(tools),
                 chat_template=self._chat_template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
@@ -147,6 +116,14 @@ class Renderer:
         # A template is somebody's program: whatever it raises means that it does not take this conversation.
         except Exception as error:
             raise RowRefusedError("the template refuses the conversation", str(error)) from error
+        assert isinstance(text, str)  # tokenize=False
+        return text
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        """The text of `ids`, special tokens included."""
+        text = self._tokenizer.decode(ids)
+        assert isinstance(text, str)  # one sequence
+        return text
 
     def _encode(self, text: str | list[str], *, offsets: bool = False) -> Any:
         return self._tokenizer(
@@ -191,7 +168,7 @@ class Renderer:
     def _last_special(self, ids: list[int], text: str, turn: int) -> int:
         """The end-of-turn token of a rendering: its last special one, after which only white space may follow."""
         last = next((token for token in reversed(ids) if token in self._special_ids), None)
-        if last is not None and not text.rpartition(self._tokenizer.convert_ids_to_tokens(last))[2].strip():
+        if last is not None and not text.rpartition(self._tokenizer.convert_ids_to_tokens([last])[0])[2].strip():
             return last
         raise RowRefusedError(
             "no end-of-turn token",
@@ -207,14 +184,14 @@ class Renderer:
         text: str,
         offsets: NDArray[np.int64],
     ) -> list[tuple[int, int]]:
-        marked, pieces = _mark(messages)
+        marked, pieces = mark_contents(messages)
         skeleton, cached = self._skeleton(marked, pieces, tools, trained)
-        places = _locate(text, skeleton, pieces)
+        places = locate(text, skeleton, pieces)
         if places is None and cached:
             # A template may write the date, so a skeleton made before midnight does not fit after it.
             self._skeletons.clear()
             skeleton, _ = self._skeleton(marked, pieces, tools, trained)
-            places = _locate(text, skeleton, pieces)
+            places = locate(text, skeleton, pieces)
         if places is None:
             raise RowRefusedError(
                 "the template changes a content",
@@ -240,37 +217,37 @@ class Renderer:
         return spans
 
     def _skeleton(
-        self, marked: list[Message], pieces: list[_Piece], tools: Tools | None, trained: list[int]
-    ) -> tuple[_Skeleton, bool]:
+        self, marked: list[Message], pieces: list[Piece], tools: Tools | None, trained: list[int]
+    ) -> tuple[Skeleton, bool]:
         key = (json.dumps([marked, tools], sort_keys=True, default=str), tuple(trained))
         if key in self._skeletons:
             return self._skeletons[key], True
         self._refuse_dropped_tools(marked, tools)
         text = self.render(marked, tools)
-        found = [match.group() for match in _MARKER.finditer(text)]
-        _refuse_dropped(marked, pieces, found, trained)
-        literals = tuple(_MARKER.split(text))
-        order = tuple(_marker_index(marker) for marker in found)
+        found = [match.group() for match in MARKER.finditer(text)]
+        refuse_dropped(marked, pieces, found, trained)
+        literals = tuple(MARKER.split(text))
+        order = tuple(map(marker_index, found))
         turns = tuple(self._turn(marked, tools, turn, len(pieces)) for turn in trained)
         if len(self._skeletons) >= _CACHE_SIZE:
             self._skeletons.clear()
-        self._skeletons[key] = _Skeleton(literals, order, turns)
+        self._skeletons[key] = Skeleton(literals, order, turns)
         return self._skeletons[key], False
 
-    def _turn(self, marked: list[Message], tools: Tools | None, turn: int, unused: int) -> _Turn:
+    def _turn(self, marked: list[Message], tools: Tools | None, turn: int, unused: int) -> Turn:
         prompt = self.render(marked[:turn], tools, generation_prompt=True)
-        matches = list(_MARKER.finditer(prompt))
-        anchor = _marker_index(matches[-1].group()) if matches else None
+        matches = list(MARKER.finditer(prompt))
+        anchor = marker_index(matches[-1].group()) if matches else None
         prompt_tail = prompt[matches[-1].end() :] if matches else prompt
         parts = isinstance(marked[turn]["content"], list)
-        content = [{"type": "text", "text": _marker(unused)}] if parts else _marker(unused)
+        content = [{"type": "text", "text": marker(unused)}] if parts else marker(unused)
         answer = {"role": "assistant", "content": content}
-        closing = self.render([*marked[:turn], answer], tools).rpartition(_marker(unused))[2].rstrip()
+        closing = self.render([*marked[:turn], answer], tools).rpartition(marker(unused))[2].rstrip()
         if not closing:
             raise RowRefusedError(
                 "no end-of-turn token", f"the template writes nothing after the answer of turn {turn}"
             )
-        return _Turn(anchor, prompt_tail, closing)
+        return Turn(anchor, prompt_tail, closing)
 
     def _refuse_dropped_tools(self, marked: list[Message], tools: Tools | None) -> None:
         """Render with every tool name and every call replaced by a marker: a marker that is missing was dropped."""
@@ -281,7 +258,7 @@ class Renderer:
 
         def fresh(kind: str) -> str:
             kinds.append(kind)
-            return _marker(9999 - len(kinds))
+            return marker(9999 - len(kinds))
 
         def marked_call(call: dict[str, Any]) -> dict[str, Any]:
             name = fresh("a tool call")
@@ -304,7 +281,7 @@ class Renderer:
             ]
         text = self.render(probe_messages, probe_tools)
         for place, kind in enumerate(kinds, start=1):
-            if _marker(9999 - place) not in text:
+            if marker(9999 - place) not in text:
                 raise RowRefusedError(f"the template drops {kind}", "choose a template that writes tools")
 
 
@@ -315,92 +292,6 @@ def _trained_turns(messages: list[Message], train_on: TrainOn) -> list[int]:
     if not turns:
         raise RowRefusedError("no assistant turn", f"the roles are {[message['role'] for message in messages]}")
     return turns if train_on == "assistant" else turns[-1:]
-
-
-def _marker(index: int) -> str:
-    return f"Zq{index:04d}qZ"
-
-
-def _marker_index(marker: str) -> int:
-    return int(marker[2:6])
-
-
-def _mark(messages: list[Message]) -> tuple[list[Message], list[_Piece]]:
-    """The messages with every text replaced by a marker, and the texts. Think tags stay: templates look for them."""
-    pieces: list[_Piece] = []
-
-    def mark(text: str, turn: int, reasoning: bool) -> str:
-        if not text:
-            return text
-        pieces.append(_Piece(turn, text, reasoning))
-        return _marker(len(pieces) - 1)
-
-    def mark_content(text: str, turn: int, role: str) -> str:
-        parts = _THINK.split(text)
-        for place in range(0, len(parts), 2):
-            closes = place + 1 < len(parts) and "</think>" in parts[place + 1]
-            parts[place] = mark(parts[place], turn, role == "assistant" and closes)
-        return "".join(parts)
-
-    marked = []
-    for turn, message in enumerate(messages):
-        replaced, role, content = dict(message), message["role"], message["content"]
-        if isinstance(message.get("reasoning_content"), str):
-            replaced["reasoning_content"] = mark(message["reasoning_content"], turn, True)
-        if isinstance(content, str):
-            replaced["content"] = mark_content(content, turn, role)
-        else:
-            replaced["content"] = [
-                {**part, "text": mark_content(part["text"], turn, role)} if part["type"] == "text" else part
-                for part in content
-            ]
-        marked.append(replaced)
-    if len(pieces) > 5000:
-        raise RowRefusedError("too many turns", f"{len(pieces)} contents; 5000 are supported")
-    return marked, pieces
-
-
-def _refuse_dropped(marked: list[Message], pieces: list[_Piece], found: Iterable[str], trained: list[int]) -> None:
-    times: dict[int, int] = {}
-    for marker in found:
-        times[_marker_index(marker)] = times.get(_marker_index(marker), 0) + 1
-    for index, piece in enumerate(pieces):
-        role = marked[piece.turn]["role"]
-        if times.get(index, 0) > 1:
-            raise RowRefusedError(f"the template writes a {role} turn twice", f"turn {piece.turn}")
-        # Templates leave the reasoning of earlier answers out on purpose; it matters only where it is to be learned.
-        optional = piece.reasoning and piece.turn not in trained
-        if index not in times and not optional:
-            what = f"the reasoning of an {role} turn" if piece.reasoning else f"a {role} turn"
-            raise RowRefusedError(f"the template drops {what}", f"turn {piece.turn}: {piece.text[:60]!r}")
-
-
-def _locate(text: str, skeleton: _Skeleton, pieces: list[_Piece]) -> dict[int, tuple[int, int]] | None:
-    """Character span of every piece, or None where `text` is not the skeleton with the pieces in it."""
-    if not text.startswith(skeleton.literals[0]):
-        return None
-    places: dict[int, tuple[int, int]] = {}
-    position = len(skeleton.literals[0])
-    for index, following in zip(skeleton.order, skeleton.literals[1:]):
-        for written in _written_forms(pieces[index].text):
-            end = position + len(written)
-            if text.startswith(written, position) and text.startswith(following, end):
-                break
-        else:
-            return None
-        places[index] = (position, end)
-        position = end + len(following)
-    return places if position == len(text) else None
-
-
-def _written_forms(text: str) -> Iterable[str]:
-    """How templates write a content: as it is, trimmed, or inside a JSON string; longest first."""
-    yield text
-    yield text.rstrip()
-    yield text.lstrip()
-    yield text.strip()
-    yield text.strip("\n")
-    yield json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _first_token(offsets: NDArray[np.int64], begin: int, turn: int) -> int:

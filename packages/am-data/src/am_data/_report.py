@@ -1,5 +1,7 @@
 """What became of the rows: counts, reasons, and a look at what is under loss."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 Segment = tuple[str, bool]
@@ -20,7 +22,7 @@ class DatasetReport:
 
     `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to
     three rows, each a list of `(text, supervised)` segments whose texts join to the decoded row; there a run of image
-    tokens is `<image x 64>`. `num_pictures` and `num_image_tokens` are those of the kept rows.
+    tokens is `<image x 64>`. `num_images` and `num_image_tokens` are those of the kept rows.
     """
 
     rows_read: int
@@ -30,7 +32,7 @@ class DatasetReport:
     num_tokens: int
     num_supervised_tokens: int
     samples: list[list[Segment]]
-    num_pictures: int = 0
+    num_images: int = 0
     num_image_tokens: int = 0
 
     @property
@@ -44,8 +46,8 @@ class DatasetReport:
             f"{self.rows_read} rows read, {self.rows_kept} kept{truncated}",
             f"{self.num_tokens} tokens, {self.num_supervised_tokens} under loss ({self.supervised_share:.1%})",
         ]
-        if self.num_pictures:
-            lines.append(f"{self.num_pictures} pictures, {self.num_image_tokens} image tokens")
+        if self.num_images:
+            lines.append(f"{self.num_images} images, {self.num_image_tokens} image tokens")
         lines += describe_dropped(self.dropped)
         for number, sample in enumerate(self.samples, start=1):
             text = "".join(f"[[{text}]]" if supervised else text for text, supervised in sample)

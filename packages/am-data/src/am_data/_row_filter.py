@@ -3,6 +3,8 @@
 A masker turns one row into what its dataset keeps of it or into `Refused`; `collect` parts the two.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import json
@@ -13,16 +15,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Message, RowRefusedError, detect_format
+from am_data._messages import Format, Message, Row, RowRefusedError, check_format, detect_format
 from am_data._render import IGNORE_INDEX
 from am_data._report import Dropped, Segment, describe_dropped
-from am_data._rows import Row, Rows
+from am_data._rows import Rows
 from am_data._tokens import TextExample
 
 if TYPE_CHECKING:
     import datasets
 
-_FORMATS = ("auto", "messages", "alpaca", "sharegpt", "prompt_completion")
 NUM_SAMPLES = 3
 _NUM_EXAMPLE_IDS = 5
 
@@ -41,8 +42,7 @@ KeptRow = TypeVar("KeptRow")
 
 def check_options(format: Format, on_bad_row: str, max_length: int | None, truncation: bool) -> None:
     """Raises ValueError for an option that is unknown or does not go with the others."""
-    if format not in _FORMATS:
-        raise ValueError(f"format={format!r} is unknown; choose one of {', '.join(_FORMATS)}")
+    check_format(format)
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'drop' or 'raise'")
     if max_length is not None and max_length < 1:
@@ -51,7 +51,7 @@ def check_options(format: Format, on_bad_row: str, max_length: int | None, trunc
         raise ValueError("truncation=True needs max_length, the tokens to cut to")
 
 
-def layout_of(source: "Sequence[Row] | datasets.Dataset", format: Format, rows: Rows, split: str) -> Format:
+def layout_of(source: Sequence[Row] | datasets.Dataset, format: Format, rows: Rows, split: str) -> Format:
     """`format`, or that of the first row's columns; ValueError where there is no row."""
     if len(source) == 0:
         raise ValueError(f"0 rows were read from {_describe(rows)} (split={split!r}); give at least one")
@@ -60,7 +60,7 @@ def layout_of(source: "Sequence[Row] | datasets.Dataset", format: Format, rows: 
 
 def collect(
     outcomes: Iterable[KeptRow | Refused],
-    source: "Sequence[Row] | datasets.Dataset",
+    source: Sequence[Row] | datasets.Dataset,
     rows: Rows,
     on_bad_row: str,
 ) -> tuple[list[int], list[KeptRow], dict[str, Dropped]]:

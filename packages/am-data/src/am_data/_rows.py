@@ -1,13 +1,16 @@
 """Where rows come from: a local file or folder, a hub dataset, a `datasets.Dataset` or plain dicts."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from am_data._messages import Row
 
 if TYPE_CHECKING:
     import datasets
 
-Row: TypeAlias = Mapping[str, Any]
 Rows: TypeAlias = "str | Path | Sequence[Row] | datasets.Dataset"
 
 _BUILDERS = {
@@ -21,7 +24,7 @@ _BUILDERS = {
 }
 
 
-def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "Sequence[Row] | datasets.Dataset":
+def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> Sequence[Row] | datasets.Dataset:
     """Rows that can be counted and iterated, read through `datasets`; `split` may be sliced ("train[:100]").
 
     A folder is read as `datasets` reads one: files named for their split, or the output of `save_to_disk`. Raises
@@ -61,7 +64,7 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> "
     return _load(rows, name=name, split=split, source=rows)
 
 
-def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> "datasets.Dataset":
+def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> datasets.Dataset:
     """`datasets.load_dataset`, whose complaints do not say which rows were asked for."""
     import datasets
 

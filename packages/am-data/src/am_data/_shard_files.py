@@ -5,6 +5,8 @@ magic of `fineweb.py` means 2. Beside a shard `NAME.bin` may stand `NAME.bos.idx
 shard's first one, of its BOS tokens. NumPy alone, so that the command does not wait for torch.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

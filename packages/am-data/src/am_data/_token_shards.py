@@ -5,6 +5,8 @@ very end fits no window. A window has `sequence_length` tokens and one more, the
 the next window begins: every token of a window but the stream's first is a target exactly once an epoch.
 """
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import itertools
@@ -95,7 +97,7 @@ class TokenShards:
         align_to_bos: bool = False,
         split_documents: bool = False,
         vocab_size: int | None = None,
-        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         if sequence_length < 1:
             raise ValueError(f"sequence_length={sequence_length} must be at least 1 token")

@@ -1,5 +1,7 @@
 """Tokenised examples in three flat arrays: one example is a slice, whatever the number of rows."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias

@@ -1,9 +1,11 @@
-"""Conversations with pictures: the mask of `ChatDataset`, with every picture expanded to the tokens of its features.
+"""Conversations with images: the mask of `ChatDataset`, with every image expanded to the tokens of its features.
 
-The mask is derived on the rendering as the template writes it, where a picture is one placeholder token; then each
-placeholder becomes the tokens that the processor itself writes for that picture. How many they are depends on the
-picture's size alone, so the processor is asked once a size. Pixels are made when an example is asked for.
+The mask is derived on the rendering as the template writes it, where an image is one placeholder token; then each
+placeholder becomes the tokens that the processor itself writes for that image. How many they are depends on the
+image's size alone, so the processor is asked once a size. Pixels are made when an example is asked for.
 """
+
+from __future__ import annotations
 
 import copy
 import hashlib
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Message, RowRefusedError, normalise
+from am_data._messages import Format, Message, Row, RowRefusedError, normalise
 from am_data._render import IGNORE_INDEX, Renderer, TrainOn
 from am_data._report import DatasetReport
 from am_data._row_filter import (
@@ -30,42 +32,43 @@ from am_data._row_filter import (
     row_id,
     segments,
 )
-from am_data._rows import Row, Rows, read_rows
+from am_data._rows import Rows, read_rows
 from am_data._tokens import TextExample, TokenDataset
-from am_data._vision_pictures import load_picture, require_pillow
+from am_data._vision_images import load_image, require_pillow
 from am_data._vision_processor import VisionProcessor, vision_processor
 
 if TYPE_CHECKING:
     import datasets
     from PIL import Image
+    from transformers import ProcessorMixin
 
 _PLACEHOLDER = "<image>"
 
 
 class VisionChatDataset:
-    """A map-style dataset of conversations with pictures: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64
-    [S]}` and, where the row has pictures, the processor's own tensors (`pixel_values`, ...).
+    """A map-style dataset of conversations with images: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64
+    [S]}` and, where the row has images, the processor's own tensors (`pixel_values`, ...).
 
-    `path` and `format` are those of `ChatDataset`; a content is a string or a list of parts. A picture is a part
+    `path` and `format` are those of `ChatDataset`; a content is a string or a list of parts. An image is a part
     `{"type": "image"}` with `image` or `path` (a path, the bytes of a file, `{"bytes", "path"}`, a PIL image), or it is
     taken in order from the row's column `images` (or `image`) by parts that hold none and by `<image>` in strings,
     whose text stays as it is. Relative paths start from `images`; without it, from the folder of the rows' file, or the
     working directory. `processor`: a transformers processor of a declared family, or a `VisionProcessor`.
 
     The tokens are those of `processor.apply_chat_template`; labels are as in `ChatDataset`, never on image tokens.
-    A row is refused too where a picture is missing, unreadable (each is decoded once, here), zero-sized, animated, of
-    more than 8 bits a channel, a URL or in an assistant turn; where pictures, placeholders and features differ in
-    number; and where a text holds the image token. Pictures are turned as EXIF says; transparency is laid on white.
+    A row is refused too where an image is missing, unreadable (each is decoded once, here), zero-sized, animated, of
+    more than 8 bits a channel, a URL or in an assistant turn; where images, placeholders and features differ in
+    number; and where a text holds the image token. Images are turned as EXIF says; transparency is laid on white.
 
-    A row longer than `max_length` tokens is refused, or with `truncation=True` cut after its last picture, never inside
-    or before it. ValueError where no row is left, or a picture file has changed when its example is asked for.
+    A row longer than `max_length` tokens is refused, or with `truncation=True` cut after its last image, never inside
+    or before it. ValueError where no row is left, or an image file has changed when its example is asked for.
     """
 
     def __init__(
         self,
         path: Rows,
         *,
-        processor: Any,
+        processor: ProcessorMixin | VisionProcessor,
         images: str | Path | None = None,
         split: str = "train",
         format: Format = "auto",
@@ -91,14 +94,14 @@ class VisionChatDataset:
         masker = _Masker(adapter, renderer, layout, _folder(images, path), train_on, max_length, truncation)
         indices, kept, dropped = collect(map(masker, source), source, path, on_bad_row)
 
-        digests = [digest for row in kept for digest in (row.digest, *row.pictures)]
+        digests = [digest for row in kept for digest in (row.digest, *row.images)]
         fingerprint = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
         self._tokens = TokenDataset((row.example for row in kept), fingerprint=fingerprint)
         self._adapter = adapter
         self._masker = masker
         self._source = source
         self._indices = indices
-        self._pictures = [row.pictures for row in kept]
+        self._images = [row.images for row in kept]
         self._report = DatasetReport(
             rows_read=len(source),
             rows_kept=len(kept),
@@ -107,13 +110,13 @@ class VisionChatDataset:
             num_tokens=self._tokens.num_tokens,
             num_supervised_tokens=self._tokens.num_supervised_tokens,
             samples=[segments(row.example, masker.decode) for row in kept[:NUM_SAMPLES]],
-            num_pictures=sum(len(row.pictures) for row in kept),
+            num_images=sum(len(row.images) for row in kept),
             num_image_tokens=sum(int((row.example["input_ids"] == adapter.image_token_id).sum()) for row in kept),
         )
 
     @property
     def report(self) -> DatasetReport:
-        """As `ChatDataset.report`, with the number of pictures and of image tokens."""
+        """As `ChatDataset.report`, with the number of images and of image tokens."""
         return self._report
 
     @property
@@ -128,7 +131,7 @@ class VisionChatDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal conversations, pictures, mask and length limit."""
+        """Equal for equal conversations, images, mask and length limit."""
         return self._tokens.fingerprint
 
     def __len__(self) -> int:
@@ -136,26 +139,26 @@ class VisionChatDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._tokens[index]
-        pictures = self.pictures(index)
-        if not pictures:
+        images = self.images(index)
+        if not images:
             return dict(example)
-        _, tensors = self._adapter.process(pictures)
+        _, tensors = self._adapter.process(images)
         return {**example, **tensors}
 
-    def pictures(self, index: int) -> "list[Image.Image]":
-        """The pictures of row `index` as the processor gets them: RGB, upright, on white."""
-        if not self._pictures[index]:
+    def images(self, index: int) -> list[Image.Image]:
+        """The images of row `index` as the processor gets them: RGB, upright, on white."""
+        if not self._images[index]:
             return []
         place = self._indices[index]
         row = self._source[place]
         try:
             _, _, sources = read_conversation(row, self._masker.layout)
-            loaded = [load_picture(source, self._masker.folder) for source in sources]
-            if [digest for _, digest in loaded] != self._pictures[index]:
-                raise ValueError("a picture is not the one that was there when the dataset was made; make it anew")
+            loaded = [load_image(source, self._masker.folder) for source in sources]
+            if [digest for _, digest in loaded] != self._images[index]:
+                raise ValueError("an image is not the one that was there when the dataset was made; make it anew")
         except ValueError as error:
             raise ValueError(f"row {row_id(row, place)}: {error}") from error
-        return [picture for picture, _ in loaded]
+        return [image for image, _ in loaded]
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,12 @@ class _Kept:
     example: TextExample
     truncated: bool
     digest: bytes
-    pictures: list[bytes]
+    images: list[bytes]
 
 
 @dataclass(frozen=True)
 class _Masker:
-    """One row to its tokens, its mask and the digests of its pictures."""
+    """One row to its tokens, its mask and the digests of its images."""
 
     adapter: VisionProcessor
     renderer: Renderer
@@ -177,7 +180,7 @@ class _Masker:
     train_on: TrainOn
     max_length: int | None
     truncation: bool
-    # By the size of a picture: the tokens that it becomes, and their text.
+    # By the size of an image: the tokens that it becomes, and their text.
     expansions: dict[tuple[int, int], tuple[NDArray[np.int64], str]] = field(default_factory=dict)
 
     def __call__(self, row: Row) -> _Kept | Refused:
@@ -185,19 +188,19 @@ class _Masker:
             messages, tools, sources = read_conversation(row, self.layout)
             self._refuse_image_token(messages)
             ids, labels = self.renderer.mask(messages, tools=tools, train_on=self.train_on)
-            loaded = [load_picture(source, self.folder) for source in sources]
+            loaded = [load_image(source, self.folder) for source in sources]
             text = self.renderer.render(messages, tools)
-            ids, labels, last_picture = self._expand(text, ids, labels, [picture for picture, _ in loaded])
+            ids, labels, last_image = self._expand(text, ids, labels, [image for image, _ in loaded])
             full_length = len(ids)
             ids, labels = cut(ids, labels, self.max_length, self.truncation)
-            if len(ids) < last_picture:
-                detail = f"the last picture ends at token {last_picture}, max_length={self.max_length}"
-                raise RowRefusedError("truncation would cut a picture", detail)
+            if len(ids) < last_image:
+                detail = f"the last image ends at token {last_image}, max_length={self.max_length}"
+                raise RowRefusedError("truncation would cut an image", detail)
         except RowRefusedError as refusal:
             return Refused(refusal.reason, refusal.detail, str(refusal))
         digest = digest_of(messages, tools, labels)
-        pictures = [digest for _, digest in loaded]
-        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, pictures)
+        images = [digest for _, digest in loaded]
+        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, images)
 
     def decode(self, ids: NDArray[np.int64]) -> str:
         """The text of `ids`, with every run of image tokens as `<image x 64>`."""
@@ -216,17 +219,17 @@ class _Masker:
                     )
 
     def _expand(
-        self, text: str, ids: NDArray[np.int64], labels: NDArray[np.int64], pictures: "list[Image.Image]"
+        self, text: str, ids: NDArray[np.int64], labels: NDArray[np.int64], images: list[Image.Image]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        """Tokens and labels with every placeholder replaced, and the end of the last picture (0 if there is none)."""
+        """Tokens and labels with every placeholder replaced, and the end of the last image (0 if there is none)."""
         places = np.flatnonzero(ids == self.adapter.image_token_id).tolist()
-        if len(places) != len(pictures):
+        if len(places) != len(images):
             raise RowRefusedError(
-                "the template drops or adds a picture", f"it writes {len(places)} placeholders for {len(pictures)}"
+                "the template drops or adds an image", f"it writes {len(places)} placeholders for {len(images)}"
             )
-        if not pictures:
+        if not images:
             return ids, labels, 0
-        expansions = [self._expansion(picture) for picture in pictures]
+        expansions = [self._expansion(image) for image in images]
         all_ids, all_labels, end = [ids[: places[0]]], [labels[: places[0]]], 0
         for place, following, (tokens, _) in zip(places, [*places[1:], len(ids)], expansions):
             all_ids += [tokens, ids[place + 1 : following]]
@@ -237,20 +240,20 @@ class _Masker:
         whole = "".join([texts[0], *(part for (_, own), rest in zip(expansions, texts[1:]) for part in (own, rest))])
         # White space beside a placeholder may be tokenised otherwise beside what it becomes.
         if self._encode(whole) != expanded.tolist():
-            raise RowRefusedError("the tokens around a picture change when it is expanded", repr(text[:80]))
+            raise RowRefusedError("the tokens around an image change when it is expanded", repr(text[:80]))
         return expanded, np.concatenate(all_labels), end
 
-    def _expansion(self, picture: "Image.Image") -> tuple[NDArray[np.int64], str]:
-        if picture.size not in self.expansions:
-            ids, _ = self.adapter.process([picture])
+    def _expansion(self, image: Image.Image) -> tuple[NDArray[np.int64], str]:
+        if image.size not in self.expansions:
+            ids, _ = self.adapter.process([image])
             text = self.adapter.processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             if self._encode(text) != ids.tolist():
                 raise ValueError(
-                    f"the tokens of a picture of {picture.size} pixels decode to {text[:80]!r}, which is tokenised "
+                    f"the tokens of an image of {image.size} pixels decode to {text[:80]!r}, which is tokenised "
                     "otherwise; add the tokens that the processor writes to its tokenizer as special tokens"
                 )
-            self.expansions[picture.size] = ids, text
-        return self.expansions[picture.size]
+            self.expansions[image.size] = ids, text
+        return self.expansions[image.size]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.adapter.processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -258,21 +261,21 @@ class _Masker:
 
 
 def read_conversation(row: Row, layout: Format) -> tuple[list[Message], list[dict[str, Any]] | None, list[object]]:
-    """`(messages, tools, pictures)`: contents are lists of text parts and bare image parts, pictures in their order.
+    """`(messages, tools, images)`: contents are lists of text parts and bare image parts, images in their order.
 
-    Raises RowRefusedError, also where placeholders and the pictures of the row's column differ in number.
+    Raises RowRefusedError, also where placeholders and the images of the row's column differ in number.
     """
     column = row.get("images") if row.get("images") is not None else row.get("image")
     given = list(column) if isinstance(column, Sequence) and not isinstance(column, str | bytes) else [column]
     given = [] if column is None else given
     waiting = iter(given)
-    pictures: list[object] = []
+    images: list[object] = []
     num_placeholders = 0
 
     def placeholder() -> dict[str, Any]:
         nonlocal num_placeholders
         num_placeholders += 1
-        pictures.append(next(waiting, None))
+        images.append(next(waiting, None))
         return {"type": "image"}
 
     def read_content(content: object, turn: int) -> list[dict[str, Any]]:
@@ -292,15 +295,15 @@ def read_conversation(row: Row, layout: Format) -> tuple[list[Message], list[dic
         if kind == "text" and isinstance(held.get("text"), str):
             return {"type": "text", "text": held["text"]}
         if kind == "image_url" or "url" in held:
-            raise RowRefusedError("a picture is a URL", f"turn {turn}; download it and give its path")
+            raise RowRefusedError("an image is a URL", f"turn {turn}; download it and give its path")
         if kind != "image":
             raise RowRefusedError("content of an unknown kind", f"turn {turn} has a part of type {kind!r}")
         if not held:
             return placeholder()
         if held.keys() == {"image"}:
-            pictures.append(held["image"])
+            images.append(held["image"])
         elif held.keys() <= {"path", "bytes"}:
-            pictures.append(held)
+            images.append(held)
         else:
             raise RowRefusedError("content of an unknown kind", f"turn {turn} has an image part with {sorted(held)}")
         return {"type": "image"}
@@ -308,12 +311,12 @@ def read_conversation(row: Row, layout: Format) -> tuple[list[Message], list[dic
     messages, tools = normalise(row, layout, read_content)
     if num_placeholders != len(given):
         raise RowRefusedError(
-            "pictures and placeholders differ in number", f"{len(given)} pictures, {num_placeholders} placeholders"
+            "images and placeholders differ in number", f"{len(given)} images, {num_placeholders} placeholders"
         )
     for turn, message in enumerate(messages):
         if message["role"] == "assistant" and any(part["type"] == "image" for part in message["content"]):
-            raise RowRefusedError("a picture in an assistant turn", f"turn {turn}; a model does not learn to draw here")
-    return messages, tools, pictures
+            raise RowRefusedError("an image in an assistant turn", f"turn {turn}; a model does not learn to draw here")
+    return messages, tools, images
 
 
 def _folder(images: str | Path | None, rows: Rows) -> Path:
@@ -332,9 +335,9 @@ def _folder(images: str | Path | None, rows: Rows) -> Path:
 
 
 class _UndecodedRows(Sequence[Row]):
-    """Rows of a `datasets.Dataset` with pictures as bytes: decoding them, it fails for the whole row."""
+    """Rows of a `datasets.Dataset` with images as bytes: decoding them, it fails for the whole row."""
 
-    def __init__(self, dataset: "datasets.Dataset") -> None:
+    def __init__(self, dataset: datasets.Dataset) -> None:
         self._rows = dataset.with_format("arrow")
         self._features = copy.deepcopy(dataset.features)
         _keep_bytes(self._features)
@@ -358,7 +361,7 @@ def _keep_bytes(feature: object) -> None:
         _keep_bytes(feature.feature)
 
 
-def _undecoded(source: "Sequence[Row] | datasets.Dataset") -> "Sequence[Row] | datasets.Dataset":
+def _undecoded(source: Sequence[Row] | datasets.Dataset) -> Sequence[Row] | datasets.Dataset:
     # A transform of the user's makes the rows that they want to be read.
     if isinstance(source, Sequence) or source.format["type"] == "custom":
         return source

@@ -1,7 +1,9 @@
-"""What is known of each family of processors: how a picture becomes tokens and tensors, and how tensors are joined.
+"""What is known of each family of processors: how an image becomes tokens and tensors, and how tensors are joined.
 
 Nothing is found out by probing. A family that is not in the table is declared by its user as a `VisionProcessor`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,50 +17,59 @@ from am_data._messages import RowRefusedError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import (
+        Idefics3Processor,
+        LlavaProcessor,
+        ProcessorMixin,
+        Qwen2_5_VLProcessor,
+        Qwen2VLProcessor,
+        Qwen3VLProcessor,
+        SmolVLMProcessor,
+    )
 
-PictureTensors: TypeAlias = dict[str, torch.Tensor]
+ImageTensors: TypeAlias = dict[str, torch.Tensor]
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
 @dataclass(frozen=True)
 class VisionProcessor:
-    """A transformers processor with the facts about its family that a batch of pictures needs.
+    """A transformers processor with the facts about its family that a batch of images needs.
 
-    `image_token`, `image_token_id`: the placeholder, which the chat template writes once a picture and the processor
+    `image_token`, `image_token_id`: the placeholder, which the chat template writes once per image and the processor
     repeats once a feature. `tensor_names`: what the processor returns beside the text. `joined` says how these tensors
-    become those of a batch: "concatenate" along their first axis, whatever row a picture is in (LLaVA `[N, C, H, W]`,
+    become those of a batch: "concatenate" along their first axis, whatever row an image is in (LLaVA `[N, C, H, W]`,
     Qwen-VL `[patches, dim]` with a grid `[N, 3]` of them); or "pad_images", where the processor gives `[1, N, ...]` and
     rows are filled up with zeros to `[B, N, ...]` (Idefics3, SmolVLM). `num_features`: the features that a vision tower
     makes of a row's tensors, which must be the number of its image tokens.
     """
 
-    processor: Any
+    processor: ProcessorMixin
     image_token: str
     image_token_id: int
     tensor_names: tuple[str, ...]
     joined: Literal["concatenate", "pad_images"]
     num_features: Callable[[Mapping[str, torch.Tensor]], int]
 
-    def process(self, pictures: "Sequence[Image.Image]") -> tuple[NDArray[np.int64], PictureTensors]:
-        """Tokens int64 `[S]` and tensors of the pictures of one row, from the processor's own output.
+    def process(self, images: Sequence[Image.Image]) -> tuple[NDArray[np.int64], ImageTensors]:
+        """Tokens int64 `[S]` and tensors of the images of one row, from the processor's own output.
 
-        Raises ValueError where the processor refuses a picture, returns other tensors than declared, or writes
+        Raises ValueError where the processor refuses an image, returns other tensors than declared, or writes
         another number of image tokens than the tensors give features.
         """
         try:
             output = self.processor(
-                text=[self.image_token * len(pictures)],
-                images=list(pictures),
+                text=[self.image_token * len(images)],
+                images=list(images),
                 add_special_tokens=False,
                 return_tensors="pt",
             )
         except ValueError as error:
-            sizes = [picture.size for picture in pictures]
-            raise RowRefusedError("the processor refuses a picture", f"of {sizes} pixels: {error}") from error
+            sizes = [image.size for image in images]
+            raise RowRefusedError("the processor refuses an image", f"of {sizes} pixels: {error}") from error
         returned = set(output) - _TEXT_KEYS
         if returned != set(self.tensor_names):
             raise ValueError(
-                f"{type(self.processor).__name__} returns {sorted(returned)} for pictures, its adapter declares "
+                f"{type(self.processor).__name__} returns {sorted(returned)} for images, its adapter declares "
                 f"{sorted(self.tensor_names)}; configure the processor so, or pass a VisionProcessor that declares them"
             )
         ids = output["input_ids"][0].numpy()
@@ -69,13 +80,13 @@ class VisionProcessor:
         if num_tokens != num_features:
             raise RowRefusedError(
                 "image tokens and image features differ",
-                f"{len(pictures)} pictures are {num_tokens} tokens {self.image_token!r} and {num_features} features; "
+                f"{len(images)} images are {num_tokens} tokens {self.image_token!r} and {num_features} features; "
                 "do the processor's image_seq_len or patch_size belong to its image size?",
             )
         return ids, tensors
 
-    def join(self, examples: Sequence[Mapping[str, Any]]) -> PictureTensors:
-        """The picture tensors of the rows of a batch, without any key where no row has a picture."""
+    def join(self, examples: Sequence[Mapping[str, Any]]) -> ImageTensors:
+        """The image tensors of the rows of a batch, without any key where no row has an image."""
         if not any(self.tensor_names[0] in example for example in examples):
             return {}
         joined = {}
@@ -92,7 +103,7 @@ class VisionProcessor:
         return joined
 
 
-def vision_processor(processor: Any) -> VisionProcessor:
+def vision_processor(processor: ProcessorMixin) -> VisionProcessor:
     """The declared adapter of a transformers processor, found by its class or a base of it.
 
     ValueError with the known classes where there is none: declare a `VisionProcessor` then.
@@ -106,7 +117,7 @@ def vision_processor(processor: Any) -> VisionProcessor:
     )
 
 
-def _idefics3(processor: Any) -> VisionProcessor:
+def _idefics3(processor: Idefics3Processor | SmolVLMProcessor) -> VisionProcessor:
     settings = processor.image_processor
     if not settings.do_normalize or 0 in np.atleast_1d(settings.image_mean):
         raise ValueError(
@@ -123,20 +134,20 @@ def _idefics3(processor: Any) -> VisionProcessor:
     )
 
 
-def _llava(processor: Any) -> VisionProcessor:
+def _llava(processor: LlavaProcessor) -> VisionProcessor:
     def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
-        pictures, _, height, width = tensors["pixel_values"].shape
+        images, _, height, width = tensors["pixel_values"].shape
         patches = (height // processor.patch_size) * (width // processor.patch_size)
         # "default" leaves out the tower's class token, "full" keeps it.
         dropped = processor.vision_feature_select_strategy == "default"
-        return int(pictures * (patches + processor.num_additional_image_tokens - dropped))
+        return int(images * (patches + processor.num_additional_image_tokens - dropped))
 
     return VisionProcessor(
         processor, processor.image_token, processor.image_token_id, ("pixel_values",), "concatenate", num_features
     )
 
 
-def _qwen_vl(processor: Any) -> VisionProcessor:
+def _qwen_vl(processor: Qwen2VLProcessor | Qwen2_5_VLProcessor | Qwen3VLProcessor) -> VisionProcessor:
     def num_features(tensors: Mapping[str, torch.Tensor]) -> int:
         patches = tensors["image_grid_thw"].prod(-1).sum()
         return int(patches) // int(processor.image_processor.merge_size) ** 2
@@ -147,6 +158,7 @@ def _qwen_vl(processor: Any) -> VisionProcessor:
     )
 
 
+# Any: each takes a processor of the class that it stands under.
 _FAMILIES: dict[str, Callable[[Any], VisionProcessor]] = {
     "Idefics3Processor": _idefics3,
     "SmolVLMProcessor": _idefics3,

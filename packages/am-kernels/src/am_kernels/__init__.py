@@ -1,12 +1,14 @@
 """Attention, norms, rotary embedding and gated activations: faster, same meaning."""
 
-from . import reference
-from ._attention import attention
-from ._backends import Backend, BackendReport, backends
-from ._documents import Documents, document_segments
-from ._gated import swiglu
-from ._norm import add_rms_norm, rms_norm
-from ._rope import rope
+from __future__ import annotations
+
+from am_kernels import reference
+from am_kernels._attention import attention
+from am_kernels._backends import Backend, BackendReport, backends
+from am_kernels._documents import Documents, document_segments
+from am_kernels._gated import swiglu
+from am_kernels._norm import add_rms_norm, rms_norm
+from am_kernels._rope import rope
 
 __all__ = [
     "Backend",

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._bucketed import MAX_LENGTH, Buckets, bucketed_attention
-from ._documents import Documents, document_segments
-from .reference import allowed_pairs, attend
+from am_kernels._bucketed import MAX_LENGTH, Buckets, bucketed_attention
+from am_kernels._documents import Documents, document_segments
+from am_kernels._varlen import varlen_attention, why_not
+from am_kernels.reference import allowed_pairs, attend
 
-BACKENDS = ("sdpa", "bucketed", "reference")
+BACKENDS = ("sdpa", "bucketed", "varlen", "reference")
 
 
 def attention(
@@ -47,7 +48,9 @@ def attention(
     - `softcap`: scores become `softcap * tanh(scores / softcap)` (Gemma 2). `scale`: default P ** -0.5.
     - `backend`: None chooses; `"sdpa"` is torch's scaled_dot_product_attention (per document if there are documents),
       `"bucketed"` batches documents of similar length (CPU, causal, with document_ids; documents of more than 1,024
-      tokens go through sdpa), `"reference"` is plain PyTorch. A named one is used or ValueError says why it cannot.
+      tokens go through sdpa), `"varlen"` is torch's varlen_attn over all documents at once (CUDA, float16 or bfloat16,
+      with document_ids; by name only), `"reference"` is plain PyTorch. A named one is used or ValueError says why
+      it cannot.
 
     Raises ValueError for shapes that do not fit and for combinations that no backend, or the named one, supports.
     """
@@ -57,7 +60,7 @@ def attention(
     _check_shapes(q, k, v, mask, documents)
     if window is not None and (not causal or window < 1):
         raise ValueError(f"window={window} with causal={causal}; a window is at least 1 and needs causal=True")
-    backend = _choose(q, causal, mask, documents, sink, softcap, backend)
+    backend = _choose(q, causal, mask, documents, window, sink, softcap, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -68,19 +71,12 @@ def attention(
     if documents is None:
         return one(q, k, v, mask).transpose(1, 2).contiguous()
     if not documents.lengths:
-        # Padding alone: zeros that still have a gradient, so that a rank without documents computes one for all of its
-        # weights.
-        connected = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + connected
-    if backend != "bucketed":
-        return _per_document(one, q, k, v, mask, documents)
-    longest = max(documents.lengths, default=0)
-    if longest > MAX_LENGTH:
-        long = _per_document(one, q, k, v, None, documents, longer_than=MAX_LENGTH)
-        if min(documents.lengths) > MAX_LENGTH:
-            return long
-        return long + bucketed_attention(q, k, v, _buckets(documents, window), scale)
-    return bucketed_attention(q, k, v, _buckets(documents, window), scale)
+        return _no_document(q, k, v)
+    if backend == "varlen":
+        return varlen_attention(q, k, v, documents, causal=causal, scale=scale)
+    if backend == "bucketed":
+        return _bucketed(one, q, k, v, documents, window, scale)
+    return _per_document(one, q, k, v, mask, documents)
 
 
 def _choose(
@@ -88,6 +84,7 @@ def _choose(
     causal: bool,
     mask: Tensor | None,
     documents: Documents | None,
+    window: int | None,
     sink: Tensor | None,
     softcap: float | None,
     backend: str | None,
@@ -95,25 +92,50 @@ def _choose(
     """The name of the backend to use; ValueError when the named one cannot do what is asked."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}, or None to let it choose")
-    asked = {"sink": sink is not None, "softcap": softcap is not None}
-    not_sdpa = [name for name, given in asked.items() if given]
-    asked |= {
-        "mask": mask is not None,
-        "causal=False": not causal,
-        "no document_ids": documents is None,
-        f"device {q.device.type}": q.device.type != "cpu",
-    }
-    not_bucketed = [name for name, given in asked.items() if given]
+    not_sdpa = _given({"sink": sink is not None, "softcap": softcap is not None})
+    for_documents = not_sdpa + _given({"mask": mask is not None, "no document_ids": documents is None})
+    not_bucketed = for_documents + _given(
+        {"causal=False": not causal, f"device {q.device.type}": q.device.type != "cpu"}
+    )
     if backend is None:
         if not not_bucketed:
             return "bucketed"
         return "reference" if not_sdpa else "sdpa"
-    refused = {"sdpa": not_sdpa, "bucketed": not_bucketed, "reference": []}[backend]
+    not_varlen = for_documents + _given({"window": window is not None}) + why_not(q.device.type, q.dtype)
+    refused = {"sdpa": not_sdpa, "bucketed": not_bucketed, "varlen": not_varlen, "reference": []}[backend]
     if refused:
         raise ValueError(
             f"backend={backend!r} does not support {', '.join(refused)}; use backend=None to let it choose"
         )
     return backend
+
+
+def _given(asked: dict[str, bool]) -> list[str]:
+    return [name for name, given in asked.items() if given]
+
+
+def _no_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros that still have a gradient, so that a rank without documents computes one for all of its weights."""
+    connected = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+    return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]) + connected
+
+
+def _bucketed(
+    one: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Short documents in buckets, long ones by `one`."""
+    if max(documents.lengths) <= MAX_LENGTH:
+        return bucketed_attention(q, k, v, _buckets(documents, window), scale)
+    long = _per_document(one, q, k, v, None, documents, longer_than=MAX_LENGTH)
+    if min(documents.lengths) > MAX_LENGTH:
+        return long
+    return long + bucketed_attention(q, k, v, _buckets(documents, window), scale)
 
 
 def _buckets(documents: Documents, window: int | None) -> Buckets:

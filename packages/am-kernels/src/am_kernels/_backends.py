@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ._bucketed import BLOCK, MAX_LENGTH
+from am_kernels._bucketed import BLOCK, MAX_LENGTH
+from am_kernels._varlen import why_not
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ def backends(device_type: str = "cpu") -> BackendReport:
         if on_cpu
         else f"is for the CPU; documents on {device_type} go through sdpa one by one"
     )
+    against_varlen = why_not(device_type)
+    varlen = "torch.nn.attention.varlen.varlen_attn, all documents in one call; by name only"
+    if against_varlen:
+        varlen = f"does not support {', '.join(against_varlen)}"
     report = [
         Backend("attention", "bucketed", on_cpu, bucketed),
         Backend("attention", "sdpa", True, "torch.nn.functional.scaled_dot_product_attention, per document"),
+        Backend("attention", "varlen", not against_varlen, varlen),
         Backend("attention", "reference", True, "plain PyTorch; the choice for sink and softcap"),
     ]
     report += [

@@ -15,12 +15,13 @@ it (causal), as a query its result is dropped and its gradient is set to zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._documents import Documents
+from am_kernels._documents import Documents
 
 # Tokens. Longer documents would keep too many softmax weights; the flash kernel recomputes them.
 MAX_LENGTH = 1024
@@ -159,7 +160,7 @@ def _as_rows(x: Tensor) -> tuple[Tensor, bool]:
     return rows.view(-1, x.shape[-1]), heads_first
 
 
-def _like_rows(rows: Tensor, shape: torch.Size, heads_first: bool) -> Tensor:
+def _like_rows(rows: Tensor, shape: tuple[int, int, int, int], heads_first: bool) -> Tensor:
     """Inverse of `_as_rows`: rows back to `[B, heads, S, P]`."""
     B, heads, S, _ = shape
     if heads_first:
@@ -176,7 +177,7 @@ def _gathered(num_rows: int, width: int, like: Tensor) -> Tensor:
 
 class _BucketedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, buckets: Buckets, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, buckets: Buckets, scale: float) -> Tensor:
         B, H, S, P = q.shape
         K, width = k.shape[1], v.shape[3]
         G = H // K
@@ -216,7 +217,7 @@ class _BucketedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_all, k_all, v_all, *weights = ctx.saved_tensors
         buckets, scale = ctx.buckets, ctx.scale
         B, H, K, S, P, width = ctx.dims

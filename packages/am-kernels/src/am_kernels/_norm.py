@@ -6,6 +6,8 @@ Only x, w and r (one number per row) are kept for backward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -63,14 +65,14 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out, inverse = _forward(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         d_x, d_weight = _backward(grad, x, weight, inverse)
         return d_x.to(x.dtype), d_weight, None
@@ -78,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         total = x + residual
         out, inverse = _forward(total, weight, eps)
         ctx.save_for_backward(total, weight, inverse)
@@ -86,7 +88,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, grad_total: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, inverse = ctx.saved_tensors
         d_total, d_weight = _backward(grad, total, weight, inverse)
         d_total = d_total.add_(grad_total).to(total.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference
+from am_kernels import reference
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,12 +49,12 @@ def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_q: Tensor, grad_k: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _rotate_back(grad_q, cos, sin), _rotate_back(grad_k, cos, sin), None, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._documents import Documents, document_segments
+from am_kernels._documents import Documents, document_segments
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,9 @@
 """Hugging Face models made fast in place, with their own signature."""
 
+from __future__ import annotations
+
 from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
+from am_models._families import FAMILIES, VISION_FAMILIES, Family, VisionFamily
 from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts
 from am_models._loss import Loss, RouterLoss, forward_with_loss, split_batch
 from am_models._optimize import OptimizeReport, optimize
@@ -8,11 +11,15 @@ from am_models._separate import require_separate_documents
 from am_models._weight_map import weight_map
 
 __all__ = [
+    "FAMILIES",
+    "VISION_FAMILIES",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
+    "Family",
     "Loss",
     "OptimizeReport",
     "RouterLoss",
+    "VisionFamily",
     "VisionParts",
     "forward_with_loss",
     "multi_axis_positions",

@@ -9,14 +9,18 @@ function does not, and then needs no [B, 1, S, S] tensor; without document ids i
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 import am_kernels
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 NAME = "am_kernels"
+# These compute packed documents alone: generation and padding masks go to the backend that am_kernels chooses.
+_FOR_DOCUMENTS = ("bucketed", "varlen")
 
 
 class LazyMask:
@@ -42,6 +46,8 @@ class LazyMask:
 
         if self._built is None:
             self._built = sdpa_mask(**{**self.arguments, "allow_is_causal_skip": False})
+        # None is for what may be skipped, and nothing may.
+        assert self._built is not None
         return self._built
 
     def contiguous(self) -> torch.Tensor:
@@ -56,8 +62,9 @@ def register(backend: str | None) -> str:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    one_token = torch.zeros(1, 1, 1, 8)
-    am_kernels.attention(one_token, one_token, one_token, backend=backend)
+    if backend not in _FOR_DOCUMENTS:
+        one_token = torch.zeros(1, 1, 1, 8)
+        am_kernels.attention(one_token, one_token, one_token, backend=backend)
 
     name = NAME if backend is None else f"{NAME}.{backend}"
     AttentionInterface.register(name, partial(_attention, backend=backend))
@@ -65,13 +72,13 @@ def register(backend: str | None) -> str:
     return name
 
 
-def uses_documents(model: nn.Module) -> bool:
+def uses_documents(model: PreTrainedModel) -> bool:
     """Whether the attention of `model` is ours, so that `document_ids` given to its forward separate documents."""
     return str(model.config.get_text_config()._attn_implementation).startswith(NAME)
 
 
 def plan_documents(
-    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of the decoder: find the documents once per batch, not once per layer.
 
@@ -125,8 +132,12 @@ def _mask(
     return sdpa_mask(**arguments)
 
 
+class _AttentionModule(Protocol):
+    is_causal: bool
+
+
 def _attention(
-    module: nn.Module,
+    module: _AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -139,14 +150,13 @@ def _attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     document_ids: torch.Tensor | am_kernels.Documents | None = None,
-    position_bias: torch.Tensor | None = None,
-    cache: Any = None,
-    **_already_in_the_mask: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, P], key and value [B, K, S', P] to [B, S, H, P]."""
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported: set config.attention_dropout to 0")
-    if position_bias is not None or cache is not None:
+    # What else a model passes on is in the mask already, all but these two.
+    if others.get("position_bias") is not None or others.get("cache") is not None:
         raise ValueError("position_bias and paged caches are not supported; use kernels={'attention': False}")
     causal = module.is_causal if is_causal is None else is_causal
     mask, window = None, None
@@ -156,6 +166,8 @@ def _attention(
         window = attention_mask.window
     else:
         mask = attention_mask.tensor()
+    if document_ids is None and backend in _FOR_DOCUMENTS:
+        backend = None
     # A mask already holds causality; one query alone sees every key; an empty static cache has keys of the future.
     num_queries = query.shape[2]
     if mask is not None or num_queries == 1:

@@ -4,29 +4,34 @@
 language model (`config.text_config`) in a model of images and text.
 
 A class is swapped only where this table names it, because what it computes was read and is tested against stock: two
-classes called `...RMSNorm` can multiply by `weight` or by `1 + weight`. A family that is not here keeps its own code.
+classes called `...RMSNorm` can multiply by `weight` or by `1 + weight`. A family that is not here keeps its own code,
+unless a row of the caller's own describes it: `optimize(model, family=Family(...))`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
 class Family:
-    """Class names inside `transformers.models.<module>.modeling_<module>` and the arithmetic after the output head.
+    """Class names inside one modelling file and the arithmetic after the output head.
 
+    module: a family of transformers, whose file is `transformers.models.<module>.modeling_<module>`, or the import path
+        of a module of your own, such as `my_package.modeling_mine`.
     attention: takes part in transformers' attention registry and lets keyword arguments through to it.
     rotary: the attention's `apply_rotary_pos_emb` is the half-rotation of `am_kernels.rope`.
     norm: `weight * (x / rms(x)).to(x.dtype)`, epsilon in `variance_epsilon`.
     gated_mlp: `down_proj(act_fn(gate_proj(x)) * up_proj(x))`.
     experts: fused `gate_up_proj [E, 2F, D]` (gate first) and `down_proj [E, D, F]`, no bias, activation `act_fn`.
+    activation: configuration key of that `act_fn`, of which silu alone is swapped; None: it is always silu.
     softcap: configuration key of `tanh(logits / c) * c`; None or a null value: not applied.
     scale, inverse_scale: configuration key whose value multiplies or divides the logits (before the soft-cap).
     router: class whose first output are the router logits [T, E] that transformers records and, when
@@ -40,6 +45,7 @@ class Family:
     norm: str | None = None
     gated_mlp: str | None = None
     experts: str | None = None
+    activation: str | None = "hidden_act"
     softcap: str | None = None
     scale: str | None = None
     inverse_scale: str | None = None
@@ -106,27 +112,27 @@ class VisionFamily:
     language_model: str
     tower: str
     projector: tuple[str, ...]
-    blank: Callable[[Any], dict[str, torch.Tensor]]
+    blank: Callable[[PreTrainedConfig], dict[str, torch.Tensor]]
     keys: tuple[str, ...] = ("pixel_values",)
     optional_keys: tuple[str, ...] = ()
     features: tuple[str, ...] = ("pooler_output",)
     axes: int = 1
 
 
-def _blank_shuffled(config: Any) -> dict[str, torch.Tensor]:
+def _blank_shuffled(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """One image [1, 1, C, side, side] of one token; all zeros would count as padding."""
     vision = config.vision_config
     side = vision.patch_size * config.scale_factor
     return {"pixel_values": torch.ones(1, 1, vision.num_channels, side, side)}
 
 
-def _blank_fixed(config: Any) -> dict[str, torch.Tensor]:
+def _blank_fixed(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """One image [1, C, side, side]: these towers take one size."""
     vision = config.vision_config
     return {"pixel_values": torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)}
 
 
-def _blank_grid(config: Any) -> dict[str, torch.Tensor]:
+def _blank_grid(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """One image of one token: merge * merge patches of C * frames * side * side values."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
@@ -155,34 +161,3 @@ VISION_FAMILIES = {
         axes=3,
     ),
 }
-
-
-def family_of(config: Any) -> Family | None:
-    """The language family of a model with this configuration; None where it, or what surrounds it, is not declared."""
-    text = config.get_text_config()
-    if text is not config and config.model_type not in VISION_FAMILIES:
-        return None
-    return FAMILIES.get(text.model_type)
-
-
-def base_class_of(config: Any) -> type[nn.Module]:
-    """The class of the model without its head for this configuration."""
-    from transformers import MODEL_MAPPING
-
-    return MODEL_MAPPING[type(config)]
-
-
-def language_model_of(model: nn.Module) -> nn.Module:
-    """The part that the kernels are for: `model` itself where it is text only."""
-    vision = VISION_FAMILIES.get(model.config.model_type)
-    return model if vision is None else model.base_model.get_submodule(vision.language_model)
-
-
-def family_class(family: Family, name: str) -> type[nn.Module]:
-    """The class `name` of the family's modelling file; AttributeError where the installed transformers has none."""
-    return getattr(importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}"), name)
-
-
-def modules_of(model: nn.Module, cls: type[nn.Module]) -> list[nn.Module]:
-    """The submodules that run `cls.forward`: `cls` itself and wrappers such as FSDP2's that inherit its forward."""
-    return [module for module in model.modules() if isinstance(module, cls) and type(module).forward is cls.forward]

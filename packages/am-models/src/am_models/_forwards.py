@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,12 +15,28 @@ import am_moe
 EXPERTS_NAME = "am_moe"
 
 
-def rms_norm_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+class _Norm(Protocol):
+    weight: torch.Tensor
+    variance_epsilon: float
+
+
+class _GatedMlp(Protocol):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+class _Experts(Protocol):
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+
+
+def rms_norm_forward(self: _Norm, hidden_states: torch.Tensor) -> torch.Tensor:
     """`weight * (x / rms(x))` of x [..., D], as every Llama-like RMSNorm of transformers computes it."""
     return am_kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-def swiglu_mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def swiglu_mlp_forward(self: _GatedMlp, x: torch.Tensor) -> torch.Tensor:
     """`down(silu(gate(x)) * up(x))` for x [..., D]."""
     return self.down_proj(am_kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -49,7 +65,7 @@ def with_rotation(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: _Experts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: hidden_states [T, D], top_k_index and top_k_weights [T, A] to [T, D]."""
     return am_moe.experts_forward(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)

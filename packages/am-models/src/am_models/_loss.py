@@ -6,15 +6,20 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, MethodType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import am_kernels
 from am_models._attention import plan_documents, uses_documents
-from am_models._families import VISION_FAMILIES, Family, family_class, family_of, modules_of
+from am_models._families import Family
 from am_models._images import check_image_keys, image_inputs, image_keys, install_blank_image
+from am_models._rows import Rows, family_class, modules_of, rows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 RouterLoss = Callable[[tuple[torch.Tensor, ...], torch.Tensor | None], torch.Tensor]
 ResultT = TypeVar("ResultT")
@@ -45,19 +50,24 @@ class Loss(Protocol[ResultT_co]):
 
 
 def split_batch(
-    model: nn.Module, batch: Mapping[str, torch.Tensor]
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], *, device: torch.device | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The inputs and the targets of a batch for `forward_with_loss`: what the family declares as input, and all else.
 
-    Inputs are `input_ids`, `position_ids`, `document_ids` and the image tensors of the family.
+    Inputs are `input_ids`, `position_ids`, `document_ids` and the image tensors of the family. device: where all but
+    `document_ids` go, which are read on the host; None leaves every tensor where it is.
     """
-    declared = (*_TEXT_KEYS, *image_keys(model))
+    declared = _declared_inputs(rows_of(model))
     inputs = {name: tensor for name, tensor in batch.items() if name in declared}
-    return inputs, {name: tensor for name, tensor in batch.items() if name not in declared}
+    targets = {name: tensor for name, tensor in batch.items() if name not in declared}
+    if device is not None:
+        inputs = {name: tensor if name == "document_ids" else tensor.to(device) for name, tensor in inputs.items()}
+        targets = {name: tensor.to(device) for name, tensor in targets.items()}
+    return inputs, targets
 
 
 def forward_with_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     loss_fn: Loss[ResultT],
     inputs: Mapping[str, torch.Tensor],
     targets: Mapping[str, torch.Tensor],
@@ -80,10 +90,11 @@ def forward_with_loss(
     Args:
         loss_fn: called once, see `Loss`; what it returns is returned where there is no `router_loss`.
         inputs: what the model takes: `input_ids [B, S]` and, optionally, `position_ids [B, S]` and
-            `document_ids [B, S]` (1.. per document, 0 = padding). A model of images and text also takes the image
-            tensors of its processor, as declared: `pixel_values` and `pixel_attention_mask` (idefics3, smolvlm),
-            `pixel_values` (llava), `pixel_values` and `image_grid_thw` (qwen2_5_vl, qwen3_vl; with `position_ids
-            [3, B, S]` from `multi_axis_positions`).
+            `document_ids [B, S]` (1.. per document, 0 = padding; best left on the host, where they are read once
+            before the forward: from an accelerator that is a copy back and a wait). A model of images and text also
+            takes the image tensors of its processor, as declared: `pixel_values` and `pixel_attention_mask` (idefics3,
+            smolvlm), `pixel_values` (llava), `pixel_values` and `image_grid_thw` (qwen2_5_vl, qwen3_vl; with
+            `position_ids [3, B, S]` from `multi_axis_positions`).
         targets: what the loss takes: `shift_labels [B, S]` (already shifted, -100 = no loss) and further tensors,
             which reach it as keyword arguments. `split_batch` tells them from the inputs.
         router_loss: `router_loss(router_logits, document_ids)`, for a family with routers (qwen2_moe, qwen3_moe,
@@ -96,99 +107,118 @@ def forward_with_loss(
             `router_loss`, since it would be missing from the result; after the forward: router logits that were not
             recorded.
     """
-    return model.forward_with_loss(loss_fn, dict(inputs), MappingProxyType(dict(targets)), router_loss=router_loss)
+    method = vars(model).get("forward_with_loss")
+    if method is None:
+        raise ValueError(f"{type(model).__name__} has no method forward_with_loss yet; call am_models.optimize(model)")
+    document_ids = inputs.get("document_ids")
+    documents = None
+    if document_ids is not None and uses_documents(model):
+        # Here, before FSDP2 moves the ids to its device.
+        documents = am_kernels.document_segments(document_ids)
+    targets = MappingProxyType(dict(targets))
+    return method(loss_fn, dict(inputs), targets, router_loss=router_loss, documents=documents)
 
 
-def install_forward_with_loss(model: nn.Module, family: Family | None) -> str:
+def install_forward_with_loss(model: PreTrainedModel, rows: Rows) -> str:
     """Install the method and the per-batch document plan on this instance; return the report's line on the loss."""
     if "forward_with_loss" not in vars(model):
-        model.forward_with_loss = MethodType(_forward_with_loss, model)
+        vars(model)["forward_with_loss"] = MethodType(_forward_with_loss, model)
         model.base_model.register_forward_pre_hook(plan_documents, with_kwargs=True)
-        if model.config.model_type in VISION_FAMILIES:
-            install_blank_image(model.base_model)
-    if family is None:
+    if rows.vision is not None:
+        install_blank_image(model.base_model, rows.vision)
+    if rows.language is None:
         return f"logits: what {model.config.model_type} does after its head is not declared"
-    if not _is_linear(model.get_output_embeddings()):
-        return "logits: the output head is more than a linear layer"
-    return "hidden states"
+    return "hidden states" if _linear_head(model) else "logits: the output head is more than a linear layer"
 
 
 def _forward_with_loss(
-    self: nn.Module,
+    self: PreTrainedModel,
     loss_fn: Loss[ResultT],
     inputs: Mapping[str, torch.Tensor],
     targets: Mapping[str, torch.Tensor],
     router_loss: RouterLoss | None = None,
+    documents: am_kernels.Documents | None = None,
 ) -> ResultT:
-    """See `forward_with_loss`."""
+    """See `forward_with_loss`; documents: what `am_kernels.document_segments` makes of the document ids."""
     config = self.config.get_text_config()
-    family = family_of(self.config)
-    head = self.get_output_embeddings()
-    linear_head = family is not None and _is_linear(head)
-    _check_inputs(self, inputs)
-    shift_labels, further = _checked_targets(self, targets, loss_fn if linear_head else None)
-    _check_router_loss(self, family, router_loss)
+    rows = rows_of(self)
+    family = rows.language
+    head = _linear_head(self)
+    _check_inputs(self.config.model_type, rows, inputs)
+    asked = None if family is None or head is None else loss_fn
+    further = _further_targets(self.config.model_type, rows, targets, asked)
+    _check_router_loss(config, family, router_loss)
     document_ids = inputs.get("document_ids")
     arguments: dict[str, Any] = {**image_inputs(self, inputs), "use_cache": False}
     # Stock attention finds packed documents in position_ids and needs no padding mask: padding comes last in a row.
     if document_ids is not None and uses_documents(self):
-        arguments["document_ids"] = document_ids
+        arguments["document_ids"] = document_ids if documents is None else documents
     if router_loss is not None:
         arguments["output_router_logits"] = True
-    if family is None or not linear_head:
+    if family is None or head is None:
         # Not `self(...)`: where this is a forward method of FSDP2, its hooks already ran.
         outputs = self.forward(**arguments)
-        # What a loss of this name promises; one with another result cannot be honoured here, see `optimize`'s report.
-        loss: Any = F.cross_entropy(
-            outputs.logits.flatten(0, -2).float(), shift_labels.flatten(), ignore_index=-100, reduction="sum"
+        loss = F.cross_entropy(
+            outputs.logits.flatten(0, -2).float(),
+            targets["shift_labels"].flatten(),
+            ignore_index=-100,
+            reduction="sum",
         )
     else:
         outputs = self.base_model(**arguments)
-        loss = loss_fn(
+        result = loss_fn(
             outputs.last_hidden_state,
             head.weight,
-            shift_labels,
+            targets["shift_labels"],
             bias=head.bias,
             softcap=getattr(config, family.softcap) if family.softcap else None,
             scale=_scale(config, family),
             **further,
         )
-    if router_loss is None or family is None:
-        return loss
-    _check_recorded(self, family, outputs.router_logits)
-    return loss + router_loss(outputs.router_logits, document_ids)
+        if router_loss is None:
+            return result
+        loss = cast(torch.Tensor, result)  # A router loss is added to a tensor; a NamedTuple has no such sum.
+    if router_loss is not None and family is not None:
+        _check_recorded(self, family, outputs.router_logits)
+        ids = None if document_ids is None else document_ids.to(inputs["input_ids"].device)
+        loss = loss + router_loss(outputs.router_logits, ids)
+    # The loss function was not asked, or what it gave is a tensor: of ResultT only a tensor can come here.
+    return cast(ResultT, loss)
 
 
-def _check_inputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+def _declared_inputs(rows: Rows) -> list[str]:
+    return [*_TEXT_KEYS, *image_keys(rows.vision)]
+
+
+def _check_inputs(family: str, rows: Rows, inputs: Mapping[str, torch.Tensor]) -> None:
     """Keys that the family declares, and all that it needs."""
-    allowed = (*_TEXT_KEYS, *image_keys(model))
-    unknown = sorted(set(inputs) - set(allowed))
+    unknown = sorted(set(inputs) - set(_declared_inputs(rows)))
     if unknown:
         raise ValueError(
-            f"{model.config.model_type} does not take the inputs {unknown}; its declared inputs are {list(allowed)}, "
-            "and what the loss takes belongs to the targets (split_batch tells them apart)"
+            f"{family} does not take the inputs {unknown}; its declared inputs are {_declared_inputs(rows)}, and what "
+            "the loss takes belongs to the targets (split_batch tells them apart)"
         )
     if "input_ids" not in inputs:
         raise ValueError(f"inputs have no input_ids, only {sorted(inputs)}; give the token ids [B, S]")
-    check_image_keys(model, inputs)
+    if rows.vision is not None:
+        check_image_keys(family, rows.vision, inputs)
 
 
-def _checked_targets(
-    model: nn.Module, targets: Mapping[str, torch.Tensor], loss_fn: Loss[object] | None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`shift_labels` and the further targets, which `loss_fn` takes; None where the loss is made of logits."""
-    declared = f"the declared inputs of {model.config.model_type} are {[*_TEXT_KEYS, *image_keys(model)]}"
+def _further_targets(
+    family: str, rows: Rows, targets: Mapping[str, torch.Tensor], loss_fn: Loss[object] | None
+) -> dict[str, torch.Tensor]:
+    """The targets beside `shift_labels`, all of which `loss_fn` takes; None where the loss is made of logits."""
+    declared = f"the declared inputs of {family} are {_declared_inputs(rows)}"
     if "shift_labels" not in targets:
         raise ValueError(f"targets have no shift_labels, only {sorted(targets)}; give the shifted labels [B, S]")
     further = {name: tensor for name, tensor in targets.items() if name != "shift_labels"}
     if loss_fn is None:
         if further:
             raise ValueError(
-                f"further targets {sorted(further)} reach no loss function: that of {model.config.model_type} is the "
-                f"cross-entropy of materialised logits (see optimize's report); leave them out. If one is meant for "
-                f"the model: {declared}"
+                f"further targets {sorted(further)} reach no loss function: that of {family} is the cross-entropy of "
+                f"materialised logits (see optimize's report); leave them out. If one is for the model: {declared}"
             )
-        return targets["shift_labels"], further
+        return further
     parameters = inspect.signature(loss_fn).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][3:]
     named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -205,7 +235,7 @@ def _checked_targets(
         raise ValueError(
             f"the loss {_name_of(loss_fn)} needs the targets {missing}, and the batch has only {sorted(targets)}"
         )
-    return targets["shift_labels"], further
+    return further
 
 
 def _name_of(loss_fn: Loss[object]) -> str:
@@ -213,8 +243,7 @@ def _name_of(loss_fn: Loss[object]) -> str:
     return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
 
 
-def _check_router_loss(model: nn.Module, family: Family | None, router_loss: RouterLoss | None) -> None:
-    config = model.config.get_text_config()
+def _check_router_loss(config: PreTrainedConfig, family: Family | None, router_loss: RouterLoss | None) -> None:
     has_router = family is not None and family.router is not None
     if router_loss is not None and not has_router:
         raise ValueError(f"router_loss given, but no router of {config.model_type} is declared; leave it out")
@@ -225,7 +254,7 @@ def _check_router_loss(model: nn.Module, family: Family | None, router_loss: Rou
         )
 
 
-def _check_recorded(model: nn.Module, family: Family, router_logits: tuple[torch.Tensor, ...] | None) -> None:
+def _check_recorded(model: PreTrainedModel, family: Family, router_logits: tuple[torch.Tensor, ...] | None) -> None:
     """Every router's logits are there, with the graph of the forward."""
     routers = modules_of(model, family_class(family, str(family.router)))
     if not router_logits or len(router_logits) != len(routers):
@@ -242,12 +271,14 @@ def _check_recorded(model: nn.Module, family: Family, router_logits: tuple[torch
             )
 
 
-def _scale(config: Any, family: Family) -> float | None:
+def _scale(config: PreTrainedConfig, family: Family) -> float | None:
     if family.scale:
         return getattr(config, family.scale)
     return 1.0 / getattr(config, family.inverse_scale) if family.inverse_scale else None
 
 
-def _is_linear(head: nn.Module) -> bool:
-    """Whether `head(hidden)` is `hidden @ weight.T + bias` and no more: adapters bring a forward of their own."""
-    return type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+def _linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output head where it is `hidden @ weight.T + bias` and no more: adapters bring a forward of their own."""
+    head = model.get_output_embeddings()
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in vars(head)
+    return head if plain else None

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from am_models import _attention, _forwards
-from am_models._families import Family, family_class, family_of, language_model_of, modules_of
+from am_models._families import Family, VisionFamily
 from am_models._loss import install_forward_with_loss
+from am_models._rows import choose_rows, family_class, keep_rows, language_model_of, modules_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PARTS = ("attention", "norm", "rope", "activation", "experts")
 
@@ -35,7 +39,13 @@ class OptimizeReport:
         return "\n".join([f"model family: {self.family}", *(f"  {name:<10} {value}" for name, value in rows)])
 
 
-def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> OptimizeReport:
+def optimize(
+    model: PreTrainedModel,
+    *,
+    kernels: str | Mapping[str, str | bool] = "auto",
+    family: Family | None = None,
+    vision_family: VisionFamily | None = None,
+) -> OptimizeReport:
     """Run attention, norms, rotary embedding, gated MLPs and experts of `model` on our kernels, in place.
 
     Of a model of images and text the language model is swapped; the vision tower stays stock, its attention included.
@@ -43,26 +53,33 @@ def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> 
     stock would, other models of the process are untouched. On the meta device or with weights, before or after
     adapters are added and before or after sharding; every rank calls it. Also installs `forward_with_loss`.
 
-    kernels: "auto" swaps what the family declares and reports the rest; "off" swaps nothing; a mapping from a part
-    ("attention", "norm", "rope", "activation", "experts") to True (must be swapped), False (stays stock), "auto" (as
-    for parts not named), or for attention the name of an am_kernels backend.
+    Args:
+        kernels: "auto" swaps what the family declares and reports the rest; "off" swaps nothing; a mapping from a part
+            ("attention", "norm", "rope", "activation", "experts") to True (must be swapped), False (stays stock),
+            "auto" (as for parts not named), or for attention the name of an am_kernels backend.
+        family: what the language model is made of, in place of its row in `FAMILIES`; for a model that is not there
+            too. The instance keeps it, so that it holds for later calls and for `forward_with_loss`.
+        vision_family: how images enter, in place of the row in `VISION_FAMILIES`; kept likewise.
 
-    Raises ValueError for an unknown part or value and where a part asked for by name cannot be swapped.
+    Raises:
+        ValueError: an unknown part or value; a part asked for by name cannot be swapped; a row names a class, a
+            configuration key or a part of the model that is not there. The model is as it was.
     """
-    family = family_of(model.config)
-    language_model = language_model_of(model)
+    rows = choose_rows(model, family, vision_family)
+    language_model = language_model_of(model, rows)
     # Every part is decided before the first is changed: a refused request leaves the model as it was.
     swaps = {}
     for part, request in _requests(kernels).items():
         if request is False:
             swaps[part] = _stock("switched off")
-        elif family is None:
+        elif rows.language is None:
             swaps[part] = _stock(f"{model.config.model_type} is not a declared family")
         else:
-            swaps[part] = _PLANS[part](language_model, family, request)
+            swaps[part] = _PLANS[part](language_model, rows.language, request)
         if swaps[part].apply is None and request not in ("auto", False):
             reason = swaps[part].text.removeprefix("stock: ")
             raise ValueError(f'kernels={{"{part}": {request!r}}} cannot be honoured: {reason}; use "auto" or False')
+    keep_rows(model, rows)
     _own_config(model)
     for swap in swaps.values():
         if swap.apply is not None:
@@ -70,8 +87,8 @@ def optimize(model: nn.Module, *, kernels: str | Mapping[str, Any] = "auto") -> 
     return OptimizeReport(
         family=model.config.model_type,
         parts={part: swap.text for part, swap in swaps.items()},
-        loss=install_forward_with_loss(model, family),
-        router=family is not None and family.router is not None,
+        loss=install_forward_with_loss(model, rows),
+        router=rows.language is not None and rows.language.router is not None,
     )
 
 
@@ -86,7 +103,7 @@ def _stock(reason: str) -> _Swap:
     return _Swap(f"stock: {reason}", None)
 
 
-def _requests(kernels: str | Mapping[str, Any]) -> dict[str, Any]:
+def _requests(kernels: str | Mapping[str, str | bool]) -> dict[str, str | bool]:
     if isinstance(kernels, str):
         if kernels not in ("auto", "off"):
             raise ValueError(f'kernels={kernels!r}: use "auto", "off" or a mapping with keys among {PARTS}')
@@ -100,7 +117,7 @@ def _requests(kernels: str | Mapping[str, Any]) -> dict[str, Any]:
     return {part: kernels.get(part, "auto") for part in PARTS}
 
 
-def _own_config(model: nn.Module) -> None:
+def _own_config(model: PreTrainedModel) -> None:
     """Give the instance its own configuration: the one it was built from may be shared with other models."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
@@ -110,26 +127,27 @@ def _own_config(model: nn.Module) -> None:
             module.config = copies[id(config)]
 
 
-def _attention_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+def _attention_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
     current = model.config._attn_implementation
     usual = current in ("sdpa", family.default_attention) or _attention.uses_documents(model)
     if request == "auto" and not usual:
         return _stock(f"attn_implementation={current!r} was chosen")
-    if model.config.attention_dropout:
-        return _stock(f"attention_dropout={model.config.attention_dropout} needs transformers' own attention")
+    dropout = model.config.to_dict().get("attention_dropout")
+    if dropout:
+        return _stock(f"attention_dropout={dropout} needs transformers' own attention")
     backend = None if isinstance(request, bool) or request == "auto" else request
     name = _attention.register(backend)
     text = f"am_kernels, backend {backend or 'chosen by device, dtype and shape'}"
     return _Swap(text, lambda: model.set_attn_implementation(name))
 
 
-def _norm_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+def _norm_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
     if family.norm is None:
         return _stock(f"no norm of {family.module} has the formula of am_kernels.rms_norm")
     return _forward_plan(modules_of(model, family_class(family, family.norm)), _forwards.rms_norm_forward)
 
 
-def _rope_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+def _rope_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
     if not family.rotary:
         return _stock(f"the rotary embedding of {family.module} does not rotate halves")
     attention = family_class(family, family.attention)
@@ -138,19 +156,19 @@ def _rope_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
     return _forward_plan(modules_of(model, attention), _forwards.with_rotation(attention.forward))
 
 
-def _activation_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+def _activation_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
     if family.gated_mlp is None:
         return _stock(f"{family.module} has no MLP with a SiLU gate")
-    if model.config.hidden_act not in ("silu", "swish"):
-        return _stock(f"hidden_act={model.config.hidden_act!r} is not silu")
+    if not _is_silu(model, family):
+        return _stock(f"{family.activation}={getattr(model.config, str(family.activation))!r} is not silu")
     return _forward_plan(modules_of(model, family_class(family, family.gated_mlp)), _forwards.swiglu_mlp_forward)
 
 
-def _experts_plan(model: nn.Module, family: Family, request: str | bool) -> _Swap:
+def _experts_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
     if family.experts is None:
         return _stock(f"{family.module} has no experts")
-    if model.config.hidden_act not in ("silu", "swish"):
-        return _stock(f"hidden_act={model.config.hidden_act!r} is not silu")
+    if not _is_silu(model, family):
+        return _stock(f"{family.activation}={getattr(model.config, str(family.activation))!r} is not silu")
     current = model.config._experts_implementation
     if request == "auto" and current not in ("grouped_mm", _forwards.EXPERTS_NAME):
         return _stock(f"experts_implementation={current!r} was chosen")
@@ -159,7 +177,11 @@ def _experts_plan(model: nn.Module, family: Family, request: str | bool) -> _Swa
     return _Swap(f"am_moe ({num_layers} layers)", lambda: model.set_experts_implementation(_forwards.EXPERTS_NAME))
 
 
-_PLANS: dict[str, Callable[[nn.Module, Family, str | bool], _Swap]] = {
+def _is_silu(model: PreTrainedModel, family: Family) -> bool:
+    return family.activation is None or getattr(model.config, family.activation) in ("silu", "swish")
+
+
+_PLANS: dict[str, Callable[[PreTrainedModel, Family, str | bool], _Swap]] = {
     "attention": _attention_plan,
     "norm": _norm_plan,
     "rope": _rope_plan,

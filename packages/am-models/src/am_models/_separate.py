@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 
 from am_models._attention import uses_documents
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
-def require_separate_documents(model: nn.Module, *, document_length: int = 5, seed: int = 0) -> None:
+def require_separate_documents(model: PreTrainedModel, *, document_length: int = 5, seed: int = 0) -> None:
     """Check on the model itself that documents packed into one row do not influence each other, nor padding them.
 
     One forward of four rows of random tokens, each two documents of `document_length` tokens and two padding tokens:

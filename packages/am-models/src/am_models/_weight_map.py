@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _View(torch.Tensor):
@@ -32,7 +34,7 @@ class _View(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def weight_map(model: nn.Module, folder: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+def weight_map(model: PreTrainedModel, folder: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
     """Records of the tensors in the family's files that are not simply a parameter under its own name.
 
     Each is `{"file": str, "parameter": str, "slice": [[start, stop] or None, ...], "transpose": bool}`: the tensor
@@ -52,7 +54,9 @@ def weight_map(model: nn.Module, folder: str | os.PathLike[str] | None = None) -
 
     family = model.config.model_type
     parameters = dict(model.named_parameters())
-    views = {name: torch.empty(tensor.shape, device="meta").as_subclass(_View) for name, tensor in parameters.items()}
+    views: dict[str, torch.Tensor] = {
+        name: torch.empty(tensor.shape, device="meta").as_subclass(_View) for name, tensor in parameters.items()
+    }
     owners = {view.untyped_storage()._cdata: name for name, view in views.items()}
     records = []
     for file_name, view in revert_weight_conversion(model, views).items():
@@ -68,7 +72,7 @@ def weight_map(model: nn.Module, folder: str | os.PathLike[str] | None = None) -
     return records if folder is None else _spelt_as_in(Path(folder), model, records)
 
 
-def _spelt_as_in(folder: Path, model: nn.Module, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spelt_as_in(folder: Path, model: PreTrainedModel, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records, those of whole parameters under the names that transformers' own loading finds in `folder`."""
     from safetensors import safe_open
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -123,6 +127,6 @@ def _locate(
     box: list[list[int] | None] = []
     for dim, (whole, step) in enumerate(zip(parameter.shape, parameter.stride())):
         size = sizes.get(dim, 1)
-        start = view.storage_offset() // step % whole
+        start = int(view.storage_offset()) // step % whole
         box.append(None if size == whole else [start, start + size])
     return box, transpose

@@ -1,12 +1,14 @@
 """Mixture-of-experts routing, permutation and grouped GEMM for PyTorch."""
 
-from . import reference
-from ._balance import balance_loss, expert_counts, load_metrics
-from ._experts import GroupedExperts, experts_forward
-from ._grouped_mm import grouped_mm
-from ._moe import LocalDispatch, MoE
-from ._permute import Permutation, permute, unpermute
-from ._router import Router, route
+from __future__ import annotations
+
+from am_moe import reference
+from am_moe._balance import balance_loss, expert_counts, load_metrics
+from am_moe._experts import GroupedExperts, experts_forward
+from am_moe._grouped_mm import grouped_mm
+from am_moe._moe import LocalDispatch, MoE
+from am_moe._permute import Permutation, permute, unpermute
+from am_moe._router import Router, route
 
 __all__ = [
     "GroupedExperts",

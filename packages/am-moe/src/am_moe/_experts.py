@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ._grouped_mm import grouped_mm
-from ._permute import permute, unpermute
+from am_moe._grouped_mm import grouped_mm
+from am_moe._permute import permute, unpermute
 
 
 def experts_forward(
@@ -52,14 +54,14 @@ class _SiluGate(torch.autograd.Function):
     """`silu(gate) * up` of `[R, 2F]`; backward fills one `[R, 2F]` buffer instead of padding and adding two halves."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)

@@ -7,6 +7,8 @@ that its backward writes into one weight gradient (autograd's `w[i]` allocates a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -81,7 +83,7 @@ def _weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor, use_torch: boo
 
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         use_torch = _torch_can(rows, weight)
         rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, offsets)
@@ -90,7 +92,7 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         d_rows = _product(grad, weight, offsets, ctx.use_torch) if ctx.needs_input_grad[0] else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._experts import GroupedExperts
-from ._permute import Permutation, permute, unpermute
-from ._router import Router
+from am_moe._experts import GroupedExperts
+from am_moe._permute import Permutation, permute, unpermute
+from am_moe._router import Router
 
 
 class LocalDispatch:

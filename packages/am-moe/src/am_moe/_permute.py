@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,13 @@ class _Spread(torch.autograd.Function):
     """hidden [T, D] to sorted rows [R, D]; backward sums a token's rows in float32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, permutation: Permutation) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, hidden: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         return hidden.index_select(0, permutation.order // permutation.top_k)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         permutation = ctx.permutation
         by_slot = grad.index_select(0, permutation.inverse).view(-1, permutation.top_k, grad.shape[-1])
         if permutation.dropped is not None:
@@ -91,11 +92,11 @@ class _Unsort(torch.autograd.Function):
     """Sorted rows [R, D] to slot order [R, D]; backward is the opposite gather."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, permutation: Permutation) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, rows: Tensor, permutation: Permutation) -> Tensor:
         ctx.permutation = permutation
         return rows.index_select(0, permutation.inverse)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad.index_select(0, ctx.permutation.order), None

@@ -1,4 +1,4 @@
-"""PEFT's ``LoraConfig``: which options are honoured, what it selects, and its JSON file."""
+"""PEFT's `LoraConfig`: which options are honoured, what it selects, and its JSON file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import dataclasses
 import fnmatch
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -50,14 +51,14 @@ _HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Full names of the modules that get LoRA with ``(r, lora_alpha)`` of each, and of those trained whole."""
+    """Full names of the modules that get LoRA with `(r, lora_alpha)` of each, and of those trained whole."""
 
     targets: dict[str, tuple[int, float]]
     modules_to_save: list[str]
 
 
 def check_config(config: LoraConfig) -> None:
-    """Raise for every option that is set and not honoured: ``TypeError`` for another class, else ``ValueError``."""
+    """Raise for every option that is set and not honoured: `TypeError` for another class, else `ValueError`."""
     import peft
 
     if type(config) is not peft.LoraConfig:
@@ -75,7 +76,10 @@ def check_config(config: LoraConfig) -> None:
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r} must be True, False or 'gaussian'")
     if not 0.0 <= config.lora_dropout < 1.0:
         raise ValueError(f"lora_dropout={config.lora_dropout} must be in [0, 1)")
-    for name, r in {"r": config.r, **{f"rank_pattern[{key!r}]": r for key, r in config.rank_pattern.items()}}.items():
+    for name, r in {
+        "r": config.r,
+        **{f"rank_pattern[{key!r}]": r for key, r in (config.rank_pattern or {}).items()},
+    }.items():
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"{name}={r!r} must be a positive integer")
     if not config.target_modules:
@@ -83,9 +87,9 @@ def check_config(config: LoraConfig) -> None:
 
 
 def select(model: nn.Module, config: LoraConfig, *, strict: bool) -> Selection:
-    """Apply PEFT's rules, plus ``*`` wildcards in list entries, to the modules of ``model``.
+    """Apply PEFT's rules, plus `*` wildcards in list entries, to the modules of `model`.
 
-    ``strict``: every entry and pattern must match something, else ``ValueError`` with the nearest names.
+    `strict`: every entry and pattern must match something, else `ValueError` with the nearest names.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
@@ -102,7 +106,7 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool) -> Selection:
             return False
         # The last part alone, so that PEFT's layer and exclusion rules still apply to a wildcard's matches.
         alone = copy.copy(rules)
-        alone.target_modules = {name.rpartition(".")[2]}
+        alone.target_modules = [name.rpartition(".")[2]]
         return bool(check_target_module_exists(alone, name))
 
     chosen = [name for name in names if is_target(name)]
@@ -115,14 +119,14 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool) -> Selection:
             f"layers_to_transform={config.layers_to_transform!r}); "
             f"nearest: {nearest(str(config.target_modules), names)}"
         )
-    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     if strict:
         _check_patterns("rank_pattern", ranks, chosen)
         _check_patterns("alpha_pattern", alphas, chosen)
     targets = {
         name: (
-            ranks.get(get_pattern_key(ranks.keys(), name), config.r),
-            alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha),
+            ranks.get(get_pattern_key(list(ranks), name), config.r),
+            alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha),
         )
         for name in chosen
     }
@@ -132,7 +136,9 @@ def select(model: nn.Module, config: LoraConfig, *, strict: bool) -> Selection:
 def _plain_rules(
     model: nn.Module, config: LoraConfig, names: list[str], saved: list[str]
 ) -> tuple[LoraConfig, list[str]]:
-    """A copy of ``config`` without wildcards for PEFT's own matching, and the wildcards among its targets."""
+    """A copy of `config` without wildcards for PEFT's own matching, and the wildcards among its targets."""
+    from peft import LoraConfig
+
     # PEFT's expansion of "all-linear" knows the output heads of transformers' models.
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
@@ -140,20 +146,21 @@ def _plain_rules(
     rules.modules_to_save = [re.escape(name) for name in saved] or None
     if not isinstance(config.exclude_modules, str):
         entries = config.exclude_modules or []
-        rules.exclude_modules = {name for entry in entries for name in ([entry] if "*" not in entry else [])} | {
-            name for entry in entries if "*" in entry for name in names if fnmatch.fnmatchcase(name, entry)
-        }
+        matched = [name for entry in entries if "*" in entry for name in names if fnmatch.fnmatchcase(name, entry)]
+        rules.exclude_modules = [entry for entry in entries if "*" not in entry] + matched
     if isinstance(config.target_modules, str):
-        rules = _maybe_include_all_linear_layers(rules, model)
-        if not isinstance(rules.target_modules, str):
-            rules.target_modules = {clean_name(name) for name in rules.target_modules}
-        return rules, []
-    rules.target_modules = {entry for entry in config.target_modules if "*" not in entry}
-    return rules, [entry for entry in config.target_modules if "*" in entry]
+        expanded = _maybe_include_all_linear_layers(rules, model)
+        assert isinstance(expanded, LoraConfig)
+        if not isinstance(expanded.target_modules, str):
+            expanded.target_modules = [clean_name(name) for name in expanded.target_modules or ()]
+        return expanded, []
+    targets = config.target_modules or []
+    rules.target_modules = [entry for entry in targets if "*" not in entry]
+    return rules, [entry for entry in targets if "*" in entry]
 
 
 def _modules_to_save(config: LoraConfig, names: list[str], strict: bool) -> list[str]:
-    """Full names of the modules that ``modules_to_save`` names (PEFT: those whose name ends with an entry)."""
+    """Full names of the modules that `modules_to_save` names (PEFT: those whose name ends with an entry)."""
     chosen: dict[str, None] = {}
     entries = config.modules_to_save or []
     if strict and config.task_type in _HEAD_TASKS:
@@ -202,7 +209,7 @@ def _check_layers(config: LoraConfig, chosen: list[str]) -> None:
         )
 
 
-def _check_patterns(option: str, patterns: dict[str, Any], chosen: list[str]) -> None:
+def _check_patterns(option: str, patterns: Iterable[str], chosen: list[str]) -> None:
     for pattern in patterns:
         # The match of peft.utils.other.get_pattern_key.
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in chosen):
@@ -214,7 +221,7 @@ def _check_patterns(option: str, patterns: dict[str, Any], chosen: list[str]) ->
 def config_json(
     config: LoraConfig, model: nn.Module, targets: list[str], saved: list[str], base_model_name_or_path: str | None
 ) -> str:
-    """The text of ``adapter_config.json`` such that stock PEFT selects the same modules."""
+    """The text of `adapter_config.json` such that stock PEFT selects the same modules."""
     written = config.to_dict()
     entries = [config.target_modules, config.exclude_modules, config.modules_to_save]
     extended = any(not isinstance(entry, str) and any("*" in name for name in entry or ()) for entry in entries)
@@ -241,7 +248,7 @@ def _condense(targets: list[str], names: list[str]) -> list[str]:
 
 
 def read_config(text: str, source: str) -> LoraConfig:
-    """The ``LoraConfig`` of an ``adapter_config.json``; ``ValueError`` for another method or an unknown option."""
+    """The `LoraConfig` of an `adapter_config.json`; `ValueError` for another method or an unknown option."""
     import peft
 
     values = json.loads(text)

@@ -105,7 +105,8 @@ class Metrics:
         last_step: 0 where no step was taken.
         last_time: seconds since 1970 of the last step.
         seconds: spent in steps.
-        broken_line: number of a line that is no JSON though others follow; what follows was not read.
+        num_lines: read so far; `num_bytes` are their bytes.
+        is_broken: whether the next line is no JSON though others follow; they were not read.
     """
 
     train: dict[str, Curve] = field(default_factory=dict)
@@ -115,7 +116,9 @@ class Metrics:
     tokens: int = 0
     target_tokens: int = 0
     seconds: float = 0.0
-    broken_line: int | None = None
+    num_lines: int = 0
+    num_bytes: int = 0
+    is_broken: bool = False
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add the rows that follow; None stands where a number was not finite."""
@@ -137,28 +140,40 @@ def _extend(curves: dict[str, Curve], rows: Sequence[dict[str, Any]]) -> None:
             curve.extend([row["step"] for row in kept], [row[name] for row in kept])
 
 
-def read(file: Path) -> Metrics:
-    """Read `file`. A last line that was torn off, by a crash or because it is being written, is left out."""
-    metrics = Metrics()
-    num_lines = 0
+def read(file: Path, metrics: Metrics | None = None) -> Metrics:
+    """Read `file`, or on from where `metrics` ends, and return what is known then.
+
+    A last line that was torn off, by a crash or because it is being written, is left out.
+    """
+    metrics = metrics if metrics is not None else Metrics()
     with file.open("rb") as stream:
+        stream.seek(metrics.num_bytes)
         while lines := stream.readlines(BLOCK_BYTES):
             rows = _parse(lines)
             metrics.add(rows)
-            num_lines += len(rows)
+            metrics.num_lines += len(rows)
+            metrics.num_bytes += sum(map(len, lines[: len(rows)]))
             if len(rows) < len(lines):
-                if len(rows) < len(lines) - 1 or stream.readline():
-                    metrics.broken_line = num_lines + 1
+                metrics.is_broken = len(rows) < len(lines) - 1 or bool(stream.readline())
                 break
     return metrics
 
 
 def _parse(lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    """The rows before the first line that is no JSON."""
-    rows: list[dict[str, Any]] = []
+    """The rows before the first line that is no whole line of JSON."""
+    # One call for all takes half the time of one for each.
+    try:
+        rows: list[dict[str, Any]] = json.loads(b"[" + b",".join(lines) + b"]")
+    except ValueError:
+        rows = []
+    if len(rows) == len(lines) and lines[-1].endswith(b"\n"):
+        return rows
+    rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if line.endswith(b"\n"):
+            rows.append(row)
     return rows

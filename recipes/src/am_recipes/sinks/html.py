@@ -26,32 +26,30 @@ CHARTS = {
 
 
 class HtmlPage:
-    """Draws report.html at the end, and meanwhile every few minutes.
+    """Draws report.html at the first step of a launch, every few minutes after that, and at the end.
 
-    Drawing reads metrics.jsonl from its beginning while training waits, so a page that took long is not drawn again
-    before a hundred times as long has passed.
+    Training waits for it: the first page of a launch reads all of metrics.jsonl, a later one only what was added.
     """
 
     def __init__(self, run_dir: Path, *, minutes: float = 5) -> None:
         self._run_dir = run_dir
+        self._metrics = Metrics()
         self._seconds = 60 * minutes
-        self._due = time.monotonic() + self._seconds
+        self._due = time.monotonic()
 
     def note(self, fact: str) -> None:
         """Nothing: facts are read from the run directory."""
 
     def step(self, row: Row) -> None:
-        began = time.monotonic()
-        if began >= self._due:
-            write_page(self._run_dir)
-            ended = time.monotonic()
-            self._due = ended + max(self._seconds, 100 * (ended - began))
+        if time.monotonic() >= self._due:
+            _write(self._run_dir, self._metrics)
+            self._due = time.monotonic() + self._seconds
 
     def validation(self, row: Row) -> None:
         """Nothing: losses are read from the run directory."""
 
     def close(self, status: str) -> None:
-        write_page(self._run_dir)
+        _write(self._run_dir, self._metrics)
 
 
 def write_page(run_dir: Path) -> Path:
@@ -68,19 +66,25 @@ def write_page(run_dir: Path) -> Path:
         raise ValueError(
             f"{run_dir} is not the directory of a run: {', '.join(missing)} not found there; give the run_dir of a run"
         )
-    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    text = render(record.load(run_dir), config, curves.read(run_dir / "metrics.jsonl"), run_dir.resolve().name)
-    files.replace(run_dir / NAME, [text.encode()])
+    _write(run_dir, Metrics())
     return run_dir / NAME
+
+
+def _write(run_dir: Path, metrics: Metrics) -> None:
+    """Draw the page from the run directory; `metrics` is what of metrics.jsonl is known already, and is updated."""
+    config = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    curves.read(run_dir / "metrics.jsonl", metrics)
+    text = render(record.load(run_dir), config, metrics, run_dir.resolve().name)
+    files.replace(run_dir / NAME, [text.encode()])
 
 
 def render(run: Record, config: str, metrics: Metrics, name: str) -> str:
     """Return the page as a complete HTML document; `name` is the heading of a run without a title."""
     title = escape(run.title or name)
     warnings = [text for _, text in run.warnings]
-    if metrics.broken_line is not None:
+    if metrics.is_broken:
         warnings.append(
-            f"line {metrics.broken_line} of metrics.jsonl is no JSON; the page ends before it, and so will the file "
+            f"line {metrics.num_lines + 1} of metrics.jsonl is no JSON; the page ends before it, and so will the file "
             "when the run continues"
         )
     sections = [

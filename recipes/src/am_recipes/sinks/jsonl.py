@@ -22,6 +22,8 @@ SECONDS_BETWEEN_SYNCS = 5.0
 class JsonLines:
     """The rows of a run, one JSON object a line, in the order they came.
 
+    `first_validation` and `last_validation` are rows of the file, those that were kept on resume included.
+
     Args:
         file: created where missing.
         resume_step: rows of later steps are dropped, as they will be written again; None drops all.
@@ -87,5 +89,5 @@ class JsonLines:
                     return
                 if row["step"] <= resume_step:
                     if "loss" not in row:
-                        self._remember(row)
+                        self._remember({name: value for name, value in row.items() if value is not None})
                     yield line.rstrip(b"\r\n") + b"\n"
