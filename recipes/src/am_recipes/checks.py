@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ def require_embeddings(
 
 
 def _examples(sample: am_data.Sample) -> list[am_data.Example]:
-    return sample if isinstance(sample, list) else [sample]
+    return [sample] if isinstance(sample, Mapping) else list(sample)
 
 
 def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:
