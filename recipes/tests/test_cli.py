@@ -1,5 +1,7 @@
 """The `automodel` command line: grammar, exit statuses, messages, and what it does not import."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

@@ -1,5 +1,7 @@
 """What `parse` and `check_targets` accept, what they refuse and in which words, and what is saved."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import sys
