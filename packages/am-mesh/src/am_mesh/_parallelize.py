@@ -30,13 +30,12 @@ def parallelize(
 ) -> nn.Module:
     """Make `model` train data-parallel over `dims`; changes it in place and returns it.
 
-    Every rank calls it with equal weights, or with a model on the meta device: then the layout comes first, and
-    `to_empty` and a checkpoint fill the shards. Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`:
-    divide the loss by a count over all ranks. Parameter names, tied weights and `requires_grad` stay as they are;
-    frozen parameters may have another dtype than trainable ones. Every rank must run every block in every micro-batch;
-    parameters within a block may go unused and count as a gradient of zero.
+    Every rank calls it with equal weights, or with a model on the meta device, whose shards are filled afterwards.
+    Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`: divide the loss by a count over all ranks.
+    Parameter names, tied weights and `requires_grad` stay as they are; frozen parameters may have another dtype. Every
+    rank must run every block in every micro-batch; parameters within one may go unused: a gradient of zero.
 
-    Arguments:
+    Args:
         dims: what `ParallelDims.build` returned. `dp_replicate > 1` under "fsdp2" is HSDP.
         strategy: "fsdp2" shards parameters, gradients and optimizer state; "ddp" keeps them whole on every rank.
         recompute: "full" recomputes each block in the backward instead of storing its activations.
