@@ -55,8 +55,7 @@ def build_optimizer(
         adamw: with Muon only: the keyword arguments of its AdamW part. `weight_decay` is by default the one above;
             `lr` may be left out with `adjust_lr_fn="match_rms_adamw"` alone, which is there to share one rate.
         adamw_modules: with Muon only: modules whose matrices AdamW trains too. A transformers model names its output
-            layer itself (`get_output_embeddings`); where it has none, and for other models, say here which modules
-            turn hidden states into answers, or `()`.
+            layer itself (`get_output_embeddings`); else say which modules turn hidden states into answers, or `()`.
         hyperparameters: passed on as they are, such as `betas` and `eps`; with Muon, to `torch.optim.Muon`.
 
     Raises:
@@ -67,12 +66,12 @@ def build_optimizer(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError(
-            f"none of the {sum(1 for _ in model.parameters())} parameters of {type(model).__name__} requires a gradient, so there is nothing to "
-            "train; check the peft target modules and the freeze patterns"
+            f"none of the {len(list(model.parameters()))} parameters of {type(model).__name__} requires a gradient, so "
+            "there is nothing to train; check the peft target modules and the freeze patterns"
         )
     require_rate("lr", lr)
+    require_rate("weight_decay", weight_decay or 0.0)
     if weight_decay is not None:
-        require_rate("weight_decay", weight_decay)
         hyperparameters["weight_decay"] = weight_decay
     checked = _check_overrides(overrides, trainable, weight_decay)
     if optimizer is torch.optim.Muon:
@@ -83,7 +82,7 @@ def build_optimizer(
         return MuonWithAdamW(muon, _adamw(others, options, checked) if others else None)
     if adamw is not None or adamw_modules is not None:
         raise TypeError(
-            f"adamw={adamw!r}, adamw_modules={adamw_modules!r}: only torch.optim.Muon leaves a part to AdamW; drop them"
+            f"adamw={adamw!r}, adamw_modules={adamw_modules!r} is for optimizer=torch.optim.Muon alone; drop it"
         )
     if optimizer in FUSED and not hyperparameters.keys() & {"fused", "foreach"}:
         hyperparameters |= _implementation(optimizer, trainable.values())
