@@ -294,7 +294,7 @@ ONLY_FOR = {
 
 
 def of_recipe(recipe, extra):
-    """A config of ``recipe`` whose keys ``extra`` replaces."""
+    """A config of `recipe` whose keys `extra` replaces."""
     text = MINIMAL.replace("sft", recipe) + ("teacher_model: {name_or_path: a}\n" if recipe == "kd" else "")
     return re.sub(rf"^{extra.partition(':')[0]}:.*\n(  .*\n)*", "", text, flags=re.MULTILINE) + extra + "\n"
 
