@@ -52,7 +52,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commit_seed import commit_seed
+from commit_seed import commit_seed, drawn_from
 
 KINDS = ("kill", "torn", "short", "ENOSPC", "EIO", "ESTALE", "EINTR")
 SECONDS = 60
@@ -482,12 +482,6 @@ def judge(returned: bool, loaded: bool, value: Any, text: str) -> tuple[str, str
     return ("stuck", f"saving again: {text}") if text else ("old", "")
 
 
-def chosen(points: list[Any], share: int, seed: int) -> list[Any]:
-    """One of every `share` points that follow one another."""
-    chance = random.Random(seed)
-    return [chance.choice(points[start : start + share]) for start in range(0, len(points), share)]
-
-
 def run_matrix(
     server: Server,
     script: Path,
@@ -510,7 +504,7 @@ def run_matrix(
         counts = count_operations(server, base, work)
         numbers = [number * server.ranks + rank for rank, count in enumerate(counts) for number in range(1, count + 1)]
         every = [(number, kind) for number in numbers for kind in kinds]
-        points = chosen(every, share, seed)
+        points = drawn_from(every, share, seed)
 
         def places() -> Iterator[Place]:
             for index, (number, kind) in enumerate(points):
