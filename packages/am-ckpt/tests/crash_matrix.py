@@ -49,6 +49,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from commit_seed import commit_seed, drawn_from
 
 KINDS = ("kill", "torn", "short", "ENOSPC", "EIO", "ESTALE", "EINTR")
 SECONDS = 60
-JUDGED_AT_ONCE = 10
+AT_ONCE = 8
 
 
 def can_inject() -> bool:
@@ -149,22 +150,28 @@ class Writer:
         """Save, killed after so many seconds."""
         return Child(lambda: self._functions["save"](folder, 2)).end(seconds)
 
-    def save(self, folder: str, number: int, kind: str, journal: str = "") -> tuple[bool, Any]:
-        """`number` counts operations rank by rank: operation `number // ranks` of rank `number % ranks`."""
+    def save(self, saves: list[tuple[str, int, str]], journal: str = "") -> list[tuple[bool, Any]]:
+        """Save at the same time for each (folder, number, kind of fault): whether that returned, and how many
+        operations of each rank there were, or why not.
+
+        The number counts operations rank by rank: operation `number // ranks` of rank `number % ranks`.
+        """
         with tempfile.TemporaryDirectory() as place:
-            store = f"{place}/store"
-            children = [
-                Child(lambda rank=rank: self._rank(rank, folder, number, kind, journal, store))
-                for rank in range(self.ranks)
+            running = [
+                [
+                    Child(partial(self._rank, rank, *fault, journal, f"{place}/store-{index}"))
+                    for rank in range(self.ranks)
+                ]
+                for index, fault in enumerate(saves)
             ]
-            answers = [child.end() for child in children]
-        if self.ranks == 1:
-            return answers[0]
-        failed = [answer for answer in answers if not answer[0]]
+            answers = [[child.end() for child in children] for children in running]
         # Where one rank says that it is saved, it is.
-        if len(failed) == self.ranks:
-            return False, failed[number % self.ranks][1]
-        return True, [value if returned else 0 for returned, value in answers]
+        return [
+            (True, [value if returned else 0 for returned, value in ranks])
+            if any(returned for returned, _ in ranks)
+            else ranks[number % self.ranks]
+            for (_, number, _), ranks in zip(saves, answers, strict=True)
+        ]
 
     def _rank(self, rank: int, folder: str, number: int, kind: str, journal: str, store: str) -> int:
         shim = ctypes.CDLL(None)
@@ -192,7 +199,7 @@ class Writer:
             loaded, value = self.load(folder)
             text = ""
             if again and loaded and value == 1:
-                saved, reason = self.save(folder, 0, "kill")
+                ((saved, reason),) = self.save([(folder, 0, "kill")])
                 there = self.load(folder)
                 text = "" if saved and there == (True, 2) else f"{reason}; load: {there}"
             results.append((loaded, value, text))
@@ -401,7 +408,7 @@ def cut_power(server: Server, base: Path, work: Path, cuts: int, seed: int) -> d
     trial, journal = work / "trial", work / "journal"
     shutil.copytree(base, trial, symlinks=True)
     disk = Disk(trial)
-    returned, text = server.ask("save", str(trial), 0, "kill", str(journal))
+    ((returned, text),) = server.ask("save", [(str(trial), 0, "kill")], str(journal))
     if not returned:
         raise RuntimeError(f"saving without a fault failed: {text}")
     shutil.rmtree(trial)
@@ -458,7 +465,7 @@ def tally(server: Server, places: Iterable[Place], *, again: bool = True) -> dic
     verdicts: collections.Counter[str] = collections.Counter()
     violations = []
     rest = iter(places)
-    while group := list(itertools.islice(rest, JUDGED_AT_ONCE)):
+    while group := list(itertools.islice(rest, AT_ONCE)):
         asked = [(str(place.folder), again and not place.returned) for place in group]
         for place, found in zip(group, server.ask("restart", asked), strict=True):
             verdict, why = judge(place.returned, *found)
@@ -507,10 +514,15 @@ def run_matrix(
         points = drawn_from(every, share, seed)
 
         def places() -> Iterator[Place]:
-            for index, (number, kind) in enumerate(points):
-                folder = work / str(index)
-                shutil.copytree(base, folder, symlinks=True)
-                yield Place(folder, number, kind, *server.ask("save", str(folder), number, kind))
+            rest = iter(points)
+            # More ranks at a time would let others wait for longer than their timeout.
+            while group := list(itertools.islice(rest, AT_ONCE if server.ranks == 1 else 3)):
+                saves = [(work / f"{number}-{kind}", number, kind) for number, kind in group]
+                for folder, _, _ in saves:
+                    shutil.copytree(base, folder, symlinks=True)
+                answers = server.ask("save", [(str(folder), number, kind) for folder, number, kind in saves])
+                for save, (returned, text) in zip(saves, answers, strict=True):
+                    yield Place(*save, returned, text)
 
         result = tally(server, places())
         power = cut_power(server, base, work, power_cuts, seed) if power_cuts else None
@@ -532,10 +544,10 @@ def count_operations(server: Server, base: Path, work: Path) -> list[int]:
     trial = work / "trial"
     for rank in range(server.ranks):
         shutil.copytree(base, trial, symlinks=True)
-        returned, count = server.ask("save", str(trial), rank, "kill")
+        ((returned, count),) = server.ask("save", [(str(trial), rank, "kill")])
         if not returned or server.ask("load", str(trial)) != [True, 2]:
             raise RuntimeError(f"saving without a fault failed: {count}")
-        counts.append(count if server.ranks == 1 else count[rank])
+        counts.append(count[rank])
         shutil.rmtree(trial)
     return counts
 
