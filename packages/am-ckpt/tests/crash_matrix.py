@@ -34,6 +34,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import json
 import os
 import random
@@ -46,21 +47,28 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from commit_seed import commit_seed
+from commit_seed import commit_seed, drawn_from
 
 KINDS = ("kill", "torn", "short", "ENOSPC", "EIO", "ESTALE", "EINTR")
 SECONDS = 60
+AT_ONCE = 8
 
 
-def compile_shim(folder: Path) -> Path:
-    source = Path(__file__).with_name("faultshim.c")
-    library = folder / "faultshim.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+def can_inject() -> bool:
+    """Whether operations can be made to fail here."""
+    return sys.platform == "linux" and shutil.which("cc") is not None
+
+
+def compile_shims(folder: Path) -> Path:
+    sources = [Path(__file__).with_name(name) for name in ("faultshim.c", "staleshim.c")]
+    library = folder / "shims.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, *sources, "-ldl"], check=True)
     return library
 
 
@@ -142,22 +150,28 @@ class Writer:
         """Save, killed after so many seconds."""
         return Child(lambda: self._functions["save"](folder, 2)).end(seconds)
 
-    def save(self, folder: str, number: int, kind: str, journal: str = "") -> tuple[bool, Any]:
-        """`number` counts operations rank by rank: operation `number // ranks` of rank `number % ranks`."""
+    def save(self, saves: list[tuple[str, int, str]], journal: str = "") -> list[tuple[bool, Any]]:
+        """Save at the same time for each (folder, number, kind of fault): whether that returned, and how many
+        operations of each rank there were, or why not.
+
+        The number counts operations rank by rank: operation `number // ranks` of rank `number % ranks`.
+        """
         with tempfile.TemporaryDirectory() as place:
-            store = f"{place}/store"
-            children = [
-                Child(lambda rank=rank: self._rank(rank, folder, number, kind, journal, store))
-                for rank in range(self.ranks)
+            running = [
+                [
+                    Child(partial(self._rank, rank, *fault, journal, f"{place}/store-{index}"))
+                    for rank in range(self.ranks)
+                ]
+                for index, fault in enumerate(saves)
             ]
-            answers = [child.end() for child in children]
-        if self.ranks == 1:
-            return answers[0]
-        failed = [answer for answer in answers if not answer[0]]
+            answers = [[child.end() for child in children] for children in running]
         # Where one rank says that it is saved, it is.
-        if len(failed) == self.ranks:
-            return False, failed[number % self.ranks][1]
-        return True, [value if returned else 0 for returned, value in answers]
+        return [
+            (True, [value if returned else 0 for returned, value in ranks])
+            if any(returned for returned, _ in ranks)
+            else ranks[number % self.ranks]
+            for (_, number, _), ranks in zip(saves, answers, strict=True)
+        ]
 
     def _rank(self, rank: int, folder: str, number: int, kind: str, journal: str, store: str) -> int:
         shim = ctypes.CDLL(None)
@@ -172,35 +186,60 @@ class Writer:
         self._functions["save"](folder, 2)
         return shim.faultshim_count()
 
-    def restart(self, folder: str) -> tuple[bool, Any]:
-        """What is loaded after a fault; and, where that is the old checkpoint: why 2 cannot be saved and loaded now."""
+    def restart(self, places: list[tuple[str, bool]]) -> list[tuple[bool, Any, str]]:
+        """For each (folder, whether to save again): whether it could be loaded, the value or why not, and where that is
+        1 and 2 is to be saved again: why that is not possible. One process for all of them, if it lives."""
         if self.ranks == 1:
-            return Child(lambda: self._restart(folder)).end()
-        loaded, value = self.load(folder)
-        if not loaded or value != 1:
-            return loaded, [value, ""]
-        saved, text = self.save(folder, 0, "kill")
-        loaded, again = self.load(folder)
-        return True, [value, "" if saved and loaded and again == 2 else f"{text}; load: {again}"]
+            ended, found = Child(lambda: [self._restart(*place) for place in places]).end()
+            if ended:
+                return found
+            return [self.restart([place])[0] for place in places] if len(places) > 1 else [(False, found, "")]
+        results = []
+        for folder, again in places:
+            loaded, value = self.load(folder)
+            text = ""
+            if again and loaded and value == 1:
+                ((saved, reason),) = self.save([(folder, 0, "kill")])
+                there = self.load(folder)
+                text = "" if saved and there == (True, 2) else f"{reason}; load: {there}"
+            results.append((loaded, value, text))
+        return results
 
-    def _restart(self, folder: str) -> list[Any]:
-        value = self._functions["load"](folder)
-        if value != 1:
-            return [value, ""]
+    def _restart(self, folder: str, again: bool) -> tuple[bool, Any, str]:
+        value = None
         try:
+            value = self._functions["load"](folder)
+            if not again or value != 1:
+                return True, value, ""
             self._functions["save"](folder, 2)
-            again = self._functions["load"](folder)
+            there = self._functions["load"](folder)
+            return True, value, "" if there == 2 else f"load: {there}"
         except BaseException:  # noqa: BLE001 - whatever it is, it is what is looked for
-            return [value, traceback.format_exc(limit=-3)]
-        return [value, "" if again == 2 else f"load: {again}"]
+            text = traceback.format_exc(limit=-3)
+            return (False, text, "") if value is None else (True, value, text)
 
 
-def serve() -> None:
-    """The process that has imported the writers, and forks for every point: run with the shim preloaded."""
+def serve() -> tuple[str, list[str]] | None:
+    """The process that has imported the writers, and forks for every point: run with the shims preloaded.
+
+    Returns in a fork that is to run a program of its own: its source and arguments.
+    """
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         if command == "ready":
             answer: Any = True
+        elif command == "run":
+            source, *strings = arguments
+            read, write = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(write, 1)
+                os.dup2(write, 2)
+                return source, strings
+            os.close(write)
+            with os.fdopen(read, errors="replace") as pipe:
+                text = pipe.read()
+            answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
         elif command == "open":
             writer = Writer(*arguments)
             # Children then do not copy what only their collector would touch.
@@ -216,20 +255,22 @@ def serve() -> None:
                 "restart": writer.restart,
             }[command](*arguments)
         print(json.dumps(answer), flush=True)
+    return None
 
 
 class Server:
-    """The process that runs writers, one script after another; it ends with the `with` statement."""
+    """The process that runs writers, one after another, and other programs; it ends with the `with` statement."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory(prefix="crash-matrix-") as folder:
+            preload = {"LD_PRELOAD": str(compile_shims(Path(folder)))} if can_inject() else {}
             self._process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", __file__, "--serve"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
-                env={**os.environ, "LD_PRELOAD": str(compile_shim(Path(folder))), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **preload, "OMP_NUM_THREADS": "1"},
             )
             self.ranks = 1
             self.ask("ready")
@@ -243,6 +284,11 @@ class Server:
     def open(self, script: Path) -> None:
         """Use this script from now on."""
         self.ranks = self.ask("open", str(script.absolute()))
+
+    def run(self, source: str, *arguments: str) -> tuple[int, str]:
+        """Run a program as `python -c` does, but what is imported here is there already: exit code, all it printed."""
+        code, text = self.ask("run", source, *arguments)
+        return code, text
 
     def ask(self, *command: Any) -> Any:
         assert self._process.stdin is not None
@@ -362,68 +408,85 @@ def cut_power(server: Server, base: Path, work: Path, cuts: int, seed: int) -> d
     trial, journal = work / "trial", work / "journal"
     shutil.copytree(base, trial, symlinks=True)
     disk = Disk(trial)
-    returned, text = server.ask("save", str(trial), 0, "kill", str(journal))
+    ((returned, text),) = server.ask("save", [(str(trial), 0, "kill")], str(journal))
     if not returned:
         raise RuntimeError(f"saving without a fault failed: {text}")
     shutil.rmtree(trial)
     chance = random.Random(seed)
-    verdicts: collections.Counter[str] = collections.Counter()
-    violations = []
     lines = journal.read_text().splitlines()
-    for number in range(len(lines) + 1):
-        if number:
-            disk.apply(lines[number - 1])
-        for index in range(cuts):
-            disk.cut(trial, chance if index else None)
-            verdict, why = judge(server, trial, number == len(lines), again=False)
-            verdicts[verdict] += 1
-            if verdict not in ("old", "new"):
-                violations.append({"operation": number, "kind": "power", "verdict": verdict, "why": why})
-            shutil.rmtree(trial)
-    return {"points": verdicts.total(), "verdicts": dict(verdicts), "violations": violations}
+
+    def places() -> Iterator[Place]:
+        for number in range(len(lines) + 1):
+            if number:
+                disk.apply(lines[number - 1])
+            for index in range(cuts):
+                folder = work / f"cut-{number}-{index}"
+                disk.cut(folder, chance if index else None)
+                yield Place(folder, number, "power", number == len(lines))
+
+    return tally(server, places(), again=False)
 
 
 def kill(server: Server, base: Path, work: Path, count: int, seed: int) -> dict[str, Any]:
     """Kill `count` saves at random moments."""
     chance = random.Random(seed)
+
+    def places() -> Iterator[Place]:
+        seconds = []
+        for index in range(3 + count):
+            folder = work / f"killed-{index}"
+            shutil.copytree(base, folder, symlinks=True)
+            begin = time.monotonic()
+            # The first three are not killed: they say how long a save takes.
+            moment = chance.uniform(0, 1.1 * max(seconds)) if index >= 3 else SECONDS
+            returned, text = server.ask("killed", str(folder), moment)
+            if index < 3:
+                seconds.append(time.monotonic() - begin)
+                shutil.rmtree(folder)
+            else:
+                yield Place(folder, moment, "SIGKILL", returned, text)
+
+    return tally(server, places())
+
+
+@dataclass
+class Place:
+    """What a save that was disturbed has left in `folder`: at which operation (or second), how, whether it returned."""
+
+    folder: Path
+    operation: float
+    kind: str
+    returned: bool
+    text: Any = ""
+
+
+def tally(server: Server, places: Iterable[Place], *, again: bool = True) -> dict[str, Any]:
+    """How often each verdict is given, and the violations; what has been judged is deleted."""
     verdicts: collections.Counter[str] = collections.Counter()
     violations = []
-    trial = work / "trial"
-    seconds = []
-    for index in range(3 + count):
-        shutil.copytree(base, trial, symlinks=True)
-        begin = time.monotonic()
-        # The first three are not killed: they say how long a save takes.
-        moment = chance.uniform(0, 1.1 * max(seconds)) if index >= 3 else SECONDS
-        returned, text = server.ask("killed", str(trial), moment)
-        if index < 3:
-            seconds.append(time.monotonic() - begin)
-        else:
-            verdict, why = judge(server, trial, returned)
+    rest = iter(places)
+    while group := list(itertools.islice(rest, AT_ONCE)):
+        asked = [(str(place.folder), again and not place.returned) for place in group]
+        for place, found in zip(group, server.ask("restart", asked), strict=True):
+            verdict, why = judge(place.returned, *found)
             verdicts[verdict] += 1
             if verdict not in ("old", "new"):
-                violations.append({"operation": moment, "kind": "SIGKILL", "verdict": verdict, "why": f"{text}; {why}"})
-        shutil.rmtree(trial)
-    return {"points": count, "verdicts": dict(verdicts), "violations": violations}
+                ended = "save returned" if place.returned else f"save: {str(place.text)[-300:]}"
+                what = {"operation": place.operation, "kind": place.kind, "verdict": verdict}
+                violations.append({**what, "why": f"{ended}; {why}"})
+            shutil.rmtree(place.folder)
+    return {"points": verdicts.total(), "verdicts": dict(verdicts), "violations": violations}
 
 
-def judge(server: Server, folder: Path, returned: bool, *, again: bool = True) -> tuple[str, str]:
-    """The verdict on what is left in `folder`: `old`, `new`, or a violation, and its description."""
-    loaded, found = server.ask("restart" if again and not returned else "load", str(folder))
-    value, text = (found if loaded else (None, "")) if again and not returned else (found, "")
+def judge(returned: bool, loaded: bool, value: Any, text: str) -> tuple[str, str]:
+    """The verdict after what `Writer.restart` has found: `old`, `new`, or a violation, and its description."""
     if not loaded or value not in (1, 2):
-        return "lost", f"load: {found}"
+        return "lost", f"load: {value}"
     if value == 2:
         return "new", ""
     if returned:
         return "lied", "save returned, the old checkpoint is loaded"
     return ("stuck", f"saving again: {text}") if text else ("old", "")
-
-
-def chosen(points: list[Any], share: int, seed: int) -> list[Any]:
-    """One of every `share` points that follow one another."""
-    chance = random.Random(seed)
-    return [chance.choice(points[start : start + share]) for start in range(0, len(points), share)]
 
 
 def run_matrix(
@@ -448,29 +511,28 @@ def run_matrix(
         counts = count_operations(server, base, work)
         numbers = [number * server.ranks + rank for rank, count in enumerate(counts) for number in range(1, count + 1)]
         every = [(number, kind) for number in numbers for kind in kinds]
-        points = chosen(every, share, seed)
-        verdicts: collections.Counter[str] = collections.Counter()
-        violations = []
-        for index, (number, kind) in enumerate(points):
-            folder = work / str(index)
-            shutil.copytree(base, folder, symlinks=True)
-            returned, text = server.ask("save", str(folder), number, kind)
-            verdict, why = judge(server, folder, returned)
-            verdicts[verdict] += 1
-            if verdict not in ("old", "new"):
-                ended = "save returned" if returned else f"save: {str(text)[-300:]}"
-                violations.append({"operation": number, "kind": kind, "verdict": verdict, "why": f"{ended}; {why}"})
-            shutil.rmtree(folder)
+        points = drawn_from(every, share, seed)
+
+        def places() -> Iterator[Place]:
+            rest = iter(points)
+            # More ranks at a time would let others wait for longer than their timeout.
+            while group := list(itertools.islice(rest, AT_ONCE if server.ranks == 1 else 3)):
+                saves = [(work / f"{number}-{kind}", number, kind) for number, kind in group]
+                for folder, _, _ in saves:
+                    shutil.copytree(base, folder, symlinks=True)
+                answers = server.ask("save", [(str(folder), number, kind) for folder, number, kind in saves])
+                for save, (returned, text) in zip(saves, answers, strict=True):
+                    yield Place(*save, returned, text)
+
+        result = tally(server, places())
         power = cut_power(server, base, work, power_cuts, seed) if power_cuts else None
         killed = kill(server, base, work, kills, seed) if kills and server.ranks == 1 else None
     return {
         "writer": script.name,
         "operations": sum(counts),
-        "points": len(points),
         "all_points": len(every),
         "seed": seed,
-        "verdicts": dict(verdicts),
-        "violations": violations,
+        **result,
         "power_cuts": power,
         "kills": killed,
     }
@@ -482,10 +544,10 @@ def count_operations(server: Server, base: Path, work: Path) -> list[int]:
     trial = work / "trial"
     for rank in range(server.ranks):
         shutil.copytree(base, trial, symlinks=True)
-        returned, count = server.ask("save", str(trial), rank, "kill")
+        ((returned, count),) = server.ask("save", [(str(trial), rank, "kill")])
         if not returned or server.ask("load", str(trial)) != [True, 2]:
             raise RuntimeError(f"saving without a fault failed: {count}")
-        counts.append(count if server.ranks == 1 else count[rank])
+        counts.append(count[rank])
         shutil.rmtree(trial)
     return counts
 
@@ -538,6 +600,12 @@ def _told(violations: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve()
+        program = serve()
+        if program is not None:
+            code, sys.argv[1:] = program
+            signal.alarm(SECONDS)
+            # Else what ends with the interpreter would be told to have leaked.
+            gc.unfreeze()
+            exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
     else:
         raise SystemExit(main())

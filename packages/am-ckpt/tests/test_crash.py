@@ -10,9 +10,8 @@ from pathlib import Path
 
 import crash_child
 import pytest
-from commit_seed import commit_seed
+from commit_seed import commit_seed, drawn_from
 from crash_child import state
-from crash_matrix import chosen
 from torch_processes import torch_processes
 
 import am_ckpt
@@ -79,7 +78,7 @@ def test_killed_before_every_change_to_the_file_system(
     assert total is not None
     assert total > 50
     seed = commit_seed()
-    points = chosen(list(range(1, total + 1)), share, seed)
+    points = drawn_from(range(1, total + 1), share, seed)
     line = f"kills before changes, {layout}: seed {seed}, {len(points)} of {total} points"
     print(line)
     drawn.append(line)
