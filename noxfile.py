@@ -167,9 +167,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Damage checkpoints in 100,000 ways (or `-- --mutations N`): nothing crashes, hangs, or takes much memory."""
+    """Damage checkpoints in 10,000 ways that the commit draws (or `-- --mutations N`): no crash, no hang, little memory."""
     script = ROOT / FOLDERS["am-ckpt"] / "tests" / "corruption_sweep.py"
-    # In memory: what is damaged are some kilobytes, written and removed 100,000 times.
+    # In memory: what is damaged are some kilobytes, written and removed thousands of times.
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
     session.run("python", "-W", "ignore", str(script), *session.posargs, env=memory)
 

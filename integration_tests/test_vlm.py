@@ -1,14 +1,15 @@
-"""Fine-tuning with pictures as a user runs it: layouts, kills, what trains, exports, and what is refused.
+"""Fine-tuning with images as a user runs it: layouts, kills, what trains, exports, and what is refused.
 
-Everything is in fp32 on tiny models with seeded weights. Rows with no, one or two pictures are mixed so that ranks,
+Everything is in fp32 on tiny models with seeded weights. Rows with no, one or two images are mixed so that ranks,
 micro-batches and whole steps have none. Where layouts are compared, numbers are equal within
-``max|a - b| <= 1e-5 * max|reference|`` per tensor: losses and gradient norms of every step, and the weights after
+`max|a - b| <= 1e-5 * max|reference|` per tensor: losses and gradient norms of every step, and the weights after
 three steps of SGD that move each tensor by more than a thousand times that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -41,8 +42,7 @@ import am_data
 import am_loss
 import am_mesh
 import am_models
-from am_recipes import cli, configs, vision, vlm
-from am_recipes import compose as composing
+from am_recipes import cli, configs, sources, vision, vlm
 from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,29 +101,29 @@ def answer(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``rows.jsonl``, its pictures, and a base model of each family with its processor."""
+    """A folder with `rows.jsonl`, its images, and a base model of each family with its processor."""
     folder = tmp_path_factory.mktemp("inputs")
     generator = np.random.default_rng(0)
     names = ["tomato", "grapes", "watermelon", "lemon", "banana", "pear", "peach"]
     rows = []
     for number in range(NUM_ROWS):
-        # Steps of four rows: one with pictures, none, all, two.
-        num_pictures = [1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 1, 1, 2, 0, 1, 0][number]
-        pictures = []
-        for place in range(num_pictures):
+        # Steps of four rows: one with images, none, all, two.
+        num_images = [1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 1, 1, 2, 0, 1, 0][number]
+        images = []
+        for place in range(num_images):
             path = f"{number}-{place}.png"
             pixels = generator.integers(0, 256, (24 + 8 * place, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / path)
-            pictures += [{"type": "image", "path": path}, say(" and " if place + 1 < num_pictures else " ")]
+            images += [{"type": "image", "path": path}, say(" and " if place + 1 < num_images else " ")]
         question = say("What is this?" if number % 3 else "What is it?")
-        rows.append({"messages": [user(*pictures, question), answer(" ".join(names[: 1 + number % 5]))]})
+        rows.append({"messages": [user(*images, question), answer(" ".join(names[: 1 + number % 5]))]})
     write_rows(folder / "rows.jsonl", rows)
     for family, config in MODELS.items():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # Large enough that attention and the pictures matter.
+                # Large enough that attention and the images matter.
                 if "norm" in name:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
                 elif "embed" not in name:
@@ -150,9 +150,9 @@ def make_processor(family: str) -> Any:
     )
     template = (PROCESSOR / "chat_template.jinja").read_text()
     template = template.replace("'<image>'", "'<|vision_start|><|image_pad|><|vision_end|>'")
-    # Pictures become grids of 4 x 4 pixel patches, 2 x 2 of them a token.
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 1024}, patch_size=4, merge_size=2)
-    return Qwen2_5_VLProcessor(pictures, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    # Images become grids of 4 x 4 pixel patches, 2 x 2 of them a token.
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 1024}, patch_size=4, merge_size=2)
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -161,7 +161,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def written(path: Path, inputs: Path, *changes: Mapping[str, Any], family: str = "idefics3") -> Path:
-    """A config file: tiny.yaml on ``inputs``, in order, with ``changes`` merged in; None takes out."""
+    """A config file: tiny.yaml on `inputs`, in order, with `changes` merged in; None takes out."""
     config = json.loads(json.dumps(TINY))
     base = {
         "model": {"config": None, "name_or_path": str(inputs / family)},
@@ -183,7 +183,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def moved(run_dir: Path, start: Path) -> set[str]:
-    """Names of the tensors of an export that are not, to the bit, those of ``start``."""
+    """Names of the tensors of an export that are not, to the bit, those of `start`."""
     before, after = weights(start), weights(run_dir / "export")
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -268,7 +268,7 @@ def references(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> dict[s
     return made
 
 
-def test_ranks_and_steps_without_pictures(inputs: Path) -> None:
+def test_ranks_and_steps_without_images(inputs: Path) -> None:
     dataset = am_data.VisionChatDataset(inputs / "rows.jsonl", processor=AutoProcessor.from_pretrained(PROCESSOR))
     shares = [
         am_data.DataLoader(
@@ -279,8 +279,7 @@ def test_ranks_and_steps_without_pictures(inputs: Path) -> None:
             world_size=2,
             shuffle=False,
             num_epochs=1,
-            layout="padded",
-            join=dataset.processor_adapter.join,
+            collate=functools.partial(am_data.collate, layout="padded", join=dataset.processor_adapter.join),
         )
         for rank in range(2)
     ]
@@ -335,10 +334,11 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(family: str, inputs: P
         [(f"step_scheduler.{size}_batch_size", str(NUM_ROWS)) for size in ("global", "local")],
     )
     with am_mesh.process_group():
-        ranks = am_mesh.ParallelDims().build("cpu").mesh("dp")
-        loader = vlm.make_loader(config, model.config, dataset, ranks, training=True)
+        dims = am_mesh.ParallelDims().build("cpu")
+        loader = vlm.make_loader(config, model.config, dataset, dims, training=True)
         ((batch,),) = itertools.islice(loader, 1)
-    loss = am_models.forward_with_loss(model, am_loss.linear_cross_entropy, **batch)
+    given, targets = am_models.split_batch(model, batch)
+    loss = am_models.forward_with_loss(model, am_loss.linear_cross_entropy, given, targets)
     loss.backward()
 
     stock = AutoModelForImageTextToText.from_pretrained(inputs / family, dtype=torch.float32)
@@ -346,13 +346,13 @@ def test_gradients_of_a_mixed_batch_are_those_of_its_rows(family: str, inputs: P
     for index, line in enumerate((inputs / "rows.jsonl").read_text().splitlines()):
         messages = json.loads(line)["messages"]
         text = processor.apply_chat_template(messages, tokenize=False)
-        given = processor(text=[text], images=dataset.pictures(index) or None, return_tensors="pt")
+        given = processor(text=[text], images=dataset.images(index) or None, return_tensors="pt")
         if family == "qwen2_5_vl":
             given["mm_token_type_ids"] = (given["input_ids"] == stock.config.image_token_id).int()
         # Under loss: what follows the last <|im_start|>assistant and its line feed, to the <|im_end|>.
         ids = given["input_ids"][0]
         prompt = processor.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        begin = processor(text=[prompt], images=dataset.pictures(index) or None)["input_ids"][0]
+        begin = processor(text=[prompt], images=dataset.images(index) or None)["input_ids"][0]
         (end,) = (ids[len(begin) :] == processor.tokenizer.eos_token_id).nonzero()[0].tolist()
         targets = ids[len(begin) : len(begin) + end + 1]
         logits = stock(**given).logits[0, len(begin) - 1 : len(begin) + end]
@@ -420,9 +420,9 @@ def test_what_is_frozen_does_not_move(
 # The export.
 
 
-def asked(processor: Any, question: dict[str, Any], pictures: list[Image.Image]) -> Any:
-    """What a stock model gets for a turn of the user and its pictures, as transformers documents it."""
-    given = iter(pictures)
+def asked(processor: Any, question: dict[str, Any], images: list[Image.Image]) -> Any:
+    """What a stock model gets for a turn of the user and its images, as transformers documents it."""
+    given = iter(images)
     parts = [part | {"image": next(given)} if part["type"] == "image" else part for part in question["content"]]
     for part in parts:
         part.pop("path", None)
@@ -432,9 +432,9 @@ def asked(processor: Any, question: dict[str, Any], pictures: list[Image.Image])
 
 
 def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
-    """Of a stock model about one picture, by the processor in ``folder``."""
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    given = asked(AutoProcessor.from_pretrained(folder), user({"type": "image"}, say("What is this?")), [picture])
+    """Of a stock model about one image, by the processor in `folder`."""
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    given = asked(AutoProcessor.from_pretrained(folder), user({"type": "image"}, say("What is this?")), [image])
     model.eval()
     assert model.generate(**given, max_new_tokens=3, do_sample=False).shape[1] > given["input_ids"].shape[1]
     with torch.no_grad():
@@ -468,13 +468,13 @@ def test_answers_are_those_of_stock_generation(family: str, inputs: Path) -> Non
     stock = AutoModelForImageTextToText.from_pretrained(inputs / family, dtype=torch.float32)
     answers = vision.answer_rows(stock, processor, dataset, NUM_ROWS, 6)
     lines = (inputs / "rows.jsonl").read_text().splitlines()
-    with_pictures = [index for index in range(NUM_ROWS) if dataset.pictures(index)]
-    assert 0 < len(with_pictures) < NUM_ROWS
-    for index, (pictures, _, said, expected) in zip(with_pictures, answers.rows, strict=True):
+    with_images = [index for index in range(NUM_ROWS) if dataset.images(index)]
+    assert 0 < len(with_images) < NUM_ROWS
+    for index, (images, _, said, expected) in zip(with_images, answers.rows, strict=True):
         question, correct = json.loads(lines[index])["messages"]
-        assert len(pictures) == len(dataset.pictures(index))
+        assert len(images) == len(dataset.images(index))
         assert expected == correct["content"][0]["text"]
-        given = asked(processor, question, dataset.pictures(index))
+        given = asked(processor, question, dataset.images(index))
         output = stock.generate(**given, max_new_tokens=6, do_sample=False)[0, given["input_ids"].shape[1] :]
         assert said == processor.tokenizer.decode(output, skip_special_tokens=True)
     assert any(said for *_, said, _ in answers.rows)
@@ -538,6 +538,7 @@ def composed(language_model: Path, **changes: Any) -> dict[str, Any]:
     size = {"longest_edge": 48}
     processor = {
         "_target_": "transformers.Idefics3Processor",
+        "_partial_": True,
         "image_seq_len": 4,
         "image_processor": {
             "_target_": "transformers.models.idefics3.image_processing_pil_idefics3.Idefics3ImageProcessorPil",
@@ -548,13 +549,14 @@ def composed(language_model: Path, **changes: Any) -> dict[str, Any]:
         },
         "chat_template": (PROCESSOR / "chat_template.jinja").read_text(),
     }
-    spec = {
+    folder = {
+        "_target_": "am_recipes.quickstart.compose",
         "language_model": str(language_model),
         "config": {"model_type": "idefics3", "scale_factor": 2, "vision_config": vision_config},
         "processor": processor,
         "replace_tokens": SPARE,
     }
-    return {"model": {"name_or_path": None, "compose": spec | changes}}
+    return {"model": {"name_or_path": folder | changes}}
 
 
 def test_a_composed_model(
@@ -587,23 +589,26 @@ def test_a_composed_model(
     # Whatever was drawn before in this process, the description decides.
     shutil.rmtree(folder)
     torch.rand(5)
-    assert str(composing.compose(config.model.compose, config.seed)) == folder
+    where = config.model.name_or_path
+    assert str(where.build()) == folder
     again = weights(Path(folder))
     assert [name for name in before if not torch.equal(before[name], again[name])] == []
-    assert str(composing.compose(config.model.compose, config.seed + 1)) != folder
+    assert str(where.build(seed=43)) != folder
 
     run.refuses(
-        "model.compose gives model.vision_model random weights, and nothing of it would train; without an adapter say",
+        rf"{folder} gives model.vision_model random weights, and nothing of it would train; without an adapter say",
         composed(language_model),
     )
     assert run(TWO_STEPS, composed(language_model), {"freeze": []}) == (0, "")
     assert runs.metrics(run.run_dir)[-1]["val_loss"] < runs.metrics(run.run_dir)[0]["val_loss"]
+    # What is random is said of the composed folder alone.
+    assert sources.random_parts(Path(folder))
+    assert sources.random_parts(run.run_dir / "export") == ()
 
 
 def compose_into(queue: Any, config: Path, cache: Path) -> None:
     os.environ["AUTOMODEL_CACHE"] = str(cache)
-    parsed = configs.parse(config)
-    queue.put(str(composing.compose(parsed.model.compose, parsed.seed)))
+    queue.put(str(configs.parse(config).model.name_or_path.build()))
 
 
 def test_what_cannot_be_composed(
@@ -619,7 +624,7 @@ def test_what_cannot_be_composed(
         ({}, r"needs tokens that \S+ has no embedding for, such as .*<image>.*name unused tokens for them in"),
     ):
         run.refuses(message, composed(language_model, replace_tokens=replace_tokens))
-        assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+        assert not (tmp_path / "cache").exists()
 
 
 # Bad input, through the command line.
@@ -627,7 +632,7 @@ def test_what_cannot_be_composed(
 
 @pytest.fixture
 def bad_rows(tmp_path: Path) -> list[dict[str, Any]]:
-    """Rows whose pictures are missing, unreadable, zero-sized, animated, or more than their placeholders."""
+    """Rows whose images are missing, unreadable, zero-sized, animated, or more than their placeholders."""
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "animated.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "fine.png")
@@ -642,15 +647,15 @@ def bad_rows(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 REASONS = (
-    r"1: a picture is missing.*nowhere\.png is not a file",
-    r"1: a picture is unreadable.*cut\.png",
-    r"1: a picture is zero-sized.*empty\.png has 0 bytes",
-    r"1: a picture is animated.*animated\.gif has more than one frame",
-    r"1: pictures and placeholders differ in number.*2 pictures, 1 placeholders",
+    r"1: an image is missing.*nowhere\.png is not a file",
+    r"1: an image is unreadable.*cut\.png",
+    r"1: an image is zero-sized.*empty\.png has 0 bytes",
+    r"1: an image is animated.*animated\.gif has more than one frame",
+    r"1: images and placeholders differ in number.*2 images, 1 placeholders",
 )
 
 
-def test_rows_with_bad_pictures_are_dropped_with_reasons(
+def test_rows_with_bad_images_are_dropped_with_reasons(
     run: Runner, bad_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     fine = {"messages": [user({"type": "image"}, say("What?")), answer("a square")], "images": ["fine.png"]}
@@ -663,13 +668,13 @@ def test_rows_with_bad_pictures_are_dropped_with_reasons(
         assert re.search(reason, (run.run_dir / "report.html").read_text())
 
 
-def test_no_row_with_a_good_picture(run: Runner, bad_rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_no_row_with_a_good_image(run: Runner, bad_rows: list[dict[str, Any]], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", bad_rows)
     changes = {"dataset": {"path": str(path)}, "validation_dataset": None}
     for reason in REASONS:
         run.refuses(rf"all 5 rows of .*rows\.jsonl' were refused:\n(.*\n)*.*{reason}", changes)
     run.refuses(
-        "a picture is missing.*; mend it, or pass on_bad_row='drop'", changes, {"dataset": {"on_bad_row": "raise"}}
+        "an image is missing.*; mend it, or pass on_bad_row='drop'", changes, {"dataset": {"on_bad_row": "raise"}}
     )
 
 
@@ -681,15 +686,13 @@ def from_config(**changes: Any) -> dict[str, Any]:
 
 def test_a_processor_of_another_model(run: Runner, inputs: Path) -> None:
     run.refuses(
-        r"Idefics3Processor marks pictures with token 3 \('<image>'\), but the idefics3 model looks for 7; set "
+        r"Idefics3Processor marks images with token 3 \('<image>'\), but the idefics3 model looks for 7; set "
         "processor.name_or_path to the model's own processor",
         from_config(image_token_id=7),
     )
     run.refuses(
-        r"Idefics3Processor writes the pictures of a row as 4 tokens with pixel_values \[1, 3, 48, 48\], .* do not fit "
-        # As transformers says it, and as its oldest version that we support does.
-        "the idefics3 model: (Image features and image tokens do not match|Number of elements of source < number)"
-        ".*; set processor.name_or_path to the model's",
+        r"Idefics3Processor writes the images of a row as 4 tokens with pixel_values \[1, 3, 48, 48\], .* do not fit "
+        "the idefics3 model: Image features and image tokens do not match.*; set processor.name_or_path to the model's",
         from_config(scale_factor=4),
     )
     run.refuses(
@@ -704,7 +707,7 @@ def test_a_processor_of_another_model(run: Runner, inputs: Path) -> None:
 
 def test_a_model_of_the_other_kind(run: Runner, language_model: Path, inputs: Path) -> None:
     run.refuses(
-        r"llama \(LlamaConfig\) is a text-only model without a vision tower; .*or a model of pictures and text such as",
+        r"llama \(LlamaConfig\) is a text-only model without a vision tower; .*or a model of images and text such as",
         {"model": {"name_or_path": str(language_model)}},
     )
     sft = yaml.safe_load((ROOT / "recipes/configs/tiny.yaml").read_text())
@@ -714,9 +717,7 @@ def test_a_model_of_the_other_kind(run: Runner, language_model: Path, inputs: Pa
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         assert cli.main([str(config), "--run_dir", str(run.run_dir)]) == 1
-    assert re.search(
-        r"idefics3 \(Idefics3Config\) is a model of pictures and text, not of text alone", errors.getvalue()
-    )
+    assert re.search(r"idefics3 \(Idefics3Config\) is a model of images and text, not of text alone", errors.getvalue())
     assert not run.run_dir.exists()
 
 
