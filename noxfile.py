@@ -167,7 +167,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Damage checkpoints in 10,000 ways that the commit draws (or `-- --mutations N`): no crash, no hang, little memory."""
+    """Damage checkpoints in 10,000 ways that the commit draws (or `-- --mutations N`): no crash, hang or much memory."""
     script = ROOT / FOLDERS["am-ckpt"] / "tests" / "corruption_sweep.py"
     # In memory: what is damaged are some kilobytes, written and removed thousands of times.
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
