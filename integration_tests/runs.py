@@ -62,7 +62,7 @@ _PROGRESS = r"(Generating|Loading weights|Writing model|Saving)[^\n]*?(?=error: 
 
 
 def merge(config: dict[str, Any], change: Mapping[str, Any]) -> None:
-    """Merge ``change`` into a config in place; None takes a key out, a section with a target is replaced."""
+    """Merge `change` into a config in place; None takes a key out, a section with a target is replaced."""
     for key, value in change.items():
         if value is None:
             config.pop(key, None)
@@ -87,7 +87,7 @@ def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    """The exit status of ``automodel ARGUMENTS`` in this process, and its messages on stderr."""
+    """The exit status of `automodel ARGUMENTS` in this process, and its messages on stderr."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = cli.main(arguments)
@@ -95,7 +95,7 @@ def command(*arguments: str) -> tuple[int, str]:
 
 
 def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> None:
-    """Raise AssertionError unless ``outcome`` of `command` is ``status`` and one message with all ``patterns``."""
+    """Raise AssertionError unless `outcome` of `command` is `status` and one message with all `patterns`."""
     found, text = outcome
     assert found == status, text
     for pattern in patterns:
@@ -149,7 +149,7 @@ def finish(processes: list[Any]) -> int:
 
 
 def kill_when(processes: list[Any], path: Path) -> None:
-    """SIGKILL for every rank as soon as ``path`` exists."""
+    """SIGKILL for every rank as soon as `path` exists."""
     while not path.exists():
         assert all(process.is_alive() for process in processes), f"the run ended without {path}"
         time.sleep(0.01)

@@ -2,7 +2,7 @@
 
 Runs go through the recipe. Two steps of SGD over the same ten rows in fp32, dropout 0, are compared with a reference
 that holds all logits, in float64, on one process, row by row: losses and gradient norm of both steps, and every weight
-after them. Per tensor ``max|a - b| <= 1e-5 * max|reference|``, where the reference of a weight is its change alone; the
+after them. Per tensor `max|a - b| <= 1e-5 * max|reference|`, where the reference of a weight is its change alone; the
 rounding of the float32 weight itself comes on top.
 """
 
@@ -59,7 +59,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``student``, ``teacher`` (another width, a vocabulary padded by 64) and ``rows.jsonl``."""
+    """A folder with `student`, `teacher` (another width, a vocabulary padded by 64) and `rows.jsonl`."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     for seed, (name, config) in enumerate({"student": STUDENT, "teacher": TEACHER}.items()):
@@ -84,7 +84,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sgd(inputs: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Two steps of SGD over all rows, from the folders of ``inputs``."""
+    """Two steps of SGD over all rows, from the folders of `inputs`."""
     config = {
         "recipe": "kd",
         "model": {"name_or_path": str(inputs / "student"), "dtype": "float32"},
@@ -319,7 +319,7 @@ class Runner:
         return runs.command(str(path), "--run_dir", str(self.run_dir))
 
     def refuses(self, changes: Mapping[str, Any], *expected: str, status: int = 1) -> None:
-        """Run; the message has every part of ``expected``, and nothing was written."""
+        """Run; the message has every part of `expected`, and nothing was written."""
         runs.require_refusal(self(changes), status, *expected)
         assert not self.run_dir.exists()
 

@@ -2,7 +2,7 @@
 
 Everything is in fp32 on tiny models with seeded weights. Rows with no, one or two pictures are mixed so that ranks,
 micro-batches and whole steps have none. Where layouts are compared, numbers are equal within
-``max|a - b| <= 1e-5 * max|reference|`` per tensor: losses and gradient norms of every step, and the weights after
+`max|a - b| <= 1e-5 * max|reference|` per tensor: losses and gradient norms of every step, and the weights after
 three steps of SGD that move each tensor by more than a thousand times that.
 """
 
@@ -102,7 +102,7 @@ def answer(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``rows.jsonl``, its pictures, and a base model of each family with its processor."""
+    """A folder with `rows.jsonl`, its pictures, and a base model of each family with its processor."""
     folder = tmp_path_factory.mktemp("inputs")
     generator = np.random.default_rng(0)
     names = ["tomato", "grapes", "watermelon", "lemon", "banana", "pear", "peach"]
@@ -162,7 +162,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def written(path: Path, inputs: Path, *changes: Mapping[str, Any], family: str = "idefics3") -> Path:
-    """A config file: tiny.yaml on ``inputs``, in order, with ``changes`` merged in; None takes out."""
+    """A config file: tiny.yaml on `inputs`, in order, with `changes` merged in; None takes out."""
     config = json.loads(json.dumps(TINY))
     base = {
         "model": {"config": None, "name_or_path": str(inputs / family)},
@@ -184,7 +184,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def moved(run_dir: Path, start: Path) -> set[str]:
-    """Names of the tensors of an export that are not, to the bit, those of ``start``."""
+    """Names of the tensors of an export that are not, to the bit, those of `start`."""
     before, after = weights(start), weights(run_dir / "export")
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
@@ -433,7 +433,7 @@ def asked(processor: Any, question: dict[str, Any], pictures: list[Image.Image])
 
 
 def logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
-    """Of a stock model about one picture, by the processor in ``folder``."""
+    """Of a stock model about one picture, by the processor in `folder`."""
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     given = asked(AutoProcessor.from_pretrained(folder), user({"type": "image"}, say("What is this?")), [picture])
     model.eval()
