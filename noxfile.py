@@ -120,7 +120,8 @@ def run_step(step: Step, log: Path) -> dict[str, Any]:
     # Not under .nox: the path of a socket in it may have no more than 107 characters.
     with tempfile.TemporaryDirectory(prefix="nox-") as folder, log.open("w") as output:
         subprocess.run(command, env=os.environ | {"TMPDIR": folder}, stdout=output, stderr=output, check=False)
-    return dict(json.loads(usage.read_text()))
+    # Without the file it was killed.
+    return dict(json.loads(usage.read_text())) if usage.exists() else {"status": 1, "cpu": 0.0, "wall": 0.0}
 
 
 def print_costs(costs: dict[Step, dict[str, Any]], wall: float) -> None:
@@ -167,7 +168,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Damage checkpoints in 10,000 ways that the commit draws (or `-- --mutations N`): no crash, hang or much memory."""
+    """Damage checkpoints in 10,000 ways drawn by the commit (or `-- --mutations N`): no crash, hang or much memory."""
     script = ROOT / FOLDERS["am-ckpt"] / "tests" / "corruption_sweep.py"
     # In memory: what is damaged are some kilobytes, written and removed thousands of times.
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
@@ -191,7 +192,7 @@ def alone(session: nox.Session) -> None:
         strangers = set(others) & set(FOLDERS) - set(ours)
         if strangers:
             session.error(f"{name} pulled in {', '.join(strangers)}")
-        session.run(str(python), "-m", "pytest", "-q", "-m", "not slow", f"{FOLDERS[name]}/tests", external=True)
+        run_tests(session, python, f"{FOLDERS[name]}/tests")
         shutil.rmtree(folder)
 
 
@@ -208,8 +209,14 @@ def floor(session: nox.Session) -> None:
     tested = chosen(session, names)
     python = make_environment(session, STATE / "floor", "3.11", names, list(FOLDERS), versions)
     for name in tested:
-        session.run(str(python), "-m", "pytest", "-q", "-m", "not slow", *at_floor(name), external=True)
+        run_tests(session, python, *at_floor(name))
     shutil.rmtree(STATE / "floor")
+
+
+def run_tests(session: nox.Session, python: Path, *tests: str) -> None:
+    """pytest of an environment, which sees no sources but those installed there."""
+    command = (str(python), "-m", "pytest", "-q", "-m", "not slow", *tests)
+    session.run(*command, env={"PYTHONPATH": None}, external=True)
 
 
 def at_floor(name: str) -> list[str]:

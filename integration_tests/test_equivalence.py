@@ -2,7 +2,7 @@
 
 Two steps of SGD over the same sixteen rows, in fp32, dropout 0. Compared with one process, one micro-batch, padded:
 the loss, the gradient norm and every gradient of the first step, and every weight after the second, each within
-``max|a - b| <= 1e-5 * max|reference|`` per tensor. Each tensor has the learning rate that moves it by 2 % of its
+`max|a - b| <= 1e-5 * max|reference|` per tensor. Each tensor has the learning rate that moves it by 2 % of its
 largest weight in the first step, two thousand times that tolerance, so a gradient that is wrong or missing shows.
 """
 
