@@ -345,7 +345,7 @@ def test_extra_state_of_modules_comes_back(tmp_path: Path) -> None:
     checkpoints = am_ckpt.Checkpointer(tmp_path)
     checkpoints.save(1, {"model": build(2.0)})
     loaded = build(0.0)
-    assert checkpoints.load({"model": torch.compile(loaded)}) == 1
+    assert checkpoints.load({"model": torch.compile(loaded, backend="eager")}) == 1
     assert torch.equal(loaded[1].extra["scale"], torch.full((4,), 2.0))
     assert loaded[1].extra["history"] == (1, 2.0)
     with pytest.raises(ValueError, match=r"1 only in the checkpoint: 1\._extra_state"):
