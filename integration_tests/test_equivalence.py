@@ -9,6 +9,7 @@ largest weight in the first step, two thousand times that tolerance, so a gradie
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ class Layout:
 class Rows:
     """Sixteen rows of uneven length over a vocabulary of 97; the first third of each row is not under loss."""
 
+    fingerprint = "sixteen rows"
+
     def __init__(self) -> None:
         generator = np.random.default_rng(5)
         self.lengths = generator.integers(3, 40, NUM_ROWS)
@@ -96,6 +99,7 @@ def make_loader(layout: Layout) -> am_data.DataLoader:
     local = -(-len(dataset) // share)
     return am_data.DataLoader(
         dataset,
+        collate=functools.partial(am_data.collate, layout="packed" if layout.packed else "padded"),
         global_batch_size=local * share,
         local_batch_size=local,
         rank=torch.distributed.get_rank(),
@@ -127,21 +131,21 @@ def train(folder: str, lora: bool, layout: Layout) -> dict[str, Any]:
                     parameter.fill_(0.01 * (number + 1))
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD([{"params": [parameter], "lr": 1.0} for parameter in trainable.values()])
-    mesh = dims.mesh("dp")
     result: dict[str, Any] = {}
+
+    def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
+        inputs, targets = am_models.split_batch(model, inject(layout, batch))
+        return {"loss": am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, targets)}
+
     for step, batches in enumerate(make_loader(layout)):
         targets = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
-        divisor = am_mesh.sum_over(mesh, targets)
-        loss = torch.zeros(())
-        for number, batch in enumerate(batches):
-            batch, divisor_here = inject(layout, batch, divisor, targets)
-            with am_mesh.gradient_sync(model, number == len(batches) - 1):
-                part = am_models.forward_with_loss(model, am_loss.linear_cross_entropy, **batch) / divisor_here
-                part.backward()
-            loss += part.detach()
+        divisor = am_mesh.sum_over(dims.row_ranks, targets)
+        if layout.fault == "local divisor":
+            divisor = targets * layout.world_size
+        sums = am_mesh.forward_backward(model, batches, forward, divisor)
         norm = am_mesh.clip_grad_norm_(model, None)
         if step == 0:
-            result["loss"] = am_mesh.sum_over(mesh, loss)
+            result["loss"] = am_mesh.sum_over(dims.loss_ranks, sums["loss"])
             result["norm"] = norm.detach().clone()
             result["gradients"] = {name: full(parameter.grad) for name, parameter in trainable.items()}
             for group, gradient in zip(optimizer.param_groups, result["gradients"].values(), strict=True):
@@ -153,17 +157,15 @@ def train(folder: str, lora: bool, layout: Layout) -> dict[str, Any]:
     return result
 
 
-def inject(layout: Layout, batch: dict, divisor: int, local_targets: int) -> tuple[dict, int]:
+def inject(layout: Layout, batch: am_data.Batch) -> am_data.Batch:
     """The seeded faults: what each would do to a micro-batch."""
-    if layout.fault == "local divisor":
-        return batch, local_targets * layout.world_size
     if layout.fault == "unshifted labels":
-        return {**batch, "shift_labels": torch.roll(batch["shift_labels"], 1, -1)}, divisor
+        return {**batch, "shift_labels": torch.roll(batch["shift_labels"], 1, -1)}
     if layout.fault == "dropped rank" and torch.distributed.get_rank() == layout.world_size - 1:
-        return {**batch, "shift_labels": torch.full_like(batch["shift_labels"], -100)}, divisor
+        return {**batch, "shift_labels": torch.full_like(batch["shift_labels"], -100)}
     if layout.fault == "one document":
-        return {**batch, "document_ids": (batch["document_ids"] > 0).to(torch.int32)}, divisor
-    return batch, divisor
+        return {**batch, "document_ids": (batch["document_ids"] > 0).to(torch.int32)}
+    return batch
 
 
 def full(tensor: torch.Tensor | None) -> torch.Tensor:
