@@ -281,8 +281,10 @@ def integration(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """The tests marked slow, of every package and of the combination; not part of CI."""
+    """The tests marked slow, of every package and of the combination, and the whole sweep; not part of CI."""
     session.run("pytest", "-q", "-m", "slow", *(f"{folder}/tests" for folder in FOLDERS.values()), "integration_tests")
+    script = ROOT / FOLDERS["am-ckpt"] / "tests" / "corruption_sweep.py"
+    session.run("python", "-W", "ignore", str(script), "--flips", "1000", "--mutations", "100000")
 
 
 @nox.session

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from integration_tests import runs
@@ -138,4 +137,3 @@ def test_what_breaks_a_contract_is_refused_before_the_first_step(
     assert status in (1, 2), text
     assert all(re.search(pattern, text) for pattern in patterns), text
     assert not (run_dir / "metrics.jsonl").exists() or losses(run_dir) == []
-    assert torch.distributed.is_initialized() is False

@@ -3,8 +3,8 @@
     python tools/lint_sizes.py [--root FOLDER]
 
 Checked over the sources of every package: lines of a file and of a function, parameters of a function, lines of a
-recipe's `train`, the lines that all `train` share (a recipe says what no sibling says), and that no model, dataset or
-config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each `train`, as
+recipe and of its `train`, the lines that all `train` share (a recipe says what no sibling says), and that no model,
+dataset or config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each `train`, as
 radon counts it. A recipe is a module directly in am_recipes with a function `train`.
 """
 
@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("packages/*/src", "recipes/src", "tools/am-testing/src")
 RECIPES = "recipes/src/am_recipes"
-FILE_LINES, FUNCTION_LINES, TRAIN_LINES, PARAMETERS, SHARED_LINES = 400, 60, 100, 12, 45
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 12
+RECIPE_LINES, TRAIN_LINES, SHARED_LINES = 160, 100, 45
 NEVER_ANY = ("model", "dataset", "config")
 
 
@@ -48,6 +49,7 @@ ALLOWED: dict[tuple[str, str], Allowed] = {
     ("parameters", "packages/am-models/src/am_models/_attention.py::_attention"): Allowed(
         13, "transformers calls it, with the keywords of its attention interface"
     ),
+    ("lines of the file", "recipes/src/am_recipes/kd.py"): Allowed(210, "two models, and what they must agree on"),
 }
 
 
@@ -116,7 +118,8 @@ def functions(path: str, node: ast.AST, prefix: str = "") -> Iterator[Function]:
 
 def sizes(path: str, text: str, found: list[Function]) -> Iterator[Finding]:
     """Every number that has a limit, whether beyond it or not."""
-    yield Finding("lines of the file", path, 1, len(text.splitlines()), FILE_LINES)
+    is_recipe = any(function.is_recipe for function in found)
+    yield Finding("lines of the file", path, 1, len(text.splitlines()), RECIPE_LINES if is_recipe else FILE_LINES)
     for function in found:
         line = function.node.lineno
         limit = TRAIN_LINES if function.is_recipe else FUNCTION_LINES

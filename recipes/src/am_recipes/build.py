@@ -26,6 +26,17 @@ from am_recipes.settings import Target
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
 
+class Weights(NamedTuple):
+    """What a checkpoint says of a model's weights, see `am_ckpt.Checkpointer`.
+
+    fingerprints: of the folders that it means nothing without, by name.
+    """
+
+    files: Mapping[str, str | bytes]
+    mapping: Sequence[Mapping[str, Any]]
+    fingerprints: Mapping[str, str]
+
+
 class Built(NamedTuple):
     """A model with what the loop, a checkpoint and an export of it need.
 
@@ -40,19 +51,19 @@ class Built(NamedTuple):
     report: am_models.OptimizeReport
     router: routing.Routing
     mapping: Sequence[Mapping[str, Any]]
-    files: Mapping[str, str] | Mapping[str, bytes]
+    files: Mapping[str, str | bytes]
     export_files: Mapping[str, bytes]
     base: Path | None
     base_name: str | None
 
-    def checkpoint(self, others: Mapping[str, Path | None] | None = None) -> dict[str, Any]:
-        """What `am_recipes.run.Run` is told of the model: files, mapping, fingerprints of the folders it stands on.
+    def weights(self, others: Mapping[str, Path | None] | None = None) -> Weights:
+        """What a checkpoint says of the weights.
 
         An adapter means nothing on other weights than those it was trained on; `others` names more such folders.
         """
         folders = {"base": self.base, **(others or {})}
         prints = {name: sources.fingerprint(folder) for name, folder in folders.items() if folder is not None}
-        return {"files": self.files, "mapping": self.mapping, "fingerprints": prints}
+        return Weights(self.files, self.mapping, prints)
 
 
 def build(
@@ -114,7 +125,9 @@ def build_teacher(
 ) -> None:
     """The same for a model that only answers: frozen, in a layout of its own. Every rank calls it."""
     dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
-    _optimize(config, model, losses)
+    if _optimize(config, model, losses).router:
+        # It trains nothing, so nobody asks for an auxiliary loss of its router.
+        model.config.get_text_config().output_router_logits = False
     mapping = am_models.weight_map(model, folder)
     model.requires_grad_(False).eval()
     _lay_out(config, model, layout, dims, device, folder, mapping, () if folder else ("*",), "teacher_model")

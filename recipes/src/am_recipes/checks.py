@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import am_data
+import am_loss
 import am_models
 import am_peft
 from am_recipes.configs import DEFAULT_LOSS
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Rows = am_data.Dataset | am_data.Stream
+# Of the made-up hidden states that a loss is asked about.
+_WIDTH = 4
 
 
 def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key: str = "loss_fn") -> None:
@@ -36,40 +38,60 @@ def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key
         )
 
 
-def require_sum(loss_fn: am_models.Loss, model: PreTrainedModel, key: str = "loss_fn") -> None:
-    """Refuse a loss that is no sum over target tokens, as `am_models.Loss` says: it is asked about a few made-up rows.
+def require_loss(loss_fn: am_models.Loss[torch.Tensor], model: PreTrainedModel, device: torch.device) -> None:
+    """Refuse a `loss_fn` that is no sum over target tokens, as `am_models.Loss` says; see `require_sum`."""
+    num_tokens = num_embeddings(model)
+    weight = torch.randn(num_tokens, _WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    names = am_models.further_targets(loss_fn)
 
-    Raises ValueError where it gives something else than a scalar tensor with a graph, twice the rows are not twice the
-    loss, or rows without targets are not 0.
+    def ask(hidden: torch.Tensor, labels: torch.Tensor) -> object:
+        further = {name: torch.ones(labels.shape, device=device) for name in names}
+        return loss_fn(hidden, weight, labels, bias=None, softcap=None, scale=None, **further)
+
+    require_sum(ask, num_tokens, device, "loss_fn")
+
+
+def require_distillation_loss(
+    kd_loss_fn: Callable[..., am_loss.DistillationLoss], num_tokens: int, device: torch.device
+) -> None:
+    """The same of a `kd_loss_fn`, which also gets a teacher's head; it refuses options that it cannot honour."""
+    generator = torch.Generator().manual_seed(1)
+    weight, teacher_weight = torch.randn(2, num_tokens, _WIDTH, generator=generator).to(device)
+    head = {"bias": None, "softcap": None, "scale": None}
+    teacher_head = {f"teacher_{name}": value for name, value in head.items()} | {"teacher_weight": teacher_weight}
+    names = [name for name in am_models.further_targets(kd_loss_fn) if not name.startswith("teacher_")]
+
+    def ask(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        others = {name: torch.ones(labels.shape, device=device) for name in names}
+        theirs = hidden.detach().flip(-1)
+        return kd_loss_fn(hidden, weight, labels, **head, **teacher_head, teacher_hidden=theirs, **others).loss
+
+    checks.require_sum(ask, num_tokens, device, "kd_loss_fn")
+
+
+def require_sum(
+    ask: Callable[[torch.Tensor, torch.Tensor], object], num_tokens: int, device: torch.device, key: str
+) -> None:
+    """Refuse a loss, the one at `key` of the config, that is no sum over target tokens: ValueError.
+
+    `ask(hidden [1, N, 4], labels [1, N])` calls it with made-up rows over `num_tokens` token ids: it must give a scalar
+    tensor with a graph, twice as much for twice the rows, and 0 for rows without targets.
     """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(num_embeddings(model), 4, generator=generator)
-    hidden = torch.randn(1, 3, 4, generator=generator).requires_grad_()
-    labels = torch.tensor([[0, -100, len(weight) - 1]])
-    # What else it takes of each token.
-    others = [
-        name
-        for name, parameter in inspect.signature(loss_fn).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-        and parameter.default is parameter.empty
-        and name not in ("bias", "softcap", "scale")
-    ]
+    hidden = torch.randn(1, 3, _WIDTH, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    labels = torch.tensor([[0, -100, num_tokens - 1]], device=device)
 
-    def ask(times: int, labels: torch.Tensor) -> float:
-        rows = labels.repeat(times, 1)
-        further = {name: torch.ones(rows.shape) for name in others}
-        loss = loss_fn(hidden.repeat(times, 1, 1), weight, rows, bias=None, softcap=None, scale=None, **further)
+    def value(hidden: torch.Tensor, labels: torch.Tensor) -> float:
+        loss = ask(hidden, labels)
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.requires_grad:
-            given = (
-                f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, torch.Tensor) else loss
-            )
+            shape = f" of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
             raise ValueError(
-                f"{key} gave a {type(loss).__name__} ({given}); a loss is one scalar tensor with a graph, the sum over "
-                "target tokens, also where there is no target (am_models.Loss)"
+                f"{key} gave a {type(loss).__name__}{shape} or one without a graph; a loss is one scalar tensor with a "
+                "graph, the sum over target tokens, also where there is no target (am_models.Loss)"
             )
         return loss.item()
 
-    once, twice, nothing = ask(1, labels), ask(2, labels), ask(1, torch.full_like(labels, -100))
+    once, nothing = value(hidden, labels), value(hidden, torch.full_like(labels, -100))
+    twice = value(hidden.repeat(1, 2, 1), labels.repeat(1, 2))
     if abs(twice - 2 * once) > 1e-3 * abs(once) or nothing != 0:
         raise ValueError(
             f"{key} gave {once:.4g} for two targets, {twice:.4g} for the same rows twice and {nothing:.4g} for rows "
@@ -133,7 +155,7 @@ def require_embeddings(
                 f"them a stream uses is not known before; use {name}'s own tokenizer, or a larger vocab_size"
             )
         examples = (example for index in range(len(data)) for example in _examples(data[index]))
-        largest = max(largest, *(int(example["input_ids"].max()) for example in examples))
+        largest = max(largest, max(int(example["input_ids"].max()) for example in examples))
     if largest >= rows:
         raise ValueError(
             f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds "

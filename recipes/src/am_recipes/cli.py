@@ -242,8 +242,7 @@ def _run_config(arguments: Arguments, path: Path, module: str | None, debug: boo
 
 def _train(config: RunConfig) -> int:
     check_targets(config)
-    status = importlib.import_module(f"am_recipes.{config.recipe}").main(config)
-    return 0 if status is None else int(status)
+    return int(importlib.import_module(f"am_recipes.{config.recipe}").main(config))
 
 
 def _is_worker() -> bool:

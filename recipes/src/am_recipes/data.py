@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import am_data
 import am_mesh
@@ -39,26 +39,41 @@ def loader(
 def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:
     """Optimizer steps of the run: whichever of `step_scheduler`'s limits comes first.
 
-    Raises ConfigError where a stream, whose length nobody knows, is to be read without `max_steps`.
+    Raises ConfigError where a stream, whose length nobody knows, is to be read by another limit than `max_steps`.
     """
     scheduler = config.step_scheduler
-    if loader.is_stream:
-        if scheduler.max_steps is None:
-            raise config.error(
-                "step_scheduler.max_steps", "is required: the dataset is a stream, whose length is not known; set it"
-            )
-        return scheduler.max_steps
-    limits = [
-        scheduler.max_steps,
-        None if scheduler.num_epochs is None else scheduler.num_epochs * len(loader),
-        None if scheduler.max_tokens is None else loader.steps_for_tokens(scheduler.max_tokens),
-    ]
-    return min(limit for limit in limits if limit is not None)
+    if loader.is_stream and (scheduler.max_steps is None or scheduler.max_tokens is not None):
+        raise config.error(
+            "step_scheduler",
+            f"max_steps={scheduler.max_steps}, max_tokens={scheduler.max_tokens}: the dataset is a stream, whose "
+            "length and order nobody knows before it is read; give max_steps, and it alone",
+        )
+    epochs = None if scheduler.num_epochs is None or loader.is_stream else scheduler.num_epochs * len(loader)
+    return min(limit for limit in (*asked_steps(config, loader), epochs) if limit is not None)
 
 
-def shares_rows(dataset: am_data.Dataset | am_data.Stream) -> bool:
-    """Whether a sample of `dataset` is several documents, which lie in one row."""
-    return isinstance(dataset, am_data.Dataset) and isinstance(dataset[0], list)
+def asked_steps(config: RunConfig, loader: am_data.DataLoader) -> list[int]:
+    """The limits in steps and in tokens, where there are, as optimizer steps."""
+    scheduler = config.step_scheduler
+    steps = [] if scheduler.max_steps is None else [scheduler.max_steps]
+    return steps if scheduler.max_tokens is None else [*steps, loader.steps_for_tokens(scheduler.max_tokens)]
+
+
+def shares_rows(config: RunConfig, dataset: am_data.Dataset | am_data.Stream) -> bool:
+    """Whether documents may lie in one row, so that a model must not mix them.
+
+    Known of a dataset, by its first samples; may be so in a stream, whose samples nobody has seen.
+    """
+    if not isinstance(dataset, am_data.Dataset):
+        return True
+    samples = [dataset[index] for index in range(min(2, len(dataset)))]
+    if not all(isinstance(sample, Mapping) for sample in samples):
+        return True
+    collate = config.dataloader.collate
+    if collate is None:
+        return False
+    batch = collate.callable()(samples)
+    return "document_ids" in batch and int(batch["document_ids"].max()) > 1
 
 
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:
@@ -67,5 +82,8 @@ def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:
 
 
 def count_tokens(micro_batches: Sequence[am_data.Batch]) -> int:
-    """Tokens in the micro-batches of this rank, without padding."""
-    return sum(int((batch["document_ids"] != 0).sum()) for batch in micro_batches)
+    """Tokens in the micro-batches of this rank, without padding where `document_ids` tell it."""
+    return sum(
+        int((batch["document_ids"] != 0).sum()) if "document_ids" in batch else batch["input_ids"].numel()
+        for batch in micro_batches
+    )

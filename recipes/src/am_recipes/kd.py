@@ -66,7 +66,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_sum(loss_fn, model)
+    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,
@@ -76,20 +76,20 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
         tokenizer=tokenizer,
         losses={"loss_fn": config.loss_fn} | ({"kd_loss_fn": config.kd_loss_fn} if config.kd_ratio > 0 else {}),
         freeze=config.freeze_rules() or (),
-        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(dataset),
+        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(config, dataset),
     )
 
     # At kd_ratio 0 this is supervised fine-tuning, and nothing asks the teacher.
     teacher = load_teacher(config, teacher_folder, tokenizer, dataset, device) if config.kd_ratio > 0 else None
-    kd_loss_fn = distillation_loss(config, tokenizer, (model,) if teacher is None else (model, teacher))
+    kd_loss_fn = distillation_loss(config, tokenizer, (model,) if teacher is None else (model, teacher), device)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
-    facts = built.checkpoint({"teacher": teacher_folder})
-    with run.Run(config, dims, stop, state, total_steps=total_steps, **facts) as this:
+    weights = built.weights({"teacher": teacher_folder})
+    with run.Run(config, dims, stop, state, total_steps=total_steps, weights=weights) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
@@ -148,25 +148,21 @@ def load_teacher(
         device,
         folder=folder,
         losses={"kd_loss_fn": config.kd_loss_fn},
-        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(dataset),
+        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(config, dataset),
     )
     return teacher
 
 
 def distillation_loss(
-    config: KdConfig, tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...]
+    config: KdConfig, tokenizer: PreTrainedTokenizerBase, models: tuple[PreTrainedModel, ...], device: torch.device
 ) -> Callable[..., am_loss.DistillationLoss]:
-    """`kd_loss_fn` with the options of the run; it refuses those it cannot honour before anything is written."""
+    """`kd_loss_fn` with the options of the run; what it refuses, or is no sum, is found before anything is written."""
     # Vocabularies are padded to different sizes, but the tokens are the same.
     num_tokens = min(1 + max(tokenizer.get_vocab().values()), *map(checks.num_embeddings, models))
     kd_loss_fn = functools.partial(
         config.kd_loss_fn.callable(), kd_ratio=config.kd_ratio, temperature=config.temperature, num_tokens=num_tokens
     )
-    # It is asked about no target at all.
-    head = {"bias": None, "softcap": None, "scale": None}
-    hidden, weight = torch.zeros(1, 1), torch.zeros(num_tokens, 1)
-    teacher_head = {f"teacher_{name}": value for name, value in ({"hidden": hidden, "weight": weight} | head).items()}
-    kd_loss_fn(hidden, weight, torch.tensor([-100]), **head, **teacher_head)
+    checks.require_distillation_loss(kd_loss_fn, num_tokens, device)
     return kd_loss_fn
 
 
@@ -183,13 +179,14 @@ def distil(
     """
     sums: dict[str, torch.Tensor] = {}
 
-    def run_student(
-        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, bias: Any, softcap: Any, scale: Any
-    ) -> torch.Tensor:
-        teacher_head = {"teacher_bias": bias, "teacher_softcap": softcap, "teacher_scale": scale}
+    def run_student(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any) -> torch.Tensor:
+        teacher_head = {f"teacher_{name}": value for name, value in head.items()}
+        asked = functools.partial(kd_loss_fn, teacher_hidden=hidden, teacher_weight=weight, **teacher_head)
 
+        # What `asked` takes is what it takes: targets that a loss does not know are refused by its signature.
+        @functools.wraps(asked)
         def loss_fn(*student_head: torch.Tensor, **options: Any) -> torch.Tensor:
-            losses = kd_loss_fn(*student_head, teacher_hidden=hidden, teacher_weight=weight, **options, **teacher_head)
+            losses = asked(*student_head, **options)
             sums.update(ce_loss=losses.cross_entropy, kd_loss=losses.divergence)
             return losses.loss
 
@@ -197,7 +194,8 @@ def distil(
             return am_models.forward_with_loss(student, loss_fn, inputs, targets, router_loss=router_loss)
 
     with torch.no_grad():
-        loss = am_models.forward_with_loss(teacher, run_student, inputs, targets)
+        labels = {"shift_labels": targets["shift_labels"]}
+        loss = am_models.forward_with_loss(teacher, run_student, inputs, labels)
     return {"loss": loss, **sums}
 
 

@@ -55,7 +55,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_sum(loss_fn, model)
+    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,
@@ -65,7 +65,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
         tokenizer=tokenizer,
         losses={"loss_fn": config.loss_fn},
         freeze=config.freeze_rules() or (),
-        separate_documents=data.shares_rows(dataset),
+        separate_documents=data.shares_rows(config, dataset),
     )
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
@@ -73,7 +73,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
-    with run.Run(config, dims, stop, state, total_steps=total_steps, **built.checkpoint()) as this:
+    with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
@@ -116,12 +116,11 @@ def make_loader(
 
 def count_steps(config: PretrainConfig, loader: am_data.DataLoader) -> int:
     """Optimizer steps of the run. Raises ValueError where that is longer than the data, read `num_epochs` times."""
-    scheduler = config.step_scheduler
     if loader.is_stream:
         return data.total_steps(config, loader)
+    scheduler = config.step_scheduler
     available = len(loader) * scheduler.num_epochs
-    tokens = None if scheduler.max_tokens is None else loader.steps_for_tokens(scheduler.max_tokens)
-    steps = min((limit for limit in (scheduler.max_steps, tokens) if limit is not None), default=available)
+    steps = min(data.asked_steps(config, loader), default=available)
     if steps > available:
         raise ValueError(
             f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} of the dataset are {available}; "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 
 import torch
@@ -23,6 +25,19 @@ class Progress:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.step = state["step"]
+
+
+@dataclass
+class Step:
+    """What is known of the step under way; `Run.done` logs it."""
+
+    began: float
+    epoch: int
+    targets: int = 0
+    tokens: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = math.nan
+    lr: float = math.nan
 
 
 class StopSignal:

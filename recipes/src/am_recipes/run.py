@@ -17,10 +17,11 @@ import am_ckpt
 import am_data
 import am_mesh
 from am_recipes import checks, data, run_dir
+from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
-from am_recipes.progress import Progress, StopSignal, seed_everything
+from am_recipes.progress import Progress, Step, StopSignal, seed_everything
 
 
 class Run:
@@ -33,8 +34,7 @@ class Run:
         state: everything a checkpoint holds, by name; `model`, `optimizer`, `schedule` (a torch scheduler),
             `data` (the loader of the run) and `progress` among it.
         total_steps: optimizer steps of the whole run.
-        files, mapping: what a checkpoint says of the model's weights, see `am_ckpt.Checkpointer`.
-        fingerprints: of what a checkpoint means nothing without, by name.
+        weights: what a checkpoint says of the model beside its tensors.
     """
 
     def __init__(
@@ -45,9 +45,7 @@ class Run:
         state: Mapping[str, Any],
         *,
         total_steps: int,
-        files: Mapping[str, bytes],
-        mapping: Sequence[Mapping[str, Any]],
-        fingerprints: Mapping[str, str],
+        weights: Weights,
     ) -> None:
         self._config, self._dims, self._stop, self._state = config, dims, stop, state
         self._progress: Progress = state["progress"]
@@ -59,14 +57,13 @@ class Run:
             layout=config.checkpoint.layout,
             keep_last=config.checkpoint.keep_last,
             keep_best=(names[0], "min", keep_best) if keep_best is not None else None,
-            files=files,
-            mapping=mapping,
-            fingerprints=fingerprints,
+            files=weights.files,
+            mapping=weights.mapping,
+            fingerprints=weights.fingerprints,
         )
         self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint.resume, total_steps)
         self._stopping = False
         self._validated: dict[str, float] | None = None
-        self._row: dict[str, Any] = {}
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -101,19 +98,28 @@ class Run:
         return self._progress.step
 
     def steps(self, loader: am_data.DataLoader) -> Iterator[list[am_data.Batch]]:
-        """The micro-batches of every step that is left, until the last one or a signal to stop."""
+        """The micro-batches of every step that is left, until the last one or a signal to stop.
+
+        Raises ValueError, after a commit, where a stream ends before.
+        """
         for micro_batches in itertools.islice(loader, self.total_steps - self.step):
-            self._row = {"began": time.monotonic(), "epoch": loader.epoch}
+            self._now = Step(time.monotonic(), loader.epoch)
             yield micro_batches
             if self._stopping:
                 return
+        if self.step < self.total_steps:
+            self._checkpoints.save(self.step, self._state, metrics=self._validated)
+            raise ValueError(
+                f"the data ended after step {self.step} of {self.total_steps}, which is committed; lower "
+                "step_scheduler.max_steps to it, or raise num_epochs and run the same command again"
+            )
 
     def count(self, micro_batches: Sequence[am_data.Batch]) -> int:
         """Targets of the step, over all ranks: what its losses are divided by."""
         counts = torch.tensor([data.count_targets(micro_batches), data.count_tokens(micro_batches)])
-        targets, tokens = am_mesh.sum_over(self._dims.row_ranks, counts.to(self._dims.row_ranks.device_type)).tolist()
-        self._row |= {"target_tokens": targets, "tokens": tokens}
-        return int(targets)
+        totals = am_mesh.sum_over(self._dims.row_ranks, counts.to(self._dims.row_ranks.device_type)).tolist()
+        self._now.targets, self._now.tokens = totals
+        return self._now.targets
 
     def seed(self, micro_batch: int) -> None:
         """Seed torch for a micro-batch of this step from where it is: the seed, the step, its number, the rank's part.
@@ -121,7 +127,9 @@ class Run:
         Deriving instead of carrying the generator state makes dropout a function of the position alone, so a resumed
         run draws what the uninterrupted one would have drawn. Ranks that hold one activation in parts draw alike.
         """
-        seed_everything(self._config.seed, self.step, micro_batch, *(self._dims.loss_ranks.get_coordinate() or ()))
+        here = self._dims.loss_ranks.get_coordinate()
+        assert here is not None
+        seed_everything(self._config.seed, self.step, micro_batch, *here)
 
     def measure(self, sums: Mapping[str, torch.Tensor], grad_norm: torch.Tensor) -> None:
         """Take the losses of a step over all ranks; call it before the step changes the weights.
@@ -129,28 +137,25 @@ class Run:
         Raises FloatingPointError, on every rank, where the loss or the norm is not finite.
         """
         values = am_mesh.sum_over(self._dims.loss_ranks, torch.stack([value.double() for value in sums.values()]))
-        losses = dict(zip(sums, values.tolist(), strict=True))
-        self._row |= {
-            "losses": losses,
-            "grad_norm": grad_norm.item(),
-            "lr": float(self._state["schedule"].get_last_lr()[0]),
-        }
-        checks.require_finite(self.step + 1, loss=losses["loss"], grad_norm=self._row["grad_norm"])
+        now = self._now
+        now.losses, now.grad_norm = dict(zip(sums, values.tolist(), strict=True)), grad_norm.item()
+        now.lr = float(self._state["schedule"].get_last_lr()[0])
+        checks.require_finite(self.step + 1, loss=now.losses["loss"], grad_norm=now.grad_norm)
 
     def done(self, others: Mapping[str, float]) -> None:
         """The optimizer has taken the step: count it, log it with `others`, ask every rank whether to stop."""
         self._progress.step += 1
-        row, losses = self._row, self._row["losses"]
+        now = self._now
         self.log.step(
             self.step,
-            epoch=row["epoch"],
-            loss=losses["loss"],
-            grad_norm=row["grad_norm"],
-            lr=row["lr"],
-            tokens=row["tokens"],
-            target_tokens=row["target_tokens"],
-            seconds=time.monotonic() - row["began"],
-            others={name: value for name, value in losses.items() if name != "loss"} | dict(others),
+            epoch=now.epoch,
+            loss=now.losses.pop("loss"),
+            grad_norm=now.grad_norm,
+            lr=now.lr,
+            tokens=now.tokens,
+            target_tokens=now.targets,
+            seconds=time.monotonic() - now.began,
+            others=now.losses | dict(others),
         )
         self._validated = None
         self._stopping = self._stop.requested(self._dims)

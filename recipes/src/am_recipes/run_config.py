@@ -172,10 +172,6 @@ class RunConfig:
         """The resolved config: defaults written out, environment references as they were, secrets as references."""
         return dump(written(plain(self), self.environment))
 
-    def save(self, path: Path) -> None:
-        """Write `to_yaml` to `path`; one rank calls this."""
-        path.write_text(self.to_yaml(), encoding="utf-8")
-
 
 def identity_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The dotted keys on which two results of `RunConfig.identity` differ."""

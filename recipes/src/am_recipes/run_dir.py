@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 import am_ckpt
-from am_recipes.configs import RunConfig, identity_difference
+from am_recipes.run_config import RunConfig, identity_difference
+from am_recipes.sinks import record
 
 # How transformers.pipeline asks an exported model.
 CHAT = (
@@ -24,12 +25,15 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the very run that `config` describes has finished in its directory; says so where it has.
 
     Every rank calls this before anything is loaded or written. Raises NotADirectoryError or PermissionError where the
-    run could not write, ValueError where the directory holds another run (with the keys that differ) or a record that
+    run could not write, ConfigError where the directory holds another run (with the keys that differ) or a record that
     is broken.
     """
     run_dir = config.run_dir
     _require_writable(run_dir)
-    finished = already_finished(run_dir, config.identity(), config.goal())
+    try:
+        finished = already_finished(run_dir, config.identity(), config.goal())
+    except ValueError as error:
+        raise config.error("run_dir", str(error)) from error
     if finished:
         print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
     return finished
@@ -59,18 +63,10 @@ def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[s
 
     Raises ValueError with the keys that differ and their old and new values, or where run.json is damaged.
     """
-    file = run_dir / "run.json"
-    if not file.exists():
+    if not (run_dir / record.NAME).exists():
         return False
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-        old, finished = recorded["identity"], recorded["finished"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is not the record of a run ({error}), so nothing tells which run {run_dir} holds; restore the "
-            "file, or give this run its own run_dir"
-        ) from error
-    new = json.loads(json.dumps(identity))
+    recorded = record.load(run_dir)
+    old, new = recorded.identity, json.loads(json.dumps(identity))
     different = identity_difference(old, new)
     if different:
         lines = [f"  {key}: {_lookup(old, key)!r} there, {_lookup(new, key)!r} now" for key in different]
@@ -78,7 +74,7 @@ def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[s
             f"{run_dir} holds a different run:\n" + "\n".join(lines) + "\n"
             "Give this one its own run_dir, remove that directory, or restore these values to continue it."
         )
-    return bool(finished == dict(goal))
+    return recorded.finished == dict(goal)
 
 
 def _lookup(values: Mapping[str, Any], dotted: str) -> Any:

@@ -56,7 +56,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_sum(loss_fn, model)
+    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,
@@ -66,7 +66,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
         tokenizer=tokenizer,
         losses={"loss_fn": config.loss_fn},
         freeze=config.freeze_rules() or (),
-        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(dataset),
+        separate_documents=config.packed_sequence.packed_sequence_size > 0 or data.shares_rows(config, dataset),
     )
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
@@ -74,7 +74,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
-    with run.Run(config, dims, stop, state, total_steps=total_steps, **built.checkpoint()) as this:
+    with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))

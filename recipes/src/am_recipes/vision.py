@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 import am_data
+import am_loss
 import am_models
 from am_recipes.configs import VlmConfig
 from am_recipes.evaluate import generate
@@ -18,11 +19,36 @@ from am_recipes.evaluate import generate
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 
-def require_processor(config: PretrainedConfig, adapter: am_data.VisionProcessor) -> None:
-    """Refuse a processor that marks images with another token than the model looks for: ValueError."""
+@runtime_checkable
+class VisionRows(am_data.Dataset, Protocol):
+    """A dataset of rows with images: what `am_data.VisionChatDataset` is, and what one of a user's has to be."""
+
+    @property
+    def processor_adapter(self) -> am_data.VisionProcessor:
+        """Joins the tensors of several rows; its tokens stand for images."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """One example, with the processor's tensors where the row has images."""
+
+    def images(self, index: int, /) -> Sequence[Image.Image]:
+        """The images of row `index`, as the processor gets them."""
+
+
+def require_images(config: PretrainedConfig, dataset: object) -> VisionRows:
+    """The dataset of a run, known to have images; ValueError where it is another one.
+
+    Refused is also a processor that marks images with another token than the model looks for.
+    """
+    if not isinstance(dataset, VisionRows):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}, no am_data.Dataset with processor_adapter and images; "
+            "recipe vlm needs both (am_recipes.vision.VisionRows): add them, or train text alone with recipe sft"
+        )
+    adapter = dataset.processor_adapter
     wanted = config.to_dict().get("image_token_id")
     if adapter.image_token_id != wanted:
         raise ValueError(
@@ -30,12 +56,11 @@ def require_processor(config: PretrainedConfig, adapter: am_data.VisionProcessor
             f"({adapter.image_token!r}), but the {config.model_type} model looks for {wanted}; set "
             "processor.name_or_path to the model's own processor"
         )
+    return dataset
 
 
 @torch.no_grad()
-def require_features(
-    model: PreTrainedModel, loss_fn: am_models.Loss, dataset: am_data.VisionChatDataset, device: torch.device
-) -> None:
+def require_features(config: VlmConfig, model: PreTrainedModel, dataset: VisionRows, device: torch.device) -> None:
     """Run `model` on the first row with images: ValueError where it cannot take them as the processor made them.
 
     How many features a tower makes is known to the tower alone. Every rank calls it, and runs the same row.
@@ -45,11 +70,12 @@ def require_features(
     row = next((example for example in examples if adapter.tensor_names[0] in example), None)
     if row is None:
         return
-    batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(model.config))
+    batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(config, model.config))
     inputs, targets = am_models.split_batch(model, batch, device=device)
     model.eval()
     try:
-        am_models.forward_with_loss(model, loss_fn, inputs, targets)
+        labels = {"shift_labels": targets["shift_labels"]}
+        am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, labels)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -62,13 +88,17 @@ def require_features(
         ) from error
 
 
-def position_ids(config: PretrainedConfig) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None:
+def position_ids(
+    config: VlmConfig, hf_config: PretrainedConfig
+) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor] | None:
     """What builds the position ids of a batch for a model whose rotary embedding has several axes; None for one."""
-    if am_models.num_position_axes(config) == 1:
+    family = config.model.families().get("vision_family")
+    if am_models.num_position_axes(hf_config, vision_family=family) == 1:
         return None
 
     def build(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return am_models.multi_axis_positions(config, batch["input_ids"], image_grid_thw=batch.get("image_grid_thw"))
+        grid = batch.get("image_grid_thw")
+        return am_models.multi_axis_positions(hf_config, batch["input_ids"], image_grid_thw=grid, vision_family=family)
 
     return build
 
@@ -122,7 +152,7 @@ class _Question:
 def answer_rows(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    dataset: am_data.VisionChatDataset,
+    dataset: VisionRows,
     num_rows: int,
     max_new_tokens: int,
 ) -> Answers:
@@ -168,7 +198,7 @@ def answer_rows(
     return Answers(rows, shuffled)
 
 
-def _question(dataset: am_data.VisionChatDataset, index: int) -> _Question | None:
+def _question(dataset: VisionRows, index: int) -> _Question | None:
     example = dataset[index]
     ids, supervised = example["input_ids"], example["labels"] != -100
     begin = int(supervised.argmax())

@@ -49,9 +49,11 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 
     # Data: every rank reads the same index and takes its share of each global batch.
     processor = load_processor(config.processor.name_or_path or folder, config.processor.chat_template)
-    dataset = config.dataset.build(processor=processor)
-    held_out = {name: target.build(processor=processor) for name, target in config.validation_datasets.items()}
-    vision.require_processor(hf_config, dataset.processor_adapter)
+    dataset = vision.require_images(hf_config, config.dataset.build(processor=processor))
+    held_out = {
+        name: vision.require_images(hf_config, target.build(processor=processor))
+        for name, target in config.validation_datasets.items()
+    }
     loader = make_loader(config, hf_config, dataset, dims, training=True)
     validation = {name: make_loader(config, hf_config, rows, dims, training=False) for name, rows in held_out.items()}
     total_steps = data.total_steps(config, loader)
@@ -59,7 +61,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_sum(loss_fn, model)
+    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,
@@ -69,17 +71,16 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
         tokenizer=processor,
         losses={"loss_fn": config.loss_fn},
         freeze=vision.freeze_rules(config, model),
-        # Rows are padded, one document each.
-        separate_documents=False,
+        separate_documents=data.shares_rows(config, dataset),
     )
-    vision.require_features(model, loss_fn, dataset, device)
+    vision.require_features(config, model, dataset, device)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
-    with run.Run(config, dims, stop, state, total_steps=total_steps, **built.checkpoint()) as this:
+    with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
@@ -117,7 +118,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 def make_loader(
     config: VlmConfig,
     hf_config: PretrainedConfig,
-    dataset: am_data.VisionChatDataset,
+    dataset: vision.VisionRows,
     dims: am_mesh.ParallelDims,
     *,
     training: bool,
@@ -127,6 +128,6 @@ def make_loader(
         am_data.collate,
         layout="padded",
         join=dataset.processor_adapter.join,
-        position_ids=vision.position_ids(hf_config),
+        position_ids=vision.position_ids(config, hf_config),
     )
     return data.loader(config, dataset, dims, collate, training=training)

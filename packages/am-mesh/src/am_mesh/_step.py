@@ -41,7 +41,7 @@ def forward_backward(
     if not micro_batches or divisor < 1:
         raise ValueError(
             f"{len(micro_batches)} micro-batches and divisor={divisor}: a step needs at least one of each, since its "
-            "loss is a mean over targets"
+            "loss is a mean over targets; look for rows whose labels are all -100, cut too short, or leave the step out"
         )
     totals: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(micro_batches):
