@@ -4,8 +4,8 @@
 
 Checked over the sources of every package: lines of a file and of a function, parameters of a function, lines of a
 recipe and of its `train`, the lines that all `train` share (a recipe says what no sibling says), and that no model,
-dataset or config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each `train`, as
-radon counts it. A recipe is a module directly in am_recipes with a function `train`.
+dataset or config is annotated `Any`. Printed besides: `Any` per 1,000 lines, and the cyclomatic complexity of each
+`train`, as radon counts it. A recipe is a module directly in am_recipes with a function `train`.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def require_distillation_loss(
         theirs = hidden.detach().flip(-1)
         return kd_loss_fn(hidden, weight, labels, **head, **teacher_head, teacher_hidden=theirs, **others).loss
 
-    checks.require_sum(ask, num_tokens, device, "kd_loss_fn")
+    require_sum(ask, num_tokens, device, "kd_loss_fn")
 
 
 def require_sum(

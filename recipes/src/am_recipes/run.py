@@ -109,6 +109,7 @@ class Run:
                 return
         if self.step < self.total_steps:
             self._checkpoints.save(self.step, self._state, metrics=self._validated)
+            self._checkpoints.wait()
             raise ValueError(
                 f"the data ended after step {self.step} of {self.total_steps}, which is committed; lower "
                 "step_scheduler.max_steps to it, or raise num_epochs and run the same command again"
@@ -122,10 +123,9 @@ class Run:
         return self._now.targets
 
     def seed(self, micro_batch: int) -> None:
-        """Seed torch for a micro-batch of this step from where it is: the seed, the step, its number, the rank's part.
+        """Seed torch for a micro-batch of this step: dropout is a function of the position alone, also after a resume.
 
-        Deriving instead of carrying the generator state makes dropout a function of the position alone, so a resumed
-        run draws what the uninterrupted one would have drawn. Ranks that hold one activation in parts draw alike.
+        Ranks that hold one activation in parts draw alike.
         """
         here = self._dims.loss_ranks.get_coordinate()
         assert here is not None
