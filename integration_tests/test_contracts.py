@@ -84,6 +84,24 @@ def test_a_stream_trains_and_continues_where_it_was(tmp_path: Path) -> None:
     runs.assert_same_run(parts, whole)
 
 
+def test_a_stream_that_ends_says_so_and_loses_nothing(tmp_path: Path) -> None:
+    stream = {"dataset": {"_target_": f"{MINE}.Few"}, "dataloader": {"shuffle": False}}
+    steps = {"global_batch_size": 2, "local_batch_size": 1, "max_steps": 9, "num_epochs": 1, "ckpt_every_steps": 2}
+    (status, text), run_dir = run(tmp_path, **stream, step_scheduler=steps)
+    assert status == 1
+    assert "the data ended after step 3 of 9, which is committed; lower step_scheduler.max_steps" in text
+    assert (run_dir / "error.txt").read_text().startswith("Traceback")
+    assert (run_dir / "checkpoints" / "latest").readlink() == Path("step_000003")
+    run_dir = finished(tmp_path, **stream, step_scheduler=steps | {"num_epochs": 3})
+    assert [row["step"] for row in runs.metrics(run_dir)] == list(range(1, 10))
+
+
+def test_a_collate_that_gives_what_the_contract_asks_for_and_no_more(tmp_path: Path) -> None:
+    run_dir = finished(tmp_path, dataloader__collate={"_target_": f"{MINE}.bare"})
+    assert [row["tokens"] for row in runs.metrics(run_dir)] == [32, 32, 32]
+    assert [row["target_tokens"] for row in runs.metrics(run_dir)] == [28, 28, 28]
+
+
 def test_a_users_collate_and_family_are_used(tmp_path: Path) -> None:
     family = {"model__family": {"_target_": f"{MINE}.careful_llama"}}
     collate = {"dataloader__collate": {"_target_": f"{MINE}.to_sixteen"}}
@@ -112,7 +130,15 @@ def test_a_users_sink_sees_every_step(tmp_path: Path) -> None:
                 "dataloader": {"shuffle": False},
                 "step_scheduler": {"global_batch_size": 4, "local_batch_size": 2, "num_epochs": 1},
             },
-            [r"run.yaml:\d+: step_scheduler.max_steps: is required: the dataset is a stream"],
+            [r"run.yaml:\d+: step_scheduler: max_steps=None, max_tokens=None: the dataset is a stream"],
+        ),
+        (
+            {
+                "dataset": {"_target_": f"{MINE}.Counting"},
+                "dataloader": {"shuffle": False},
+                "step_scheduler__max_tokens": 99,
+            },
+            [r"step_scheduler: max_steps=3, max_tokens=99: the dataset is a stream, .*; give max_steps, and it alone"],
         ),
         ({"dataset": {"_target_": f"{MINE}.Counting"}}, [r"stream", r"shuffle=False"]),
         ({"dataset": {"_target_": f"{MINE}.WithoutLengths"}}, [r"lengths", r"am_data.Dataset"]),
@@ -126,7 +152,15 @@ def test_a_users_sink_sees_every_step(tmp_path: Path) -> None:
             [r"LlamaRMSNrom", r"LlamaRMSNorm"],
         ),
     ],
-    ids=["stream without max_steps", "shuffled stream", "lengths", "collate", "mean", "family"],
+    ids=[
+        "stream without max_steps",
+        "stream with max_tokens",
+        "shuffled stream",
+        "lengths",
+        "collate",
+        "mean",
+        "family",
+    ],
 )
 def test_what_breaks_a_contract_is_refused_before_the_first_step(
     tmp_path: Path, changes: Mapping[str, Any], patterns: list[str]

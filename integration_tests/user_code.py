@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 import am_data
+import am_loss
 import am_models
 
 
@@ -85,6 +86,43 @@ def weighted_cross_entropy(
 def mean_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any) -> torch.Tensor:
     """A broken one: a mean."""
     return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
+
+
+def mean_distillation(*head: torch.Tensor, **options: Any) -> am_loss.DistillationLoss:
+    """A broken one: means over the rows."""
+    losses = am_loss.linear_distillation(*head, **options)
+    return am_loss.DistillationLoss(*(loss / max(head[2].numel(), 1) for loss in losses))
+
+
+def bare(samples: Sequence[Any]) -> am_data.Batch:
+    """A `am_data.Collate` that gives what the contract asks for and no more: rows of eight tokens."""
+    ids = torch.zeros(max(len(samples), 1), 8, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, sample in enumerate(samples):
+        ids[row] = torch.from_numpy(np.resize(sample["input_ids"], 8))
+        labels[row, :-1] = ids[row, 1:]
+    return {"input_ids": ids, "shift_labels": labels}
+
+
+class Few:
+    """A `am_data.Stream` that ends after six samples."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._next = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self._next < 6:
+            ids = np.array(self._tokenizer(f"Sample {self._next}.")["input_ids"])
+            self._next += 1
+            yield {"input_ids": ids, "labels": ids}
+        self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._next = state["next"]
 
 
 def careful_llama() -> am_models.Family:
