@@ -58,7 +58,7 @@ class Runner:
         return runs.command(str(config), "--run_dir", str(self.run_dir), *overrides)
 
     def refuses(self, changes: Mapping[str, Any], *expected: str, status: int = 1) -> None:
-        """Run; the message has every part of ``expected``, and nothing that existed has changed or been added."""
+        """Run; the message has every part of `expected`, and nothing that existed has changed or been added."""
         before = contents(self.run_dir)
         runs.require_refusal(self(changes), status, *expected)
         assert contents(self.run_dir) == before

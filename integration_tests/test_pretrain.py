@@ -1,7 +1,7 @@
 """Pre-training as a user runs it: the same run on any layout and over kills, what it exports, and what it refuses.
 
 Everything is in fp32 on the shipped tokens. Where layouts are compared, numbers are equal within
-``max|a - b| <= 1e-5 * max|reference|`` per tensor: losses and gradient norms of every step, under AdamW and SGD, and
+`max|a - b| <= 1e-5 * max|reference|` per tensor: losses and gradient norms of every step, under AdamW and SGD, and
 the weights after three steps of SGD that move each tensor by more than a thousand times that.
 """
 
@@ -86,7 +86,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(path: Path, shards: Path, *changes: Mapping[str, Any]) -> Path:
-    """A config file: tiny.yaml on ``shards``, ten steps of four windows, with ``changes`` merged in; None takes out."""
+    """A config file: tiny.yaml on `shards`, ten steps of four windows, with `changes` merged in; None takes out."""
     config = json.loads(json.dumps(TINY))
     short = {
         "dataset": {"path": str(shards / "train_*.bin"), "sequence_length": WINDOW},
