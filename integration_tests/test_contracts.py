@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,9 @@ def test_what_breaks_a_contract_is_refused_before_the_first_step(
     tmp_path: Path, changes: Mapping[str, Any], patterns: list[str]
 ) -> None:
     outcome, run_dir = run(tmp_path, **changes)
-    runs.require_refusal(outcome, outcome[0] or 1, *patterns)
+    # A class that lacks members is a TypeError, which also shows the way to it.
+    status, text = outcome
+    assert status in (1, 2), text
+    assert all(re.search(pattern, text) for pattern in patterns), text
     assert not (run_dir / "metrics.jsonl").exists() or losses(run_dir) == []
     assert torch.distributed.is_initialized() is False

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 import am_mesh
-from am_recipes.stop import StopSignal
+from am_recipes.progress import StopSignal
 from am_testing import run_distributed
 
 

@@ -32,105 +32,22 @@ class Allowed:
     reason: str
 
 
-IN_WORK = "being rewritten"
+CRASH_TESTED = "crash-tested as it stands; split when the modules of am-ckpt are grouped into folders"
 # By rule and place: a file, or a file and the dotted name in it. An entry that allows nothing any more is an error too.
 ALLOWED: dict[tuple[str, str], Allowed] = {
-    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_checkpointer.py"): Allowed(489, IN_WORK),
-    ("model, dataset or config annotated Any", "packages/am-ckpt/src/am_ckpt/_contents.py::parameter_names"): Allowed(
-        1, IN_WORK
+    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_checkpointer.py"): Allowed(491, CRASH_TESTED),
+    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_distcp.py::_read_one"): Allowed(72, CRASH_TESTED),
+    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_inventory.py"): Allowed(469, CRASH_TESTED),
+    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_io.py"): Allowed(438, CRASH_TESTED),
+    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_merge.py::merge"): Allowed(70, CRASH_TESTED),
+    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_shard_files.py::shard_sources"): Allowed(74, CRASH_TESTED),
+    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_transfer.py"): Allowed(445, CRASH_TESTED),
+    ("parameters", "packages/am-loss/src/am_loss/_distillation.py::linear_distillation"): Allowed(
+        17, "two heads and the options of the loss, all of them keys of a config"
     ),
-    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_convert.py::convert"): Allowed(62, IN_WORK),
-    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_distcp.py::_read_one"): Allowed(72, IN_WORK),
-    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_inventory.py"): Allowed(469, IN_WORK),
-    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_io.py"): Allowed(438, IN_WORK),
-    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_merge.py::merge"): Allowed(62, IN_WORK),
-    ("model, dataset or config annotated Any", "packages/am-ckpt/src/am_ckpt/_restore.py::_Step._adapter"): Allowed(
-        1, IN_WORK
+    ("parameters", "packages/am-models/src/am_models/_attention.py::_attention"): Allowed(
+        13, "transformers calls it, with the keywords of its attention interface"
     ),
-    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_shard_files.py::shard_sources"): Allowed(74, IN_WORK),
-    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_transfer.py"): Allowed(445, IN_WORK),
-    ("parameters", "packages/am-data/src/am_data/_loader.py::DataLoader.__init__"): Allowed(16, IN_WORK),
-    ("lines of the file", "packages/am-data/src/am_data/_render.py"): Allowed(419, IN_WORK),
-    ("lines of the function", "packages/am-kernels/src/am_kernels/_attention.py::attention"): Allowed(62, IN_WORK),
-    ("parameters", "packages/am-loss/src/am_loss/_distillation.py::linear_distillation"): Allowed(17, IN_WORK),
-    ("lines of the function", "packages/am-mesh/src/am_mesh/_parallelize.py::parallelize"): Allowed(78, IN_WORK),
-    ("parameters", "packages/am-models/src/am_models/_attention.py::_attention"): Allowed(15, IN_WORK),
-    (
-        "model, dataset or config annotated Any",
-        "packages/am-models/src/am_models/_auto.py::AutoModelForCausalLM.from_config",
-    ): Allowed(1, IN_WORK),
-    (
-        "model, dataset or config annotated Any",
-        "packages/am-models/src/am_models/_auto.py::AutoModelForImageTextToText.from_config",
-    ): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_auto.py::_from_config"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_auto.py::_check_modality"): Allowed(
-        1, IN_WORK
-    ),
-    (
-        "model, dataset or config annotated Any",
-        "packages/am-models/src/am_models/_families.py::_blank_shuffled",
-    ): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_families.py::_blank_fixed"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_families.py::_blank_grid"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_families.py::family_of"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_families.py::base_class_of"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "packages/am-models/src/am_models/_loss.py::_scale"): Allowed(
-        1, IN_WORK
-    ),
-    (
-        "model, dataset or config annotated Any",
-        "packages/am-models/src/am_models/_pictures.py::num_position_axes",
-    ): Allowed(1, IN_WORK),
-    (
-        "model, dataset or config annotated Any",
-        "packages/am-models/src/am_models/_pictures.py::multi_axis_positions",
-    ): Allowed(1, IN_WORK),
-    ("lines of the file", "recipes/src/am_recipes/_html.py"): Allowed(439, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/checks.py::require_positions"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/checks.py::require_embeddings"): Allowed(
-        1, IN_WORK
-    ),
-    ("lines of the file", "recipes/src/am_recipes/config.py"): Allowed(418, IN_WORK),
-    ("lines of the function", "recipes/src/am_recipes/kd.py::train"): Allowed(164, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/kd.py::load_teacher"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/kd.py::make_loader"): Allowed(1, IN_WORK),
-    ("lines of the function", "recipes/src/am_recipes/optim.py::build_optimizer"): Allowed(64, IN_WORK),
-    ("lines of the function", "recipes/src/am_recipes/pretrain.py::train"): Allowed(124, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/pretrain.py::make_loader"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/pretrain.py::count_steps"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/routing.py::routing"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/runtime.py::model_files"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/runtime.py::evaluate"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/runtime.py::generate_answers"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/runtime.py::generate_text"): Allowed(1, IN_WORK),
-    ("lines of the function", "recipes/src/am_recipes/sft.py::train"): Allowed(142, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/sft.py::make_loader"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/vision.py::require_features"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/vision.py::freeze"): Allowed(1, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/vision.py::require_trained_tower"): Allowed(
-        1, IN_WORK
-    ),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/vision.py::answer_rows"): Allowed(1, IN_WORK),
-    ("lines of the function", "recipes/src/am_recipes/vlm.py::train"): Allowed(148, IN_WORK),
-    ("model, dataset or config annotated Any", "recipes/src/am_recipes/vlm.py::make_loader"): Allowed(1, IN_WORK),
-    ("lines that all train() share", "recipes/src/am_recipes"): Allowed(75, IN_WORK),
 }
 
 

@@ -1,4 +1,4 @@
-"""Make the pictures of the vision-language quickstart: Noto drawings to train on, Twemoji drawings to test with.
+"""Make the images of the vision-language quickstart: Noto drawings to train on, Twemoji drawings to test with.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
     python tools/make_vlm_data.py emoji-datasource-google-16.0.0.tgz emoji-datasource-twitter-16.0.0.tgz
@@ -7,6 +7,8 @@ A training row shows Noto's drawing of a name, once as it is and otherwise moved
 recoloured; a validation row shows Twemoji's drawing of the same name, as it is. No Twemoji drawing is trained on.
 The rows depend on the two archives alone, their bytes also on the WebP encoder inside the installed Pillow.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -24,10 +26,10 @@ SHA256 = {
     "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 }
-PICTURE_SIZE = 48
+IMAGE_SIZE = 48
 COPIES = 16
 QUESTION = "What is this?"
-# Answer -> code point of the emoji. Chosen for names of everyday things with one object in the picture.
+# Answer -> code point of the emoji. Chosen for names of everyday things with one object in the image.
 NAMES = {
     "tomato": "1f345",
     "grapes": "1f347",
@@ -99,34 +101,34 @@ NAMES = {
 }
 
 
-def read_pictures(archive: Path, vendor: str) -> dict[str, Image.Image]:
+def read_images(archive: Path, vendor: str) -> dict[str, Image.Image]:
     """The vendor's 64 x 64 RGBA drawing of every name, from an archive whose bytes are checked."""
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != SHA256[vendor]:
         raise ValueError(f"{archive} has sha256 {found}, expected {SHA256[vendor]}; give version 16.0.0 of the package")
     wanted = {f"package/img/{vendor}/64/{code}.png": name for name, code in NAMES.items()}
-    pictures = {}
+    images = {}
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name in wanted:
-                picture = Image.open(io.BytesIO(tar.extractfile(member).read()))
-                pictures[wanted[member.name]] = picture.convert("RGBA")
-    return pictures
+                image = Image.open(io.BytesIO(tar.extractfile(member).read()))
+                images[wanted[member.name]] = image.convert("RGBA")
+    return images
 
 
-def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A moved, turned, stretched, perhaps mirrored and recoloured copy of an RGBA picture, of the same size."""
+def vary(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A moved, turned, stretched, perhaps mirrored and recoloured copy of an RGBA image, of the same size."""
     angle = math.radians(rng.uniform(-15, 15))
     scale = rng.uniform(0.8, 1.1)
     scale_x, scale_y = scale * rng.uniform(0.9, 1.1), scale * rng.uniform(0.9, 1.1)
     cos, sin = math.cos(angle), math.sin(angle)
     # The inverse map, output pixel to input pixel, that turns around the (moved) centre.
     a, b, d, e = cos / scale_x, sin / scale_x, -sin / scale_y, cos / scale_y
-    centre_x, centre_y = picture.width / 2, picture.height / 2
+    centre_x, centre_y = image.width / 2, image.height / 2
     to_x, to_y = centre_x + rng.uniform(-5, 5), centre_y + rng.uniform(-5, 5)
     matrix = (a, b, centre_x - a * to_x - b * to_y, d, e, centre_y - d * to_x - e * to_y)
     # Premultiplied alpha keeps the colour of transparent pixels out of the edges.
-    moved = picture.convert("RGBa").transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+    moved = image.convert("RGBa").transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
     moved = moved.convert("RGBA")
     if rng.random() < 0.5:
         moved = moved.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -140,25 +142,25 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     return Image.merge("RGBA", (*channels, alpha))
 
 
-def encode(picture: Image.Image) -> bytes:
-    """The WebP bytes of an RGBA picture on white, PICTURE_SIZE pixels wide and high."""
-    flat = Image.new("RGBA", picture.size, "white")
-    flat.alpha_composite(picture)
-    small = flat.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+def encode(image: Image.Image) -> bytes:
+    """The WebP bytes of an RGBA image on white, IMAGE_SIZE pixels wide and high."""
+    flat = Image.new("RGBA", image.size, "white")
+    flat.alpha_composite(image)
+    small = flat.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     small.save(content, format="WEBP", quality=85, method=6)
     return content.getvalue()
 
 
-def row(name: str, path: str, picture: Image.Image) -> dict:
-    """One question about one picture; `path` says which drawing it is."""
+def row(name: str, path: str, image: Image.Image) -> dict:
+    """One question about one image; `path` says which drawing it is."""
     question = [{"type": "image", "text": None}, {"type": "text", "text": QUESTION}]
     return {
         "messages": [
             {"role": "user", "content": question},
             {"role": "assistant", "content": [{"type": "text", "text": name}]},
         ],
-        "images": [{"bytes": encode(picture), "path": path}],
+        "images": [{"bytes": encode(image), "path": path}],
     }
 
 
@@ -171,8 +173,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     rng = random.Random(0)
-    noto = read_pictures(arguments.google, "google")
-    twemoji = read_pictures(arguments.twitter, "twitter")
+    noto = read_images(arguments.google, "google")
+    twemoji = read_images(arguments.twitter, "twitter")
     train = [
         row(name, f"noto/{NAMES[name]}.{copy}.webp", vary(noto[name], rng) if copy else noto[name])
         for copy in range(COPIES)

@@ -1,7 +1,7 @@
 """Run the code blocks of the documentation.
 
 ```` ```python ```` blocks of one file run together, in order, in one process and an empty working directory.
-```` ```bash ```` blocks run from the repository root. Other fences (``text``, ``console``) are not run.
+```` ```bash ```` blocks run from the repository root. Other fences (`text`, `console`) are not run.
 Arguments: files to check; without any, every README and everything under docs/.
 """
 

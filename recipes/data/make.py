@@ -8,6 +8,8 @@ The rows come from the source archive of the Python package llamafactory 0.9.5. 
 The selection and the tokenizers depend on the archive alone, so a second run rewrites the same bytes.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json

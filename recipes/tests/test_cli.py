@@ -1,7 +1,10 @@
 """The `automodel` command line: grammar, exit statuses, messages, and what it does not import."""
 
+from __future__ import annotations
+
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from am_recipes import cli
+from am_recipes import cli, errors
+from am_recipes.configs import RECIPES
+from am_recipes.settings import keys
 
 CONFIG = """\
 recipe: sft
@@ -66,12 +71,12 @@ def test_workers_get_the_same_config_and_overrides(folder):
         (
             ["pretrain", "vlm", "-c", "c.yaml"],
             "'pretrain vlm' is neither a config file nor a command; there is: "
-            "finetune llm, finetune vlm, pretrain llm, kd llm",
+            "finetune llm, pretrain llm, kd llm, finetune vlm",
         ),
         (
             ["finetune", "lm", "-c", "c.yaml"],
             "'finetune lm' is neither a config file nor a command; there is: "
-            "finetune llm, finetune vlm, pretrain llm, kd llm",
+            "finetune llm, pretrain llm, kd llm, finetune vlm",
         ),
         (
             ["finetun", "llm", "-c", "c.yaml"],
@@ -88,6 +93,11 @@ def test_workers_get_the_same_config_and_overrides(folder):
         (["c.yaml", "--nproc-per-node=0"], "--nproc-per-node must be a whole number of at least 1, got '0'"),
         (["c.yaml", "--dry-run=1"], "--dry-run takes no value, got '1'"),
         (["-x", "c.yaml"], "unknown option -x"),
+        (["--keys"], "--keys is about a recipe: automodel RECIPE --keys, with one of sft, pretrain, kd, vlm"),
+        (["c.yaml", "--keys"], "--keys is about a recipe: automodel RECIPE --keys"),
+        (["stf", "--keys"], "'stf' is neither a config file nor a command; did you mean 'sft'?"),
+        (["report"], "automodel report takes a run directory, such as runs/quickstart, and nothing else"),
+        (["report", "--debug"], "automodel report takes a run directory"),
     ],
 )
 def test_usage_errors(folder, capsys, argv, message):
@@ -137,16 +147,120 @@ def test_a_mistake_found_by_the_recipe_is_one_line_and_status_1(folder, capsys):
     assert "Traceback" not in message
 
 
-def test_an_error_from_a_library_or_from_the_users_code_shows_its_traceback(folder, capsys):
-    """Another package of a name like ours is none of ours."""
-    (folder / "am_recipes_of_mine.py").write_text("def rows(tokenizer): raise ValueError('rows are out')")
-    dataset = ["--dataset", "{_target_: am_recipes_of_mine.rows}", "--model", "{config: {model_type: llama}}"]
-    tokenizer = Path(__file__).parents[1] / "data/tiny/tokenizer"
-    argv = ["c.yaml", *dataset, "--tokenizer.name_or_path", str(tokenizer), "--nproc-per-node", "1"]
-    assert cli.main(argv) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("Traceback")
-    assert message.endswith("error: rows are out\n")
+LOSSES = """\
+import torch, am_loss
+
+NOTHING = None
+
+def none(hidden, weight, labels, **options):
+    return NOTHING[0]
+
+def divide(hidden, weight, labels, **options):
+    return 1 / 0
+
+def multiply(hidden, weight, labels, **options):
+    return torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))
+
+def later(hidden, weight, labels, *, error, **options):
+    loss = am_loss.linear_cross_entropy(hidden, weight, labels, **options)
+    # More than the recipe asks about before it begins.
+    if hidden.requires_grad and hidden.shape[1] > 100:
+        if error is None:
+            return loss * float("nan")
+        raise {"ValueError": ValueError, "OSError": OSError, "KeyError": KeyError}[error]("of the user")
+    return loss
+"""
+
+
+@pytest.fixture
+def trains(folder, monkeypatch):
+    """Run one step of the tiny config with a loss function of the user; return the status and where the run was."""
+    root = Path(__file__).parents[2]
+    (folder / "losses_for_cli.py").write_text(LOSSES)
+    monkeypatch.chdir(root)
+    monkeypatch.delitem(sys.modules, "losses_for_cli", raising=False)
+    run_dir = folder / "run"
+
+    def trains(loss_fn, *options):
+        few = ["--step_scheduler.max_steps", "1", "--lr_scheduler", "{}", "--dataset.split", "train[:8]"]
+        argv = ["recipes/configs/tiny.yaml", "--run_dir", str(run_dir), "--nproc-per-node", "1", *few]
+        return cli.main([*argv, "--validation_dataset.split", "train[:2]", "--loss_fn", loss_fn, *options]), run_dir
+
+    return trains
+
+
+@pytest.mark.parametrize(
+    ("function", "line", "message"),
+    [
+        ("none", "return NOTHING[0]", "TypeError: 'NoneType' object is not subscriptable"),
+        ("divide", "return 1 / 0", "ZeroDivisionError: division by zero"),
+        (
+            "multiply",
+            "return torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))",
+            "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)",
+        ),
+    ],
+)
+def test_what_is_no_message_shows_where_on_the_terminal_and_in_the_run_directory(
+    trains, capsys, function, line, message
+):
+    status, run_dir = trains(f"{{_target_: losses_for_cli.{function}}}")
+    assert status == 1
+    written = (run_dir / "error.txt").read_text()
+    told = capsys.readouterr().err
+    for text in (written, told):
+        assert text.startswith("Traceback")
+        assert line in text
+        assert message in text
+    assert told.endswith(f" (traceback: {run_dir / 'error.txt'})\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("ValueError", "error: of the user"),
+        ("OSError", "error: of the user"),
+        ("null", "error: step 1: loss is nan, grad_norm is nan; finite numbers are needed"),
+    ],
+)
+def test_what_ends_a_run_with_a_message_leaves_its_traceback(trains, capsys, error, message):
+    status, run_dir = trains(f"{{_target_: losses_for_cli.later, error: {error}}}")
+    assert status == 1
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+    assert told.endswith(f" (traceback: {run_dir / 'error.txt'})\n")
+    assert (run_dir / "error.txt").read_text().startswith("Traceback")
+
+
+def test_errors_of_other_ranks_have_files_of_their_own_and_success_removes_them(tmp_path, capsys, monkeypatch):
+    def fail():
+        raise KeyError("of the user")
+
+    monkeypatch.setenv("RANK", "3")
+    assert errors.reported(fail, debug=False, run_dir=tmp_path) == 1
+    assert "[rank 3] error: 'of the user' (traceback: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["error.rank3.txt"]
+    assert errors.reported(lambda: 75, debug=False, run_dir=tmp_path) == 75
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def fail():
+        raise KeyError("of the user")
+
+    assert errors.reported(fail, debug=False, run_dir=tmp_path / "file" / "run") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.endswith("error: 'of the user'\n")
+
+
+def test_a_refusal_before_the_run_begins_leaves_no_trace(folder, capsys):
+    assert cli.main(["c.yaml", "--nproc-per-node", "1"]) == 1
+    assert capsys.readouterr().err.endswith("(--debug shows where)\n")
+    assert not (folder / "runs").exists()
 
 
 def test_the_first_rank_reports_a_config_error_before_the_others(folder, capsys, monkeypatch):
@@ -184,7 +298,61 @@ def test_several_processes_are_asked_of_the_right_command(folder, capsys, monkey
     assert "--nproc-per-node 2 inside a torchrun worker that has 4 processes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["finetune", "--help"]])
+def test_help_names_every_recipe(folder, capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    for name, kind in RECIPES.items():
+        assert re.search(rf"^  {' '.join(kind.COMMAND)} +{name} +{kind.HELP}$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_keys_names_every_key(folder, capsys, recipe):
+    """What a dumped config has, the table explains: no key without a meaning, nothing wider than a terminal."""
+    assert cli.main([recipe, "--keys"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert printed.startswith(f"Recipe {recipe}: {RECIPES[recipe].HELP}.\n")
+    found = {}
+    for path, meaning, section in keys.sections(RECIPES[recipe]):
+        assert meaning
+        for key in section:
+            assert key.meaning, key
+            assert key.name.split("(")[0].split(",")[0] in printed
+            found[f"{path}.{key.name}".lstrip(".")] = (key.type, key.default)
+    assert found["step_scheduler.max_steps"] == ("integer", "null")
+    assert found["step_scheduler.num_epochs"] == ("integer", "1" if recipe == "pretrain" else "null")
+    assert found["optimizer.lr"] == ("number", None)
+    assert found["optimizer.betas"] == ("list of 2 number", "null")
+    assert found["lr_scheduler.warmup_steps"] == ("integer", "0")
+    assert found["dataloader.shuffle"] == ("true | false", "true")
+    assert found["distributed.strategy"] == ("fsdp2 | ddp", "fsdp2")
+    assert found["peft._target_, its arguments"] == ("target", "peft.LoraConfig")
+    assert found["freeze.N.unfreeze"] == ("text", "null")
+    assert ("teacher_model.name_or_path" in found) == (recipe == "kd")
+    assert ("tokenizer.name_or_path" in found) == (recipe != "vlm")
+    assert ("processor.name_or_path" in found) == (recipe == "vlm")
+
+
+def test_a_recipe_and_its_command_are_one(folder):
+    for name, kind in RECIPES.items():
+        assert cli.parse_arguments([name, "c.yaml"]) == cli.parse_arguments([*kind.COMMAND, "c.yaml"])
+        assert cli.parse_arguments([name, "c.yaml"]).recipe == name
+
+
+def test_the_report_of_a_run_directory(trains, folder, capsys):
+    status, run_dir = trains("{}")
+    assert status == 0
+    page = (run_dir / "report.html").read_bytes()
+    (run_dir / "report.html").unlink()
+    capsys.readouterr()
+    assert cli.main(["report", str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+    assert (run_dir / "report.html").read_bytes() == page
+    assert cli.main(["report", str(folder)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {folder} is not the directory of a run")
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["finetune", "--help"], ["sft", "--keys"]])
 def test_help_is_quick_and_imports_nothing_heavy(folder, argv):
     script = (
         "import sys, json; sys.argv[1:] = json.loads(sys.argv[1]); from am_recipes import cli; status = cli.main();"
@@ -193,7 +361,7 @@ def test_help_is_quick_and_imports_nothing_heavy(folder, argv):
     before = os.times().children_user
     command = [sys.executable, "-c", script, json.dumps(argv)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("usage: automodel CONFIG")
+    assert result.stdout.startswith(("usage: automodel CONFIG", "Recipe sft: "))
     assert result.stdout.endswith("[] 0\n")
     # Processor time of the child: a busy machine stretches the wall clock, not this.
     assert os.times().children_user - before < 0.5

@@ -1,5 +1,7 @@
 """What `parse` and `check_targets` accept, what they refuse and in which words, and what is saved."""
 
+from __future__ import annotations
+
 import re
 import subprocess
 import sys
@@ -292,7 +294,7 @@ ONLY_FOR = {
 
 
 def of_recipe(recipe, extra):
-    """A config of ``recipe`` whose keys ``extra`` replaces."""
+    """A config of `recipe` whose keys `extra` replaces."""
     text = MINIMAL.replace("sft", recipe) + ("teacher_model: {name_or_path: a}\n" if recipe == "kd" else "")
     return re.sub(rf"^{extra.partition(':')[0]}:.*\n(  .*\n)*", "", text, flags=re.MULTILINE) + extra + "\n"
 

@@ -1,5 +1,7 @@
 """Worker processes through torchrun: exit statuses, signals, and a launcher that imports nothing of ours."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess

@@ -1,7 +1,7 @@
 """am-ckpt against its peers, on checkpoints of 1 GB: merging, planning, saving, loading, saving in the background.
 
-Run from the repository root: ``python tools/bench/ckpt.py [--nemo-python PYTHON]``; see ckpt_merge.py and ckpt_save.py
-for what is measured. Writes ``tools/bench/results/ckpt.json``.
+Run from the repository root: `python tools/bench/ckpt.py [--nemo-python PYTHON]`; see ckpt_merge.py and ckpt_save.py
+for what is measured. Writes `tools/bench/results/ckpt.json`.
 """
 
 from __future__ import annotations

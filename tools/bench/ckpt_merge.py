@@ -1,9 +1,9 @@
-"""Merging 4 ranks' shards of a 1 GB checkpoint: am-ckpt against ``cp -r`` of the same bytes and others' consolidation.
+"""Merging 4 ranks' shards of a 1 GB checkpoint: am-ckpt against `cp -r` of the same bytes and others' consolidation.
 
-A part of ckpt.py. Shards are files as torch's ``HuggingFaceStorageWriter`` lays them out: FSDP (dim 0) and tensor
+A part of ckpt.py. Shards are files as torch's `HuggingFaceStorageWriter` lays them out: FSDP (dim 0) and tensor
 parallel (dim 1 of every matrix). Every measurement is a fresh process that imports first; methods are interleaved,
-ratios are paired by round, the page cache is warm. ``cp`` does not wait for the disk, so it is compared with
-``fsync=False``, and ``cp`` and ``sync`` with the default. Results are compared bit for bit once. Then: the peak of
+ratios are paired by round, the page cache is warm. `cp` does not wait for the disk, so it is compared with
+`fsync=False`, and `cp` and `sync` with the default. Results are compared bit for bit once. Then: the peak of
 resident memory, above that before the merge and in all, for sparse files of 1 and 20 GB; and the time to plan 10,000 to
 1,000,000 chunks. NeMo AutoModel's consolidation runs where the Python of an environment that has it is given.
 """
@@ -77,7 +77,7 @@ def sparse_shards(folder: Path, layers: int) -> None:
 
 
 def tiny_shards(folder: Path, chunks: int) -> None:
-    """``chunks`` parts of tensors of 4 x 4, in files of 1,000."""
+    """`chunks` parts of tensors of 4 x 4, in files of 1,000."""
     folder.mkdir()
     for first in range(0, chunks // RANKS, 1000):
         names = [f"model.layers.{index}.weight" for index in range(first, min(first + 1000, chunks // RANKS))]
@@ -91,7 +91,7 @@ def tiny_shards(folder: Path, chunks: int) -> None:
 
 
 def many_ranks(folder: Path, ranks: int, dim: int) -> int:
-    """Shards of the 980 matrices of a model of 140 layers; the number of chunks. ``ranks`` is a power of two."""
+    """Shards of the 980 matrices of a model of 140 layers; the number of chunks. `ranks` is a power of two."""
     folder.mkdir()
     hidden, ffn = 4096, 14336
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
@@ -203,7 +203,7 @@ def same(folder: Path, other: Path) -> bool:
 
 
 def measure(method: str, source: Path, target: Path, names: list[str], python: str = sys.executable) -> list[float]:
-    """What :func:`child` prints, of a fresh process."""
+    """What `child` prints, of a fresh process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "NAMES": json.dumps(names)}
     command = [python, __file__, method, str(source), str(target)]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
@@ -280,7 +280,7 @@ def memory(folder: Path) -> dict[str, Any]:
 
 
 def run(folder: Path, rounds: int, nemo_python: str | None) -> dict[str, Any]:
-    """Everything, in ``folder``."""
+    """Everything, in `folder`."""
     return {
         "fsdp": compare(folder, "fsdp", 0, rounds, nemo_python),
         "tp_dim_1": compare(folder, "tp_dim_1", 1, rounds, nemo_python),

@@ -3,12 +3,12 @@
 A part of ckpt.py. One process, but for the direct layout; methods are interleaved, ratios are
 paired by round, the page cache is warm, torch has one thread. The model is three layers of a 7B model in bfloat16.
 
-save: durable as each does it by default: am-ckpt fsyncs and digests, ``FileSystemWriter`` fsyncs files, the Hugging
-Face writer and safetensors do neither; ``raw`` is fallocate, pwrite and fsync of the same bytes.
-load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four; ``raw`` is as many
+save: durable as each does it by default: am-ckpt fsyncs and digests, `FileSystemWriter` fsyncs files, the Hugging
+Face writer and safetensors do neither; `raw` is fallocate, pwrite and fsync of the same bytes.
+load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four; `raw` is as many
 threads that do nothing but pread into the same memory, which is as fast as reads without mmap can be.
 async: how long a save blocks its caller, after the one before has ended; torch as it is by default, and with a stager
-that is kept, to use its memory again; ``copy`` is a copy into warm memory.
+that is kept, to use its memory again; `copy` is a copy into warm memory.
 direct: four processes save their FSDP shards into the final files, against saving shards and merging them afterwards.
 """
 
@@ -190,7 +190,7 @@ def measure(action: Callable[[], None]) -> tuple[float, float]:
 
 
 def run(folder: Path, rounds: int) -> dict[str, Any]:
-    """Everything, in ``folder``."""
+    """Everything, in `folder`."""
     import torch
     import torch.distributed as dist
 

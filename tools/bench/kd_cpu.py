@@ -5,10 +5,10 @@
 Every variant trains the same student (hidden 256, 4 layers, vocabulary 8,192) on the shipped rows with AdamW, by the
 forward KL from the same frozen teacher (hidden 384, 6 layers) at temperature 1, without cross-entropy:
 
-- ``recipe``: ``am_recipes.kd`` as a user runs it, packed, with its data pipeline, metrics file and report;
-- ``padded``: a plain loop, rows padded to the longest of the batch, both models' logits held, ``F.kl_div``;
-- ``trl``: TRL's GKDTrainer off-policy (``lmbda=0``: nothing is generated; ``beta=0``: forward KL), in its own
-  environment, where ``--trl-python`` names one.
+- `recipe`: `am_recipes.kd` as a user runs it, packed, with its data pipeline, metrics file and report;
+- `padded`: a plain loop, rows padded to the longest of the batch, both models' logits held, `F.kl_div`;
+- `trl`: TRL's GKDTrainer off-policy (`lmbda=0`: nothing is generated; `beta=0`: forward KL), in its own
+  environment, where `--trl-python` names one.
 
 A variant runs in a process of its own; rounds interleave them. Measured: non-padding tokens per CPU-second (user and
 system time of all threads) between the first step after the warm-up and the last, and the peak resident memory.

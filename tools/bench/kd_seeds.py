@@ -2,8 +2,8 @@
 
     python tools/bench/kd_seeds.py [--seeds 42 43 44] [--threads 1]
 
-Each seed trains twice with ``am_recipes.kd`` as a user runs it on recipes/configs/kd/quickstart.yaml: as it stands, and
-with ``--kd_ratio 0``. Rows, their order, the student's first weights and the number of tokens are the same. Compared is
+Each seed trains twice with `am_recipes.kd` as a user runs it on recipes/configs/kd/quickstart.yaml: as it stands, and
+with `--kd_ratio 0`. Rows, their order, the student's first weights and the number of tokens are the same. Compared is
 the cross-entropy of held-out rows; distillation must be better for each seed.
 """
 

@@ -1,6 +1,6 @@
 """Time am_loss.linear_cross_entropy against the plain loss on a CPU, forward and backward.
 
-The peer is what one writes by hand: ``F.cross_entropy(F.linear(hidden[mask], weight), labels[mask], reduction="sum")``.
+The peer is what one writes by hand: `F.cross_entropy(F.linear(hidden[mask], weight), labels[mask], reduction="sum")`.
 The two run in turn in one process; figures are medians of the process's CPU time. Run it on idle cores: threads
 that wait for a preempted one spin, and that counts.
 

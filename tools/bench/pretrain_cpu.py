@@ -3,17 +3,17 @@
     uv run python tools/bench/pretrain_cpu.py --threads 1 --output tools/bench/results/pretrain_cpu.json
 
 A Llama of four layers and hidden size 256 over the shipped tokens in windows of 256, 8 a step, AdamW, wsd. Variants:
-``recipe``: `am_recipes.pretrain` as a user runs it, logging included;
-``plain``: what one writes by hand: stock transformers, sdpa, F.cross_entropy over the logits, fused AdamW, clipping;
-``compiled``: the same loop with ``torch.compile(model, dynamic=False)``.
-In bfloat16 weights and optimizer stay float32: the recipe's ``param_dtype``, autocast in the loop.
+`recipe`: `am_recipes.pretrain` as a user runs it, logging included;
+`plain`: what one writes by hand: stock transformers, sdpa, F.cross_entropy over the logits, fused AdamW, clipping;
+`compiled`: the same loop with `torch.compile(model, dynamic=False)`.
+In bfloat16 weights and optimizer stay float32: the recipe's `param_dtype`, autocast in the loop.
 
 A variant runs in a process of its own; rounds interleave them. Measured: tokens per CPU-second (user and system time of
 all threads) between the step after the warm-up, in which torch.compile has compiled, and the last; peak resident
 memory. Every variant starts from the weights that the recipe starts from; all must end at the same loss.
 
 Then the validation curve of both over 60 steps in fp32, which must be equal to 1e-3 at every evaluation, at a rate
-where that can be asked: the ``control`` is the plain loop from weights that were rounded once more. (With the rate and
+where that can be asked: the `control` is the plain loop from weights that were rounded once more. (With the rate and
 the warm-up of the speed runs the plain loop is 0.05 apart from itself after 60 steps, by rounding alone.)
 """
 

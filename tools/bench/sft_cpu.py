@@ -4,14 +4,14 @@
 
 Every variant trains the same seeded Llama (hidden 256, 4 layers, vocabulary 8,192) on the same shipped rows with AdamW:
 
-- ``recipe``: ``am_recipes.sft`` as a user runs it, packed, with its data pipeline, metrics file and report;
-- ``padded``: a plain loop, rows padded to the longest of the batch, logits at every position;
-- ``packed``: the best loop we could write by hand, attention per document, head at target positions only;
-- ``trl``: TRL's SFTTrainer in its own environment, where ``--trl-python`` names one.
+- `recipe`: `am_recipes.sft` as a user runs it, packed, with its data pipeline, metrics file and report;
+- `padded`: a plain loop, rows padded to the longest of the batch, logits at every position;
+- `packed`: the best loop we could write by hand, attention per document, head at target positions only;
+- `trl`: TRL's SFTTrainer in its own environment, where `--trl-python` names one.
 
 A variant runs in a process of its own; rounds interleave them. Measured: non-padding tokens per CPU-second (user and
 system time of all threads) between the first step after the warm-up and the last, and the peak resident memory.
-A row counts only if ``packed`` shows itself a strong opponent: at least 2.0x ``padded`` in fp32, 1.45x in bf16.
+A row counts only if `packed` shows itself a strong opponent: at least 2.0x `padded` in fp32, 1.45x in bf16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""Damage checkpoints in many ways and count what the reader does: `python corruption_sweep.py --mutations 100000`.
+"""Damage checkpoints in many ways and count what the reader does: `python corruption_sweep.py`.
+
+Every commit draws other damage, 200 flips of each kind of folder and 10,000 mutations, by a seed that is printed (see
+commit_seed.py). `--seed` draws it again: what a flip or a mutation does follows from seed and number alone, whichever
+process does it. Before a release, and after a change of what reads files:
+
+    python corruption_sweep.py --flips 1000 --mutations 100000     # about five minutes on two cores
+    python corruption_sweep.py --flips 1000 --mutations 1000000
 
 Flips: single bits anywhere in folders of all kinds. `verify --full` must find every one of a step, of the weight
 files of a merge with digests, and of what torch noted a CRC-32 of. In a plain Hugging Face folder there are no digests:
@@ -32,7 +39,7 @@ import tempfile
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from encodings import cp437, raw_unicode_escape  # noqa: F401 - loaded for names of old archives and old opcodes of text
 from pathlib import Path
@@ -41,6 +48,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from commit_seed import commit_seed
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
@@ -158,8 +166,15 @@ def part_of(path: Path, content: bytes, place: int) -> str:
     return f"{path.suffix} beside the members"
 
 
-def flips(folders: list[Path], count: int, chance: random.Random) -> dict[str, Any]:
-    """Flip `count` bits of each folder, one at a time, half of them in files chosen alike whatever their size."""
+def flips(count: int, seed: int) -> dict[str, Any]:
+    """Flip `count` bits of each kind of folder, one at a time, half in files chosen alike whatever their size."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        folders = [make_step(folder), make_folder(folder), make_digested(folder), make_distcp(folder), make_bin(folder)]
+        return _flips(folders, count, seed)
+
+
+def _flips(folders: list[Path], count: int, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for folder in folders:
         name = folder.name.removesuffix("_000003")
@@ -167,6 +182,7 @@ def flips(folders: list[Path], count: int, chance: random.Random) -> dict[str, A
         sizes = [path.stat().st_size for path in files]
         found: dict[str, list[int]] = {}
         for number in range(count):
+            chance = random.Random(f"{seed} {name} {number}")
             path = chance.choice(files) if number % 2 else chance.choices(files, sizes)[0]
             original = path.read_bytes()
             place = chance.randrange(len(original))
@@ -348,13 +364,15 @@ def attempt(checkpoint: Path, target: Path) -> str:
         shutil.rmtree(target, ignore_errors=True)
 
 
-def mutations(count: int, seed: str) -> dict[str, Any]:
-    """`count` mutations, spread over all kinds of files; for a process of its own."""
+def mutations(numbers: Sequence[int], seed: int) -> dict[str, Any]:
+    """The mutations of these numbers, which go through all kinds of files; for a process of its own."""
+    # To show a warning, modules are imported.
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as name:
-        return _mutations(Path(name).resolve(), count, seed)
+        return _mutations(Path(name).resolve(), numbers, seed)
 
 
-def _mutations(folder: Path, count: int, seed: str) -> dict[str, Any]:
+def _mutations(folder: Path, numbers: Sequence[int], seed: int) -> dict[str, Any]:
     inputs = subjects(folder)
     target = folder / "result"
     for checkpoint in {checkpoint for checkpoint, _, _ in inputs}:
@@ -383,7 +401,8 @@ def _mutations(folder: Path, count: int, seed: str) -> dict[str, Any]:
     status = Path("/proc/self/status").read_text().splitlines()
     used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (used + MEMORY, resource.RLIM_INFINITY))
-    for number in range(count):
+    done = 0
+    for number in numbers:
         checkpoint, path, mutate = inputs[number % len(inputs)]
         original = path.read_bytes()
         content = mutate(original, random.Random(f"{seed} {number}"))
@@ -400,48 +419,46 @@ def _mutations(folder: Path, count: int, seed: str) -> dict[str, Any]:
         if watched:
             outcome, problem = "failed", "; ".join(watched)
             watched.clear()
+        done += 1
         outcomes.setdefault(f"{checkpoint.name}/{path.suffix or path.name}", collections.Counter())[outcome] += 1
         if problem and problem not in failures:
             failures[problem] = f"number {number}, {path.name}: {content[:3000]!r}"
             if len(failures) == 20:
                 break
-        if (number + 1) % 10_000 == 0:
-            print(f"seed {seed}: {number + 1:,} of {count:,} mutations", file=sys.stderr, flush=True)
+        if done % 10_000 == 0:
+            print(f"{done:,} of {len(numbers):,} mutations of this process", file=sys.stderr, flush=True)
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    return {"mutations": number + 1, "outcomes": outcomes, "failures": failures}
+    return {"mutations": done, "outcomes": outcomes, "failures": failures}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=1000)
-    parser.add_argument("--mutations", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flips", type=int, default=200)
+    parser.add_argument("--mutations", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=commit_seed())
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that share the mutations")
     options = parser.parse_args()
-    result: dict[str, Any] = {}
-    if options.flips:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name).resolve()
-            folders = [make_step(folder), make_folder(folder), make_digested(folder)]
-            folders += [make_distcp(folder), make_bin(folder)]
-            result = flips(folders, options.flips, random.Random(options.seed))
-    if options.mutations:
-        shares = [len(range(index, options.mutations, options.processes)) for index in range(options.processes)]
-        seeds = [f"{options.seed}.{index}" for index in range(options.processes)]
-        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-            parts = list(pool.map(mutations, shares, seeds))
-        outcomes: dict[str, collections.Counter[str]] = {}
-        for part in parts:
-            for kind, counts in part["outcomes"].items():
-                outcomes.setdefault(kind, collections.Counter()).update(counts)
-        result |= {
-            "mutations": sum(part["mutations"] for part in parts),
-            "outcomes": outcomes,
-            "failures": {problem: where for part in parts for problem, where in part["failures"].items()},
-        }
+    print(f"seed {options.seed}: {options.mutations:,} mutations", file=sys.stderr, flush=True)
+    result: dict[str, Any] = {"seed": options.seed}
+    shares = [range(index, options.mutations, options.processes) for index in range(options.processes)]
+    # Forks, before there are threads, have imported torch already.
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool:
+        running = [pool.submit(mutations, share, options.seed) for share in shares if share]
+        if options.flips:
+            result |= flips(options.flips, options.seed)
+        parts = [part.result() for part in running]
+    outcomes: dict[str, collections.Counter[str]] = {}
+    for part in parts:
+        for kind, counts in part["outcomes"].items():
+            outcomes.setdefault(kind, collections.Counter()).update(counts)
+    result |= {
+        "mutations": sum(part["mutations"] for part in parts),
+        "outcomes": outcomes,
+        "failures": {problem: where for part in parts for problem, where in part["failures"].items()},
+    }
     print(json.dumps(result, indent=1))
     missed = any(part["missed"] for part in result.values() if isinstance(part, dict) and "missed" in part)
-    return 1 if missed or result.get("failures") else 0
+    return 1 if missed or result["failures"] else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Run by test_crash.py as a process of its own: saves steps 2 and 3, and is killed on the way.
+"""Used by test_crash.py: processes that save steps 2 and 3, and are killed on the way.
 
-`python crash_child.py DIRECTORY N LAYOUT` kills itself with SIGKILL just before its N-th system call that changes the
-file system while saving (0: never, prints how many there were). The interpreter's profiling hook sees every call of
-`os`, so nothing in the library is replaced.
+A child kills itself with SIGKILL just before its N-th system call that changes the file system while saving (0: never).
+The interpreter's profiling hook sees every call of `os`, so nothing in the library is replaced.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
@@ -39,8 +42,8 @@ def state(value: int) -> dict[str, Any]:
     return {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=float(value))}
 
 
-def main() -> None:
-    directory, last = sys.argv[1], int(sys.argv[2])
+def save(directory: str, last: int, layout: Any) -> int:
+    """Returns how many such calls there were."""
     count = 0
 
     def watch(frame: FrameType, event: str, function: Any) -> None:
@@ -50,14 +53,39 @@ def main() -> None:
             if count == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints = am_ckpt.Checkpointer(directory, layout=sys.argv[3], keep_last=2)
+    checkpoints = am_ckpt.Checkpointer(directory, layout=layout, keep_last=2)
     states = [state(2), state(3)]
     sys.setprofile(watch)
     for value, entry in zip((2, 3), states, strict=True):
         checkpoints.save(value, entry)
     sys.setprofile(None)
-    print(count)
+    return count
 
 
-if __name__ == "__main__":
-    main()
+def serve(connection: Connection) -> None:
+    """For each (arguments of `save`, seconds until a kill or None) that comes in: the child's status, what it returned.
+
+    The children are forks, so each costs milliseconds.
+    """
+    # The first optimizer imports torch._dynamo, which takes a second, and the first save what it needs: here, once.
+    state(1)
+    importlib.import_module("am_ckpt._checkpointer")
+    while request := connection.recv():
+        arguments, seconds = request
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.write(write, str(save(*arguments)).encode())
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - a child ends here, whatever happened
+                traceback.print_exc()
+                os._exit(1)
+        os.close(write)
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        with os.fdopen(read) as pipe:
+            returned = pipe.read()
+        connection.send((status, int(returned) if returned else None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from crash_matrix import Server
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -135,17 +135,16 @@ if sys.argv[2] == "raise":
 
 
 @pytest.mark.parametrize(("how", "status"), [("raise", 3), ("fail", 0)])
-def test_a_process_that_ends_without_waiting(how: str, status: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), how]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == status, ended.stderr
+def test_a_process_that_ends_without_waiting(how: str, status: int, server: Server, tmp_path: Path) -> None:
+    ended, text = server.run(SCRIPT, str(tmp_path), how)
+    assert ended == status, text
     if how == "fail":
-        assert "never asked for" in ended.stderr
-        assert "step 1 was not saved" in ended.stderr
-        assert "File too large" in ended.stderr
+        assert "never asked for" in text
+        assert "step 1 was not saved" in text
+        assert "File too large" in text
         assert list(tmp_path.iterdir()) == []
     else:
-        assert ended.stderr == ""
+        assert text == ""
         assert am_ckpt.Checkpointer(tmp_path).load({"model": nn.Linear(512, 512)}) == 1
 
 

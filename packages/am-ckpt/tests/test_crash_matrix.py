@@ -1,67 +1,83 @@
-"""A sample of the crash matrix: any file operation of a save may fail in any way. See crash_matrix.py for all of it."""
+"""The crash matrix: any file operation of a save may fail in any way. See crash_matrix.py.
+
+Every commit runs another part of its points; `-m slow` runs them all.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import sys
+import collections
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+from commit_seed import commit_seed
+from crash_matrix import Server, can_inject, run_matrix
 
-HERE = Path(__file__).parent
+WRITERS = Path(__file__).parent / "crash_writers"
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("cc") is None, reason="faults are injected with LD_PRELOAD: Linux and cc"
-)
+pytestmark = pytest.mark.skipif(not can_inject(), reason="faults are injected with LD_PRELOAD: Linux and cc")
 
 
 @pytest.fixture(scope="module")
-def crash_matrix() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("crash_matrix", HERE / "crash_matrix.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["crash_matrix"] = module
-    specification.loader.exec_module(module)
-    return module
+def run(server: Server, drawn: list[str]) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`run_matrix` with the seed of this commit, in one process for all writers."""
+    seed, ran = commit_seed(), collections.Counter[str]()
+
+    def run_writer(writer: str, **options: Any) -> dict[str, Any]:
+        result: dict[str, Any] = run_matrix(server, WRITERS / f"{writer}.py", seed=seed, **options)
+        ran.update({name: result[name] for name in ("points", "all_points")})
+        print(f"{writer}: seed {seed}, {result['points']} of {result['all_points']} points")
+        return result
+
+    yield run_writer
+    drawn.append(f"crash matrix: seed {seed}, {ran['points']:,} of {ran['all_points']:,} points")
 
 
-@pytest.mark.parametrize(
-    ("writer", "sample"),
-    [
-        ("am_ckpt_save", 15),
-        ("am_ckpt_async", 5),
-        ("am_ckpt_ranks", 4),
-        ("am_ckpt_direct", 4),
-        ("am_ckpt_retention", 5),
-        ("am_ckpt_merge", 5),
-        ("am_ckpt_merge_resumed", 5),
-        ("am_ckpt_overwrite", 5),
-        ("am_ckpt_overwrite_nfs", 5),
-        ("am_ckpt_export", 5),
-        ("am_ckpt_export_nfs", 5),
-    ],
-)
-def test_the_old_checkpoint_or_the_new_one_and_never_a_lie(
-    crash_matrix: ModuleType, writer: str, sample: int, tmp_path: Path
-) -> None:
-    cuts = 1 if writer == "am_ckpt_save" else 0
-    script = HERE / "crash_writers" / f"{writer}.py"
-    result = crash_matrix.run_matrix(script, sample=sample, power_cuts=cuts, place=tmp_path)
+# One of so many points. One of the writers with four ranks costs as much as fifteen of the others.
+SHARES = {
+    "am_ckpt_save": 4,
+    "am_ckpt_async": 4,
+    "am_ckpt_ranks": 128,
+    "am_ckpt_direct": 128,
+    "am_ckpt_retention": 4,
+    "am_ckpt_merge": 4,
+    "am_ckpt_merge_resumed": 4,
+    "am_ckpt_overwrite": 4,
+    "am_ckpt_overwrite_nfs": 4,
+    "am_ckpt_export": 4,
+    "am_ckpt_export_nfs": 4,
+}
+
+
+def require_no_violations(result: dict[str, Any], power_cuts: int) -> None:
     assert result["violations"] == []
-    assert sum(result["verdicts"].values()) == sample
+    assert sum(result["verdicts"].values()) == result["points"]
     # Faults struck before the commit.
     assert result["verdicts"]["old"] > 0
-    if cuts:
+    if power_cuts:
         assert result["power_cuts"]["violations"] == []
         assert set(result["power_cuts"]["verdicts"]) == {"old", "new"}
 
 
-def test_the_matrix_finds_what_is_wrong_with_overwriting_a_file(crash_matrix: ModuleType, tmp_path: Path) -> None:
-    script = HERE / "crash_writers" / "torch_save.py"
-    result = crash_matrix.run_matrix(script, kinds=("kill", "ENOSPC"), power_cuts=1, place=tmp_path)
+@pytest.mark.parametrize("writer", SHARES)
+def test_the_old_checkpoint_or_the_new_one_and_never_a_lie(writer: str, run: Callable[..., dict[str, Any]]) -> None:
+    power_cuts = 1 if writer == "am_ckpt_save" else 0
+    result = run(writer, share=SHARES[writer], power_cuts=power_cuts)
+    assert result["points"] >= result["all_points"] / SHARES[writer]
+    require_no_violations(result, power_cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", SHARES)
+def test_every_point(writer: str, run: Callable[..., dict[str, Any]]) -> None:
+    result = run(writer, power_cuts=3)
+    assert result["points"] == result["all_points"]
+    require_no_violations(result, 3)
+
+
+def test_the_matrix_finds_what_is_wrong_with_overwriting_a_file(run: Callable[..., dict[str, Any]]) -> None:
+    result = run("torch_save", kinds=("kill", "ENOSPC"), power_cuts=1)
     assert {violation["verdict"] for violation in result["violations"]} == {"lost"}
     # Nothing was synced: after the power is back, the file is the old one, whatever torch.save had returned.
     assert {violation["verdict"] for violation in result["power_cuts"]["violations"]} == {"lied"}

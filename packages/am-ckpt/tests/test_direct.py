@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
-import subprocess
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy
+import other_machine
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
+from commit_seed import commit_seed, drawn_from
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_async import gate, state_of
@@ -27,6 +28,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch_processes import torch_processes
 
 import am_ckpt
 from am_ckpt._layout import seal
@@ -57,18 +59,20 @@ def load(layout: str, directory: str) -> dict[str, numpy.ndarray]:
     return everything(model, optimizer)
 
 
-def require_equal(found: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray]) -> None:
+def require_equal(found: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray], what: str = "") -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].tobytes() == value.tobytes(), name
+        assert found[name].tobytes() == value.tobytes(), (what, name)
 
 
+@pytest.mark.parametrize("share", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", ["plain", "ddp2", "fsdp3", "tp4", "hsdp4", "fsdp_tp4"])
-def test_every_layout_loads_what_another_saved(source: str, tmp_path: Path) -> None:
+def test_every_layout_loads_what_another_saved(source: str, share: int, tmp_path: Path) -> None:
     saved = run_distributed(save, LAYOUTS[source], source, str(tmp_path))[0]
-    for target in ("plain", "fsdp2", "tp3", "fsdp4", "fsdp_tp4"):
+    # With each commit, others.
+    for target in drawn_from(("plain", "fsdp2", "tp3", "fsdp4", "fsdp_tp4"), share, f"{commit_seed()} {source}"):
         for loaded in run_distributed(load, LAYOUTS[target], target, str(tmp_path)):
-            require_equal(loaded, saved)
+            require_equal(loaded, saved, target)
     model = tmp_path / "step_000003" / "model"
     assert [path.name for path in model.iterdir()] == ["model.safetensors"]
     with safe_open(model / "model.safetensors", "pt") as file:
@@ -301,38 +305,15 @@ def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
         am_ckpt.Checkpointer(tmp_path, layout="flat")  # type: ignore[arg-type]
 
 
-ONE_RANK = """
-import sys, torch, torch.distributed as dist, am_ckpt
-store, rank, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-torch.manual_seed(0)
-try:
-    am_ckpt.Checkpointer(directory, layout="direct").save(1, {"model": torch.nn.Linear(2, 2)})
-except ValueError as error:
-    print(error)
-dist.destroy_process_group()
-"""
-
-
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mount namespaces")
 def test_ranks_of_two_machines_are_refused(tmp_path: Path) -> None:
-    # The other machine is a process that sees another boot.
-    boot = "/proc/sys/kernel/random/boot_id"
     (tmp_path / "boot_id").write_text("another\n")
-    hidden = [
-        "unshare",
-        "--mount",
-        "--map-root-user",
-        "sh",
-        "-c",
-        f'mount --bind {tmp_path}/boot_id {boot} && exec "$@"',
-    ]
-    if shutil.which("unshare") is None or subprocess.run([*hidden, "sh", "true"], capture_output=True).returncode:
-        pytest.skip("needs mount namespaces")
-    run = [sys.executable, "-W", "ignore", "-c", ONE_RANK, str(tmp_path / "store")]
-    ranks = [
-        subprocess.Popen([*before, *run, str(rank), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-        for rank, before in enumerate(([], [*hidden, "sh"]))
-    ]
-    for rank in ranks:
-        assert "layout='direct' needs all ranks on one machine, ranks 0 and 1 are on two" in rank.communicate()[0]
+    context = torch_processes()
+    with ProcessPoolExecutor(1, context) as here, ProcessPoolExecutor(1, context) as there:
+        if not there.submit(other_machine.see_another_boot, str(tmp_path / "boot_id")).result():
+            pytest.skip("needs mount namespaces")
+        store, out = str(tmp_path / "store"), str(tmp_path / "out")
+        ranks = [machine.submit(other_machine.save, store, rank, out) for rank, machine in enumerate((here, there))]
+        for rank in ranks:
+            assert "layout='direct' needs all ranks on one machine, ranks 0 and 1 are on two" in rank.result(60)
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from commit_seed import commit_seed, drawn_from
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -136,12 +137,14 @@ def load(layout: str, directory: str) -> dict[str, numpy.ndarray]:
     return loaded
 
 
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_every_layout_loads_what_another_saved(source: str, tmp_path: Path) -> None:
+def test_every_layout_loads_what_another_saved(source: str, share: int, tmp_path: Path) -> None:
     saved = run_distributed(save, LAYOUTS[source], source, str(tmp_path))[0]
     assert saved["exp_avg/embedding.weight"].any()
-    for target, world_size in LAYOUTS.items():
-        for loaded in run_distributed(load, world_size, target, str(tmp_path)):
+    # With each commit, others.
+    for target in drawn_from(list(LAYOUTS), share, f"{commit_seed()} {source}"):
+        for loaded in run_distributed(load, LAYOUTS[target], target, str(tmp_path)):
             assert loaded.keys() == saved.keys()
             for name, value in saved.items():
                 # Bit-equal: bytes, not numbers.

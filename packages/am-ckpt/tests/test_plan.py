@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
+from commit_seed import commit_seed
 from safetensors.numpy import load_file, save_file
 
 import am_ckpt
@@ -93,8 +94,13 @@ def bits(tensors: dict[str, numpy.ndarray]) -> dict[str, Any]:
     return {name: (str(value.dtype), value.shape, value.tobytes()) for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_layouts_are_put_together(seed: int, tmp_path: Path) -> None:
+# With each commit, others; more of them in slow.
+NUMBERS = [*range(10), *(pytest.param(number, marks=pytest.mark.slow) for number in range(10, 100))]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_random_layouts_are_put_together(number: int, tmp_path: Path) -> None:
+    seed = commit_seed() + number
     tensors, ranks = layout(seed)
     shapes = {name: list(value.shape) for name, value in tensors.items()} if seed % 2 else None
     for rank, parts in enumerate(ranks):
@@ -110,8 +116,9 @@ def test_random_layouts_are_put_together(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["hole", "twice", "outside"])
-@pytest.mark.parametrize("seed", range(40))
-def test_what_is_not_whole_is_named(seed: int, damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_not_whole_is_named(number: int, damage: str, tmp_path: Path) -> None:
+    seed = commit_seed() + number
     candidates: list[tuple[int, int]] = []
     while not candidates:
         tensors, ranks = layout(seed)

@@ -154,7 +154,9 @@ BAD = {"id": "seven", "messages": [{"role": "critic", "content": "x"}]}
 
 def test_the_report_counts_rows_reasons_and_tokens(tokenizer):
     rows = [ROW, BAD, {"messages": MESSAGES[:1]}, ROW, {"messages": MESSAGES[:1]}]
-    report = am_data.ChatDataset(rows, tokenizer).report
+    dataset = am_data.ChatDataset(rows, tokenizer)
+    assert isinstance(dataset, am_data.Reported)
+    report = dataset.report
     ids, labels = am_data.render_and_mask(tokenizer, MESSAGES)
     assert (report.rows_read, report.rows_kept, report.rows_truncated) == (5, 2, 0)
     assert report.num_tokens == 2 * len(ids)

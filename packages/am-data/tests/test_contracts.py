@@ -528,6 +528,7 @@ def test_protocols_tell_datasets_from_streams_and_who_reports():
     plain = am_data.TokenDataset([{"input_ids": [1], "labels": [1]}])
     assert isinstance(plain, am_data.Dataset)
     assert not isinstance(plain, am_data.Reported)
+    assert isinstance(changed(Lines, report="all lines"), am_data.Reported)
     assert isinstance(am_data.PackedDataset(plain, 2), am_data.Dataset)
 
 

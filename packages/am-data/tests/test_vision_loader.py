@@ -184,3 +184,18 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "am-data reads images with pillow; pip install am-data[vision]"
+
+
+def test_the_processor_may_be_used_otherwise_while_steps_are_prepared():
+    """A tokenizer that pads cannot be used by two threads at once: it is set and asked in two calls."""
+    processor = make_llava()
+    dataset = make_dataset(processor, 40, with_image=lambda number: True)
+    expected = [dataset[index]["input_ids"].tolist() for index in range(40)]
+    loader = make_loader(dataset, global_batch_size=1, local_batch_size=1, shuffle=False, prefetch=40)
+    found = []
+    for step in loader:
+        found.append(step[0]["input_ids"][0].tolist())
+        for _ in range(20):
+            padded = processor.tokenizer(["two", "What is in the image? " * 50], padding=True)["input_ids"]
+            assert len(padded[0]) == len(padded[1])
+    assert found == expected

@@ -268,10 +268,10 @@ def test_varlen_error_is_that_of_rounding(rows: list[list[int]], causal: bool) -
         ({"backend": "sdpa", "softcap": 1.0}, "does not support softcap"),
         ({"backend": "bucketed"}, "does not support no document_ids"),
         ({"backend": "bucketed", "document_ids": torch.ones(1, 4, dtype=torch.int32), "causal": False}, "causal=False"),
-        ({"backend": "varlen"}, "does not support no document_ids, device cpu"),
+        ({"backend": "varlen"}, "does not support no document_ids, .*device cpu"),
         (
             {"backend": "varlen", "window": 2, "softcap": 1.0},
-            "softcap, no document_ids, window, device cpu, torch.float32",
+            "softcap, no document_ids, window, .*device cpu, torch.float32",
         ),
         ({"window": 0}, "window=0"),
         ({"window": 3, "causal": False}, "needs causal=True"),

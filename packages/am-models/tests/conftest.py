@@ -1,5 +1,7 @@
 """Makes `tiny_models` importable: pytest's importlib mode does not put test folders on the path."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

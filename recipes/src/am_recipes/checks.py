@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,8 @@ def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key
 def require_sum(loss_fn: am_models.Loss, model: PreTrainedModel, key: str = "loss_fn") -> None:
     """Refuse a loss that is no sum over target tokens, as `am_models.Loss` says: it is asked about a few made-up rows.
 
-    Raises TypeError where it gives something else than a scalar tensor with a graph, ValueError where twice the rows
-    are not twice the loss, or rows without targets are not 0.
+    Raises ValueError where it gives something else than a scalar tensor with a graph, twice the rows are not twice the
+    loss, or rows without targets are not 0.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(num_embeddings(model), 4, generator=generator)
@@ -63,7 +63,7 @@ def require_sum(loss_fn: am_models.Loss, model: PreTrainedModel, key: str = "los
             given = (
                 f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, torch.Tensor) else loss
             )
-            raise TypeError(
+            raise ValueError(
                 f"{key} gave a {type(loss).__name__} ({given}); a loss is one scalar tensor with a graph, the sum over "
                 "target tokens, also where there is no target (am_models.Loss)"
             )
@@ -142,7 +142,7 @@ def require_embeddings(
 
 
 def _examples(sample: am_data.Sample) -> list[am_data.Example]:
-    return sample if isinstance(sample, list) else [sample]
+    return [sample] if isinstance(sample, Mapping) else list(sample)
 
 
 def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, key: str) -> None:

@@ -119,12 +119,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 def _recipe(positional: list[str]) -> str | None:
     """Take a command or recipe off `positional`; what is left there may only be the config."""
     recipe = None
-    if positional and positional[0] in RECIPES and not Path(positional[0]).is_file():
-        recipe = positional.pop(0)
-    if len(positional) > 1 and (positional[0], positional[1]) in COMMANDS:
+    if tuple(positional[:2]) in COMMANDS:
         recipe = COMMANDS[positional[0], positional[1]]
         del positional[:2]
-    if recipe is None and positional and not _is_config(positional[0]):
+    elif positional and positional[0] in RECIPES and all(map(_is_config, positional[1:2])):
+        recipe = positional.pop(0)
+    elif positional and not _is_config(positional[0]):
         verbs = {verb for verb, _ in COMMANDS} | set(RECIPES)
         hint = did_you_mean(positional[0], verbs) if positional[0] not in verbs else ""
         raise UsageError(

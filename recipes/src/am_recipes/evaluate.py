@@ -13,7 +13,7 @@ import am_loss
 import am_mesh
 import am_models
 from am_recipes.data import count_targets
-from am_recipes.run import seed_everything
+from am_recipes.progress import seed_everything
 
 
 @torch.no_grad()

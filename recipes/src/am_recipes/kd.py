@@ -31,8 +31,8 @@ import am_models
 import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import DEFAULT_LOSS, KdConfig
+from am_recipes.progress import Progress, StopSignal
 from am_recipes.settings import Target
-from am_recipes.stop import StopSignal
 from am_recipes.tokenizer import load_tokenizer
 
 
@@ -86,14 +86,8 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
-    state = {
-        "model": built.state,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "data": loader,
-        "progress": run.Progress(),
-    }
-    # A run has one teacher.
+    progress = Progress()
+    state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     facts = built.checkpoint({"teacher": teacher_folder})
     with run.Run(config, dims, stop, state, total_steps=total_steps, **facts) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
@@ -189,8 +183,10 @@ def distil(
     """
     sums: dict[str, torch.Tensor] = {}
 
-    def run_student(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **head: Any) -> torch.Tensor:
-        teacher_head = {f"teacher_{name}": value for name, value in head.items()}
+    def run_student(
+        hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, bias: Any, softcap: Any, scale: Any
+    ) -> torch.Tensor:
+        teacher_head = {"teacher_bias": bias, "teacher_softcap": softcap, "teacher_scale": scale}
 
         def loss_fn(*student_head: torch.Tensor, **options: Any) -> torch.Tensor:
             losses = kd_loss_fn(*student_head, teacher_hidden=hidden, teacher_weight=weight, **options, **teacher_head)

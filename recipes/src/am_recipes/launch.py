@@ -23,16 +23,16 @@ _STOP_SECONDS = "600"
 
 
 def torchrun_arguments(module: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The torchrun command line that runs ``python -m module arguments`` on ``processes`` local ranks."""
+    """The torchrun command line that runs `python -m module arguments` on `processes` local ranks."""
     return ["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments]
 
 
 def run(module: str, arguments: Sequence[str], processes: int) -> int:
-    """Run ``module`` on ``processes`` local ranks and return the exit status of the whole.
+    """Run `module` on `processes` local ranks and return the exit status of the whole.
 
     0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and
     130 after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
-    ``OMP_NUM_THREADS`` to this machine's cores divided by the ranks where it is not set.
+    `OMP_NUM_THREADS` to this machine's cores divided by the ranks where it is not set.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")

@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor, Replicate
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """The groups of a `torch.optim.Muon` and of a `torch.optim.AdamW` in one ``param_groups``, one ``state``.
+    """The groups of a `torch.optim.Muon` and of a `torch.optim.AdamW` in one `param_groups`, one `state`.
 
-    ``group["algorithm"]`` is "muon" or "adamw"; the other options and the state of a parameter (``momentum_buffer``;
-    ``step, exp_avg, exp_avg_sq``) are those of the torch class, sharded as the parameter is. ``defaults["lr"]`` is
+    `group["algorithm"]` is "muon" or "adamw"; the other options and the state of a parameter (`momentum_buffer`;
+    `step, exp_avg, exp_avg_sq`) are those of the torch class, sharded as the parameter is. `defaults["lr"]` is
     Muon's rate. The update is that of the torch classes on one process: of Muon within float32 rounding.
     It is the same for any layout given the same gradients. Gradients summed in another order are not the same: as they
     are rounded to bfloat16, noise of 1e-7 in them moves single entries by 1e-2 of the step (torch's Muon too, measured
     on a 512 x 1024 matrix after 3 steps), which is 7e-4 of the largest weight.
 
-    Every rank of a parameter's mesh calls ``step``, with the same parameters having a gradient: a sharded matrix takes
+    Every rank of a parameter's mesh calls `step`, with the same parameters having a gradient: a sharded matrix takes
     one all-gather in bfloat16, one matrix at a time; the orthogonalisation runs on each rank that holds a part.
 
     Args:
@@ -50,7 +50,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; ``closure``, if given, is called first and its loss returned."""
+        """Take one step; `closure`, if given, is called first and its loss returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -90,7 +90,7 @@ def _muon_step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) 
 
 
 def _orthogonal_step(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """What torch's Muon adds to a matrix whose momentum update is ``update [rows, columns]``; float32.
+    """What torch's Muon adds to a matrix whose momentum update is `update [rows, columns]`; float32.
 
     A step without momentum or decay from zero weights is that: no private function of torch, nor a copy of one.
     """

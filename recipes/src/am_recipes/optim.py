@@ -55,39 +55,35 @@ def build_optimizer(
         adamw: with Muon only: the keyword arguments of its AdamW part. `weight_decay` is by default the one above;
             `lr` may be left out with `adjust_lr_fn="match_rms_adamw"` alone, which is there to share one rate.
         adamw_modules: with Muon only: modules whose matrices AdamW trains too. A transformers model names its output
-            layer itself (`get_output_embeddings`); where it has none, and for other models, say here which modules
-            turn hidden states into answers, or `()`.
+            layer itself (`get_output_embeddings`); else say which modules turn hidden states into answers, or `()`.
         hyperparameters: passed on as they are, such as `betas` and `eps`; with Muon, to `torch.optim.Muon`.
 
     Raises:
         ValueError: nothing requires a gradient; a pattern matches no trainable parameter; a rate is negative; Muon has
-            no rate for its AdamW part, no matrix to train, an unknown output layer, or LoRA factors (their product is
-            the matrix: no one orthogonalises the factors).
+            no rate for its AdamW part, no matrix to train, an unknown output layer, or LoRA factors.
         TypeError: an override has another key; `adamw` or `adamw_modules` with an optimizer that has no such part.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
-        count = sum(1 for _ in model.parameters())
         raise ValueError(
-            f"none of the {count} parameters of {type(model).__name__} requires a gradient, so there is nothing to "
-            "train; check the peft target modules and the freeze patterns"
+            f"none of the {len(list(model.parameters()))} parameters of {type(model).__name__} requires a gradient, so "
+            "there is nothing to train; check the peft target modules and the freeze patterns"
         )
     require_rate("lr", lr)
+    require_rate("weight_decay", weight_decay or 0.0)
     if weight_decay is not None:
-        require_rate("weight_decay", weight_decay)
         hyperparameters["weight_decay"] = weight_decay
     checked = _check_overrides(overrides, trainable, weight_decay)
     if optimizer is torch.optim.Muon:
         matrices = _hidden_matrices(model, trainable, adamw_modules)
         muon = optimizer(_parameter_groups(matrices, lr, weight_decay, checked), lr=lr, **hyperparameters)
-        others = {name: parameter for name, parameter in trainable.items() if name not in matrices}
         options = _adamw_options(adamw, lr, weight_decay, hyperparameters)
+        others = {name: parameter for name, parameter in trainable.items() if name not in matrices}
         return MuonWithAdamW(muon, _adamw(others, options, checked) if others else None)
-    for name, value in (("adamw", adamw), ("adamw_modules", adamw_modules)):
-        if value is not None:
-            raise TypeError(
-                f"{name}={value!r} is for optimizer=torch.optim.Muon, which leaves a part to AdamW; drop it"
-            )
+    if adamw is not None or adamw_modules is not None:
+        raise TypeError(
+            f"adamw={adamw!r}, adamw_modules={adamw_modules!r} is for optimizer=torch.optim.Muon alone; drop it"
+        )
     if optimizer in FUSED and not hyperparameters.keys() & {"fused", "foreach"}:
         hyperparameters |= _implementation(optimizer, trainable.values())
     return optimizer(_parameter_groups(trainable, lr, weight_decay, checked), lr=lr, **hyperparameters)

@@ -5,7 +5,6 @@ A run is asked and calls nobody back. It holds no model and no loss: what it sav
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,20 +20,7 @@ from am_recipes import checks, data, run_dir
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
-from am_recipes.stop import StopSignal
-
-
-class Progress:
-    """How far a run is: optimizer steps done. Checkpointed beside the model."""
-
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.step = state["step"]
+from am_recipes.progress import Progress, StopSignal, seed_everything
 
 
 class Run:
@@ -208,9 +194,3 @@ class Run:
 
     def _is_due(self, every: int | None) -> bool:
         return self.step == self.total_steps or (every is not None and self.step % every == 0)
-
-
-def seed_everything(seed: int, *coordinates: int) -> None:
-    """Seed torch on every device from `seed` and where in the run we are."""
-    digest = hashlib.blake2b(repr((seed, *coordinates)).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

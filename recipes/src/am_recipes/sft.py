@@ -25,7 +25,7 @@ import am_models
 import am_peft
 from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import SftConfig
-from am_recipes.stop import StopSignal
+from am_recipes.progress import Progress, StopSignal
 from am_recipes.tokenizer import load_tokenizer
 
 
@@ -72,13 +72,8 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
     optimizer = optim.build_optimizer(model, **config.optimizer.options())
     schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
-    state = {
-        "model": built.state,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "data": loader,
-        "progress": run.Progress(),
-    }
+    progress = Progress()
+    state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, **built.checkpoint()) as this:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:

@@ -62,29 +62,31 @@ _CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors
 class Checkpointer:
     """Checkpoints of one run under `directory`. Every rank builds one with equal arguments and calls every method.
 
-    `keep_last`: how many of the newest steps to keep. `keep_every`: keep every multiple of this step number.
-    `keep_best`: `(metric, "min" | "max", count)`, the best by a metric given to `save`. A step stays if any
-    of the three keeps it, or a pin (`pin`), or if it is the newest; with none of the three, nothing is deleted.
+    A step stays if `keep_last`, `keep_every` or `keep_best` keeps it, or a pin (`pin`), or if it is the newest; with
+    none of the three, nothing is deleted.
 
-    `asynchronous`: `save` copies the state to host memory and returns; a thread of each rank writes and commits
-    it. The memory (as much as this rank writes) is allocated at the first save and used again by all later ones. One
-    save is under way at a time: the next waits for it. An error is raised by whatever is called next, `save`,
-    `load`, `wait` or `flush`, and printed at the end of a process that calls nothing more; such a
-    process ends when the save has.
-
-    `timeout`: seconds that ranks wait, while files are written, for one that does not report.
-
-    `layout`: of the model in a step. `"sharded"`: every rank writes files of its own, on any number of machines.
-    `"direct"`: all ranks, on one machine, write into the files of a Hugging Face folder, so that `model/` is one,
-    which transformers opens without a merge where `files` has config and tokenizer; `mapping` is applied, files
-    hold at most `max_shard_size` (bytes, or text such as `"5GB"`). Tensors sharded along later dims (tensor
-    parallel) are written row by row there, which is slower. Both are resumed by any number of ranks; optimizers are
-    sharded in both.
-
-    `files`: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of
-    a file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder. `mapping`: records of how the
-    module's parameters relate to the published files (see `am_ckpt.load_hf`), stored for tools that export later.
-    `fingerprints`: JSON data; loading a checkpoint that has another value under the same key is refused.
+    Args:
+        directory: on a file system that all ranks share.
+        keep_last: how many of the newest steps to keep.
+        keep_every: keep every multiple of this step number.
+        keep_best: `(metric, "min" | "max", count)`, the best by a metric given to `save`.
+        asynchronous: `save` copies the state to host memory and returns; a thread of each rank writes and commits it.
+            The memory (as much as this rank writes) is allocated at the first save and used again by all later ones.
+            One save is under way at a time: the next waits for it. An error is raised by whatever is called next,
+            `save`, `load`, `wait` or `flush`, and printed at the end of a process that calls nothing more; such a
+            process ends when the save has.
+        layout: of the model in a step. `"sharded"`: every rank writes files of its own, on any number of machines.
+            `"direct"`: all ranks, on one machine, write into the files of a Hugging Face folder, so that `model/` is
+            one, which transformers opens without a merge where `files` has config and tokenizer; `mapping` is applied.
+            Tensors sharded along later dims (tensor parallel) are written row by row there, which is slower. Both are
+            resumed by any number of ranks; optimizers are sharded in both.
+        max_shard_size: of a file of `layout="direct"`: bytes, or text such as `"5GB"`.
+        timeout: seconds that ranks wait, while files are written, for one that does not report.
+        files: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of a
+            file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder.
+        mapping: records of how the module's parameters relate to the published files (see `am_ckpt.load_hf`), stored
+            for tools that export later.
+        fingerprints: JSON data; loading a checkpoint that has another value under the same key is refused.
     """
 
     def __init__(

@@ -29,16 +29,19 @@ def convert(
 ) -> MergeReport:
     """Write the model of `source`, of any kind that `inspect` recognises, as a folder of kind `to`.
 
-    `"hf"`: what `merge` writes; an adapter becomes a PEFT folder. `"sharded"`: a file of torch's Hugging Face
-    writer, which training frameworks read with `HuggingFaceStorageReader`; `reshard` writes several.
-    `"dcp"`: `.distcp` and `.metadata` of `torch.distributed.checkpoint`, the state dict below `"model"`, for
-    frameworks that resume from nothing else; written by torch itself, which is imported, with one tensor in memory at
-    a time. Config and tokenizer are carried along.
+    Config and tokenizer are carried along. Optimizers are left behind: each framework names their state in its own way.
+    A mapping stored in the checkpoint is applied by `"hf"` alone; the others keep the names of the module. In a step
+    with `layout="direct"` it is applied already, so all kinds have the published names. The destination must not exist;
+    it appears complete or not at all. Errors are those of `merge`.
 
-    Optimizers are left behind: each framework names their state in its own way. A mapping stored in the checkpoint is
-    applied by `"hf"` alone; the others keep the names of the module. In a step with `layout="direct"` it is applied
-    already, so all kinds have the published names. The destination must not exist; it appears
-    complete or not at all. `section`, `threads`, `fsync`, `progress` and errors: see `merge`.
+    Args:
+        to: `"hf"`: what `merge` writes; an adapter becomes a PEFT folder. `"sharded"`: a file of torch's Hugging Face
+            writer, which training frameworks read with `HuggingFaceStorageReader`; `reshard` writes several. `"dcp"`:
+            `.distcp` and `.metadata` of `torch.distributed.checkpoint`, the state dict below `"model"`, for frameworks
+            that resume from nothing else; written by torch itself, which is imported, with one tensor in memory at a
+            time.
+        section: see `inspect`.
+        threads: see `merge`; as `fsync` and `progress`.
     """
     if to == "hf":
         return merge(source, destination, section=section, threads=threads, fsync=fsync, progress=progress)
@@ -56,9 +59,18 @@ def convert(
             fsync=fsync,
             progress=progress,
         )
+    return _to_dcp(source, Path(destination).absolute(), section, fsync, progress)
+
+
+def _to_dcp(
+    source: str | os.PathLike[str],
+    target: Path,
+    section: str | None,
+    fsync: bool,
+    progress: Callable[[int, int], None] | None,
+) -> MergeReport:
     started = time.monotonic()
     inventory = inspect(source, section=section)
-    target = Path(destination).absolute()
     require_free(target, inventory.path, False)
     inventory.require_whole()
     if inventory.adapter:

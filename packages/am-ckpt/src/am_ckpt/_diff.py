@@ -103,10 +103,13 @@ def diff(
     as `optim/<name>`. A mapping that only one of them carries is applied, so that a step compares with what it was
     merged to; the second name of a tensor that is tied, by config.json too, stands for the first. Where one alone has
     torchtitan's own names, it is compared as `merge` would write it, by the config.json of the other or its own;
-    where there is none that describes it, by the names as they are, and `notes` say so. `tensors`: a pattern of
-    names, such as `"*.layers.0.*"`. `section`: see `inspect`, of those that have any.
+    where there is none that describes it, by the names as they are, and `notes` say so.
 
     Memory: headers and less than 64 MiB. Raises as `inspect`, and `ValueError` where one is not whole.
+
+    Args:
+        tensors: a pattern of names, such as `"*.layers.0.*"`.
+        section: see `inspect`; of the folders that have any.
     """
     if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
         raise ArgumentError(f"atol={atol} and rtol={rtol} must be numbers that are not negative")

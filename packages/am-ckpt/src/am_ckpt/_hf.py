@@ -55,26 +55,28 @@ def load_hf(
 ) -> None:
     """Fill `model` with the weights of a Hugging Face folder, in place. Collective: every rank calls it.
 
-    `model` may be on the meta device, whole or sharded (DTensor): tensors on meta get memory on `device` (default:
-    the mesh's device for shards, the CPU for the rest), real ones keep theirs; tied weights stay tied. Each rank reads
-    only the byte ranges of its own shards. Values are cast to the parameter's dtype where both are floating point.
-    Buffers that no file holds (rotary frequencies) are recomputed by the modules themselves.
+    Each rank reads only the byte ranges of its own shards. Values are cast to the parameter's dtype where both are
+    floating point; tied weights stay tied. Buffers that no file holds (rotary frequencies) are recomputed by the
+    modules themselves.
 
-    `folder` holds `model.safetensors`, or the files that `model.safetensors.index.json` names. None reads
-    nothing: everything must match `initialise`.
+    Args:
+        model: may be on the meta device, whole or sharded (DTensor): tensors on meta get memory, real ones keep theirs.
+        folder: holds `model.safetensors`, or the files that `model.safetensors.index.json` names. None reads nothing:
+            everything must match `initialise`.
+        mapping: where files and module differ: `{"file": name in the file, "parameter": name in the module, "slice":
+            [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
+            file}`. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
+        initialise: shell-style patterns of parameters that are initialised instead of loaded, by `initialiser` if
+            given, else by the module's own code (`reset_parameters`, transformers' `_init_weights`).
+        device: where tensors on meta get memory; None: the mesh's device for shards, the CPU for the rest.
+        ignore: patterns of names in the files that the model does without.
+        initialiser: called with a module, sets the first values of what it holds.
+        seed: with the parameter's name, all that initialised values depend on.
 
-    `mapping` lists where files and module differ: `{"file": name in the file, "parameter": name in the module,
-    "slice": [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
-    file}`. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
-
-    `initialise`: shell-style patterns of parameters that are initialised instead of loaded, by
-    `initialiser(module)` if given, else by the module's own code (`reset_parameters`, transformers'
-    `_init_weights`); the values depend on the parameter's name and `seed` alone. `ignore`: patterns of names in
-    the files that the model does without.
-
-    Any other name that is missing or left over, and any shape or dtype that does not fit, raises one `ValueError`
-    with counts and nearest names before anything is touched. Damaged or missing files raise `ValueError` and
-    `FileNotFoundError`.
+    Raises:
+        ValueError: any other name is missing or left over, or a shape or dtype does not fit: one error with counts and
+            nearest names, before anything is touched. Or a file is damaged.
+        FileNotFoundError: a file is missing.
     """
     path = Path(folder) if folder is not None else None
     context = f"{path} was not loaded" if path is not None else "the model was not initialised"
@@ -234,17 +236,18 @@ def save_hf(
 ) -> None:
     """Write `model`, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
 
-    Weights go to `model.safetensors`, or to several files with an index where they exceed `max_shard_size` (bytes,
-    or text such as `"5GB"`). Every rank writes the ranges of its own shards, so memory stays bounded and `folder`
-    must be on a file system that all ranks share. Tied weights are written once, dtypes are the model's, `mapping`
-    (see `load_hf`) is applied in reverse.
+    Every rank writes the ranges of its own shards, so memory stays bounded. Tied weights are written once, dtypes are
+    the model's. The folder appears complete or not at all. One that is there is replaced if it is empty or an export of
+    this function with nothing added; otherwise `FileExistsError`.
 
-    `files_from`: a folder whose config, tokenizer, chat template and code are copied (`hf_files`); `files`:
-    the contents of such files by name, which come first. Where neither has a config.json, a transformers model writes
-    its own; other models get weights alone.
-
-    The folder appears complete or not at all. An existing one is replaced if it is empty or an export of this function
-    with nothing added; otherwise `FileExistsError`.
+    Args:
+        folder: on a file system that all ranks share. Weights go to `model.safetensors` in it, or to several files with
+            an index where they exceed `max_shard_size`.
+        mapping: see `load_hf`; applied in reverse.
+        files_from: a folder whose config, tokenizer, chat template and code are copied (`hf_files`).
+        files: the contents of such files by name, which come first. Where neither has a config.json, a transformers
+            model writes its own; other models get weights alone.
+        max_shard_size: of a file: bytes, or text such as `"5GB"`.
     """
     target = Path(folder).absolute()
     context = f"{target} was not written"

@@ -79,24 +79,32 @@ def merge(
 ) -> MergeReport:
     """Write the model of checkpoint `source` as the Hugging Face folder `destination`; one process, no collective.
 
-    `source`: any folder that `inspect` recognises; it is only read. Weights go to `model.safetensors`, or to
-    files of at most `max_shard_size` (bytes, or `"5GB"`) with an index; an adapter stays one file. A mapping stored
-    in the checkpoint is applied, a tied head that equals its embedding is written once.
+    Weights go to `model.safetensors`, or to several files with an index; an adapter stays one file. A mapping stored in
+    the checkpoint is applied, a tied head that equals its embedding is written once. The destination appears complete
+    or not at all. Memory: headers, and less than 8 MiB a thread.
 
-    `like`: a folder whose config, tokenizer, chat template and code are carried along, before those of the source;
-    weights in it are compared by name and shape. `dtype`: `"float32"`, `"bfloat16"` or `"float16"` for the
-    floating-point tensors of 16 bits and more (config.json is changed accordingly); default: as stored.
-    `section`: see `inspect`. `threads`: default the number of cores, at most 8.
+    Args:
+        source: any folder that `inspect` recognises; it is only read.
+        like: a folder whose config, tokenizer, chat template and code are carried along, before those of the source;
+            weights in it are compared by name and shape.
+        max_shard_size: of a file: bytes, or text such as `"5GB"`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"` for the floating-point tensors of 16 bits and more (config.json
+            is changed accordingly); None: as stored.
+        section: see `inspect`.
+        threads: None: the number of cores, at most 8.
+        resume: after an interruption, go on where the last merge to the destination stopped; if source or arguments
+            have changed since, start from zero and say so.
+        overwrite: replace a destination that holds nothing but a model's files.
+        fsync: False does not wait for the disk: a power cut may lose the result, and nothing can be resumed.
+        digest: hash what is written and add `am_ckpt_digests.json`, by which `verify` finds a flipped bit wherever the
+            folder goes.
+        progress: called with bytes done and all bytes, from several threads.
 
-    The destination appears complete or not at all; an existing one raises `FileExistsError`, unless `overwrite` and
-    it holds nothing but a model's files. After an interruption `resume` goes on where the last merge to the
-    destination stopped; if source or arguments have changed since, it starts from zero and says so. `fsync=False`
-    does not wait for the disk: a power cut may then lose the result, and nothing can be resumed. `digest` hashes what
-    is written and adds `am_ckpt_digests.json`, by which `verify` finds a flipped bit wherever the folder goes.
-    `progress(done, total)` is called with numbers of bytes, from several threads.
-
-    Memory: headers, and less than 8 MiB a thread. Raises `ValueError` where parts are missing, overlapping, damaged
-    or unsafe, `FileNotFoundError` where files are, `OSError` where reading or writing fails.
+    Raises:
+        ValueError: parts are missing, overlapping, damaged or unsafe.
+        FileNotFoundError: files are missing.
+        FileExistsError: the destination is there, and is not to be, or cannot be, replaced.
+        OSError: reading or writing fails.
     """
     started = time.monotonic()
     if dtype is not None and dtype not in DTYPES:

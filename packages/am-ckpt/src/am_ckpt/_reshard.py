@@ -49,17 +49,20 @@ def reshard(
 ) -> MergeReport:
     """Write the tensors of checkpoint `source` as one shard file a rank; one process, no collective.
 
-    `mesh`: ranks of each axis, `{"dp": 4}` or `{"dp": 4, "tp": 2}`, outer first. Along `tp` a tensor is cut
-    on the dim that `placements` gives for its name (pattern -> dim, the first that matches, of an optimizer's tensors
-    by the name of their parameter), and is otherwise in the files of `tp` rank 0; along `dp` every part is then cut
-    on dim 0, as FSDP2 does. Pieces are those of `torch.chunk`; ranks beyond them hold nothing of a tensor.
-
     A step of the Checkpointer becomes such a step, with model, optimizer and state, whose digests are those of a source
-    that was found undamaged; it can take the place of the old one. Any other kind, and a step with `model_only`,
-    becomes a folder of shards as torch's Hugging Face writer names them, with the model alone, under the names of the
-    step's files (published ones where `layout="direct"` has applied a mapping). The destination must
-    not exist; it appears complete or not at all. `section`, `threads`, `resume`, `fsync`, `progress` and
-    errors: see `merge`.
+    that was found undamaged; it can take the place of the old one. Any other kind becomes a folder of shards as torch's
+    Hugging Face writer names them, with the model alone, under the names of the step's files (published ones where
+    `layout="direct"` has applied a mapping). The destination must not exist; it appears complete or not at all.
+    Errors are those of `merge`.
+
+    Args:
+        mesh: ranks of each axis, `{"dp": 4}` or `{"dp": 4, "tp": 2}`, outer first. Along `dp` every part is cut on dim
+            0, as FSDP2 does. Pieces are those of `torch.chunk`; ranks beyond them hold nothing of a tensor.
+        placements: pattern of names -> the dim that `tp` cuts; the first that matches, of an optimizer's tensors by the
+            name of their parameter. Other tensors are in the files of `tp` rank 0.
+        model_only: of a step of the Checkpointer, too, the model alone.
+        section: see `inspect`.
+        threads: see `merge`; as `resume`, `fsync` and `progress`.
     """
     started = time.monotonic()
     dp, tp = _ranks(mesh)

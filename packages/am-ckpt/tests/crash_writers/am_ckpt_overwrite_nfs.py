@@ -10,11 +10,24 @@ import am_ckpt
 import am_ckpt._io
 
 _overwrite = runpy.run_path(str(Path(__file__).with_name("am_ckpt_overwrite.py")))
-setup, save = _overwrite["setup"], _overwrite["save"]
-am_ckpt._io.exchange = lambda one, other: False
+
+
+def _without_exchange():
+    am_ckpt._io.exchange = lambda one, other: False
+
+
+def setup(folder):
+    _without_exchange()
+    _overwrite["setup"](folder)
+
+
+def save(folder, value):
+    _without_exchange()
+    _overwrite["save"](folder, value)
 
 
 def load(folder):
+    _without_exchange()
     # There is a moment without the destination; the next merge to it puts back what was there.
     with contextlib.suppress(FileExistsError):
         am_ckpt.merge(f"{folder}/step_000001", f"{folder}/merged")

@@ -8,10 +8,10 @@ image's size alone, so the processor is asked once a size. Pixels are made when 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,6 +98,9 @@ class VisionChatDataset:
         fingerprint = hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
         self._tokens = TokenDataset((row.example for row in kept), fingerprint=fingerprint)
         self._adapter = adapter
+        # Examples may be made in a loader's thread while the processor is in use, and a tokenizer is set (to pad, to
+        # cut) and asked in two calls.
+        self._own_adapter = dataclasses.replace(adapter, processor=copy.deepcopy(adapter.processor))
         self._masker = masker
         self._source = source
         self._indices = indices
@@ -142,7 +145,7 @@ class VisionChatDataset:
         images = self.images(index)
         if not images:
             return dict(example)
-        _, tensors = self._adapter.process(images)
+        _, tensors = self._own_adapter.process(images)
         return {**example, **tensors}
 
     def images(self, index: int) -> list[Image.Image]:
@@ -161,7 +164,7 @@ class VisionChatDataset:
         return [image for image, _ in loaded]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Kept:
     example: TextExample
     truncated: bool
@@ -169,7 +172,7 @@ class _Kept:
     images: list[bytes]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Masker:
     """One row to its tokens, its mask and the digests of its images."""
 
@@ -181,7 +184,7 @@ class _Masker:
     max_length: int | None
     truncation: bool
     # By the size of an image: the tokens that it becomes, and their text.
-    expansions: dict[tuple[int, int], tuple[NDArray[np.int64], str]] = field(default_factory=dict)
+    expansions: dict[tuple[int, int], tuple[NDArray[np.int64], str]] = dataclasses.field(default_factory=dict)
 
     def __call__(self, row: Row) -> _Kept | Refused:
         try:

@@ -120,8 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head = Head(
             hidden_TD if walk.index is None else hidden_TD[walk.index], weight, bias, walk.head.softcap, walk.head.scale
         )
-        gradients = _Gradients(head, walk.wanted, walk.chunk_size)
-        parts = _walk_chunks(head, gradients, walk)
+        parts, gradients = _walk_chunks(head, walk)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias, walk.index)
         ctx.hidden_shape = hidden_TD.shape
         ctx.dtype = weight.dtype
@@ -184,8 +183,8 @@ class _Gradients:
             self.weight.addmm_(gradient.t(), self.rows_ND[rows])
 
 
-def _walk_chunks(head: Head, gradients: _Gradients, walk: _Walk) -> list[Tensor]:
-    """The objective's parts summed over the `N` rows of `head.hidden`; their gradients are added to `gradients`."""
+def _walk_chunks(head: Head, walk: _Walk) -> tuple[list[Tensor], _Gradients]:
+    """The objective's parts summed over the `N` rows of `head.hidden`, and the gradients of their weighted sum."""
     objective, with_gradient = walk.objective, walk.wanted.any
     rows_ND, vocabulary = head.hidden, head.weight.shape[0]
     num_rows = rows_ND.shape[0]
@@ -195,6 +194,7 @@ def _walk_chunks(head: Head, gradients: _Gradients, walk: _Walk) -> list[Tensor]
     # The objective sees float32: in place where the logits have that dtype, else in a block of its own.
     block_size = size if rows_ND.is_cuda else min(max(objective.block_elements // vocabulary, 1), size)
     buffer = None if logits_CV.dtype == dtype else logits_CV.new_empty(block_size, vocabulary, dtype=dtype)
+    gradients = _Gradients(head, walk.wanted, size)
 
     parts = [rows_ND.new_zeros(len(objective.weights), 0, dtype=dtype)]
     for rows in _slices(num_rows, size):
@@ -215,7 +215,7 @@ def _walk_chunks(head: Head, gradients: _Gradients, walk: _Walk) -> list[Tensor]
             if buffer is not None:
                 block.copy_(values)
         gradients.add_chunk(rows, chunk)
-    return [part.sum() for part in torch.cat(parts, 1)]
+    return [part.sum() for part in torch.cat(parts, 1)], gradients
 
 
 def _slices(num_rows: int, size: int) -> Iterator[slice]:

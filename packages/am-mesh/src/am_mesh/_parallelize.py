@@ -30,13 +30,12 @@ def parallelize(
 ) -> nn.Module:
     """Make `model` train data-parallel over `dims`; changes it in place and returns it.
 
-    Every rank calls it with equal weights, or with a model on the meta device: then the layout comes first, and
-    `to_empty` and a checkpoint fill the shards. Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`:
-    divide the loss by a count over all ranks. Parameter names, tied weights and `requires_grad` stay as they are;
-    frozen parameters may have another dtype than trainable ones. Every rank must run every block in every micro-batch;
-    parameters within a block may go unused and count as a gradient of zero.
+    Every rank calls it with equal weights, or with a model on the meta device, whose shards are filled afterwards.
+    Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`: divide the loss by a count over all ranks.
+    Parameter names, tied weights and `requires_grad` stay as they are; frozen parameters may have another dtype. Every
+    rank must run every block in every micro-batch; parameters within one may go unused: a gradient of zero.
 
-    Arguments:
+    Args:
         dims: what `ParallelDims.build` returned. `dp_replicate > 1` under "fsdp2" is HSDP.
         strategy: "fsdp2" shards parameters, gradients and optimizer state; "ddp" keeps them whole on every rank.
         recompute: "full" recomputes each block in the backward instead of storing its activations.
@@ -54,24 +53,7 @@ def parallelize(
     Raises `ValueError` for an unknown strategy or recompute mode, a non-floating dtype, an axis that data parallelism
     does not use (`cp`, `tp`, `pp`, `ep` above 1), a name in `forward_methods` that the model lacks.
     """
-    _check(strategy, STRATEGIES, "strategy")
-    _check(recompute, RECOMPUTE, "recompute")
-    for axis in ("cp", "tp", "pp", "ep"):
-        if dims.sizes[axis] > 1:
-            raise ValueError(
-                f"{axis}={dims.sizes[axis]} is not supported by parallelize yet, only data parallelism; use {axis}=1"
-            )
-    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"{name}={dtype} is not a floating-point dtype; choose torch.bfloat16 or torch.float32")
-    if strategy == "ddp" and reshard_after_forward is not None:
-        raise ValueError(f"reshard_after_forward={reshard_after_forward} needs strategy='fsdp2': ddp shards nothing")
-    missing = [name for name in forward_methods if name not in dir(model)]
-    if missing:
-        raise ValueError(
-            f"forward_methods={missing} are not methods of {type(model).__name__}; install them before parallelize"
-        )
-
+    _check_request(model, dims, strategy, recompute, param_dtype, reduce_dtype, reshard_after_forward, forward_methods)
     if recompute == "full":
         recompute_blocks(model, blocks=blocks)
     if dims.world_size == 1 and _stored_in(model, param_dtype):
@@ -94,6 +76,36 @@ def parallelize(
         forward_methods=forward_methods,
         blocks=blocks,
     )
+
+
+def _check_request(
+    model: nn.Module,
+    dims: ParallelDims,
+    strategy: str,
+    recompute: str,
+    param_dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool | None,
+    forward_methods: Sequence[str],
+) -> None:
+    """Refuse what `parallelize` cannot honour, before anything is changed."""
+    _check(strategy, STRATEGIES, "strategy")
+    _check(recompute, RECOMPUTE, "recompute")
+    for axis in ("cp", "tp", "pp", "ep"):
+        if dims.sizes[axis] > 1:
+            raise ValueError(
+                f"{axis}={dims.sizes[axis]} is not supported by parallelize yet, only data parallelism; use {axis}=1"
+            )
+    for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{name}={dtype} is not a floating-point dtype; choose torch.bfloat16 or torch.float32")
+    if strategy == "ddp" and reshard_after_forward is not None:
+        raise ValueError(f"reshard_after_forward={reshard_after_forward} needs strategy='fsdp2': ddp shards nothing")
+    missing = [name for name in forward_methods if name not in dir(model)]
+    if missing:
+        raise ValueError(
+            f"forward_methods={missing} are not methods of {type(model).__name__}; install them before parallelize"
+        )
 
 
 def _check(value: str, choices: tuple[str, ...], name: str) -> None:

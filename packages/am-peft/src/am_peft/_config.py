@@ -145,9 +145,7 @@ def _plain_rules(
     rules = copy.copy(config)
     rules.modules_to_save = [re.escape(name) for name in saved] or None
     if not isinstance(config.exclude_modules, str):
-        entries = config.exclude_modules or []
-        matched = [name for entry in entries if "*" in entry for name in names if fnmatch.fnmatchcase(name, entry)]
-        rules.exclude_modules = [entry for entry in entries if "*" not in entry] + matched
+        rules.exclude_modules = _without_wildcards(config.exclude_modules or [], names)
     if isinstance(config.target_modules, str):
         expanded = _maybe_include_all_linear_layers(rules, model)
         assert isinstance(expanded, LoraConfig)
@@ -157,6 +155,14 @@ def _plain_rules(
     targets = config.target_modules or []
     rules.target_modules = [entry for entry in targets if "*" not in entry]
     return rules, [entry for entry in targets if "*" in entry]
+
+
+def _without_wildcards(entries: Iterable[str], names: list[str]) -> list[str]:
+    """`entries` with each wildcard replaced by the `names` that it matches."""
+    written = [
+        [name for name in names if fnmatch.fnmatchcase(name, entry)] if "*" in entry else [entry] for entry in entries
+    ]
+    return [name for group in written for name in group]
 
 
 def _modules_to_save(config: LoraConfig, names: list[str], strict: bool) -> list[str]:

@@ -80,9 +80,11 @@ def _worker(connection: multiprocessing.connection.Connection) -> None:
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
         )
         try:
+            # torch.distributed has it by a star import, which type checkers do not count as public.
+            store = dist.FileStore(store_path, world_size)  # type: ignore[attr-defined]
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(store_path, world_size),
+                store=store,
                 rank=rank,
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=timeout),

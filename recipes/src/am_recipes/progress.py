@@ -1,11 +1,28 @@
-"""Told to stop: a signal on one rank ends the run of all of them after the same step."""
+"""How far a run is, what it draws there, and when it is told to stop."""
 
 from __future__ import annotations
 
+import hashlib
 import signal
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 
+import torch
+
 import am_mesh
+
+
+class Progress:
+    """How far a run is: optimizer steps done. Checkpointed beside the model."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step = state["step"]
 
 
 class StopSignal:
@@ -29,3 +46,9 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
+
+
+def seed_everything(seed: int, *coordinates: int) -> None:
+    """Seed torch on every device from `seed` and where in the run we are."""
+    digest = hashlib.blake2b(repr((seed, *coordinates)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
