@@ -471,7 +471,7 @@ def test_router_losses_without_a_router(run: Runner) -> None:
         ({"style": "cosin"}, r"config.yaml:\d+: lr_scheduler.style: .*'cosin'.*did you mean 'cosine'", 2),
         (
             {"style": "cosine"},
-            r"config.yaml:\d+: lr_scheduler: decay_steps=4 is for style='wsd'; style='cosine' has no such phase, leave it",
+            r"config.yaml:\d+: lr_scheduler: decay_steps=4 is for style='wsd'; style='cosine' has no such phase, leave",
             2,
         ),
         ({"warmup_steps": 11}, "warmup_steps=11 is longer than the run of total_steps=10; lower it", 1),
