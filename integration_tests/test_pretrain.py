@@ -450,7 +450,7 @@ def test_windows_longer_than_the_data(run: Runner) -> None:
 @pytest.mark.parametrize("budget", [{"max_steps": 11}, {"max_tokens": 10 * 4 * WINDOW + 1}])
 def test_runs_longer_than_the_data(run: Runner, budget: dict[str, int]) -> None:
     run.refuses(
-        "the run is to have 11 steps, but num_epochs=1 over 40 windows has 10; lower max_steps or max_tokens, or "
+        "the run is to have 11 steps, but num_epochs=1 of the dataset are 10; lower max_steps or max_tokens, or "
         "repeat the data with num_epochs=2",
         {"step_scheduler": budget},
     )
@@ -458,9 +458,10 @@ def test_runs_longer_than_the_data(run: Runner, budget: dict[str, int]) -> None:
 
 def test_router_losses_without_a_router(run: Runner) -> None:
     run.refuses(
-        "moe.balance_loss=0.1 and moe.z_loss=0.0 are for models with experts, and am-models declares no router of "
-        "llama; leave the section out",
+        r"config.yaml:\d+: moe: balance_loss=0.1 and z_loss=0.0 are for models with experts, and am-models declares no "
+        "router of llama; leave the section out",
         {"moe": {"balance_loss": 0.1}},
+        status=2,
     )
 
 
@@ -470,7 +471,7 @@ def test_router_losses_without_a_router(run: Runner) -> None:
         ({"style": "cosin"}, r"config.yaml:\d+: lr_scheduler.style: .*'cosin'.*did you mean 'cosine'", 2),
         (
             {"style": "cosine"},
-            r"config.yaml:\d+: lr_scheduler: decay_steps=4 means nothing to style 'cosine'; .*wsd",
+            r"config.yaml:\d+: lr_scheduler: decay_steps=4 is for style='wsd'; style='cosine' has no such phase, leave",
             2,
         ),
         ({"warmup_steps": 11}, "warmup_steps=11 is longer than the run of total_steps=10; lower it", 1),
@@ -479,7 +480,7 @@ def test_router_losses_without_a_router(run: Runner) -> None:
             "decay_steps=9 must be between 1 and 8, the steps of total_steps=10 that follow step 2",
             1,
         ),
-        ({"min_lr": 0.1}, r"lr_scheduler.min_lr=0.1 is above optimizer.lr=0.003; lower it", 2),
+        ({"min_lr": 0.1}, r"config.yaml:\d+: lr_scheduler: min_lr=0.1 is above the learning rate 0.003; lower it", 2),
     ],
 )
 def test_schedules_that_cannot_be(run: Runner, schedule: dict[str, Any], message: str, status: int) -> None:

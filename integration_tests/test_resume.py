@@ -135,7 +135,11 @@ def test_fewer_steps_than_done_are_refused(uninterrupted: Path) -> None:
     assert sft.main(tiny(run_dir, step_scheduler__max_steps="2", **constant)) == 0
     with pytest.raises(ValueError, match="is at step 2, and the run would end at step 1"):
         sft.main(tiny(run_dir, step_scheduler__max_steps="1", **constant))
-    assert json.loads((run_dir / "run.json").read_text())["finished"] == {"max_steps": 2, "num_epochs": None}
+    assert json.loads((run_dir / "run.json").read_text())["finished"] == {
+        "max_steps": 2,
+        "num_epochs": None,
+        "max_tokens": None,
+    }
     assert sft.main(tiny(run_dir, step_scheduler__max_steps="3", **constant)) == 0
     assert metrics(run_dir)[-1]["step"] == 3
 

@@ -98,7 +98,8 @@ def build(
     if peft is not None:
         checks.require_adapter_alone(model)
     report = _optimize(config, model, losses)
-    mapping = am_models.weight_map(model, folder)
+    checks.require_loss(config.loss_fn.callable(), model, device)
+    mapping = _weight_map(model, folder)
     files = model_files(model, tokenizer, folder)
     router = routing.routing(config, model, report)
     fresh = ("*lora_*",) if folder else ("*",)
@@ -128,7 +129,7 @@ def build_teacher(
     if _optimize(config, model, losses).router:
         # It trains nothing, so nobody asks for an auxiliary loss of its router.
         model.config.get_text_config().output_router_logits = False
-    mapping = am_models.weight_map(model, folder)
+    mapping = _weight_map(model, folder)
     model.requires_grad_(False).eval()
     _lay_out(config, model, layout, dims, device, folder, mapping, () if folder else ("*",), "teacher_model")
     if separate_documents:
@@ -170,6 +171,13 @@ def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Ta
     for key, target in losses.items():
         checks.require_loss_function(report, target, key)
     return report
+
+
+def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, Any]]:
+    if folder is not None:
+        # Names are read without a look at the file they are in; this says what is wrong with it.
+        am_ckpt.inspect(folder)
+    return am_models.weight_map(model, folder)
 
 
 def _lay_out(

@@ -55,7 +55,6 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,

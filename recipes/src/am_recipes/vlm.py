@@ -61,7 +61,6 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
     loss_fn = config.loss_fn.callable()
-    checks.require_loss(loss_fn, model, device)
     built = build.build(
         config,
         model,
