@@ -27,12 +27,11 @@ from am_recipes.progress import Progress, Step, StopSignal, seed_everything
 class Run:
     """One run from its first step, or the newest checkpoint, to its end. Every rank makes one and calls all of it.
 
-    Use it as a context manager, so that an error ends the record. Made last, once everything it saves is there: it
-    restores `state` from the newest checkpoint, as `checkpoint.resume` says.
+    Use it as a context manager, so that an error ends the record. Made last: it restores `state` from the newest
+    checkpoint, as `checkpoint.resume` says.
 
     Args:
-        state: everything a checkpoint holds, by name; `model`, `optimizer`, `schedule` (a torch scheduler),
-            `data` (the loader of the run) and `progress` among it.
+        state: everything a checkpoint holds, by name; `schedule` (a torch scheduler) and `progress` among it.
         total_steps: optimizer steps of the whole run.
         weights: what a checkpoint says of the model beside its tensors.
     """
