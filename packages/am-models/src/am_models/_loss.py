@@ -204,6 +204,13 @@ def _check_inputs(family: str, rows: Rows, inputs: Mapping[str, torch.Tensor]) -
         check_image_keys(family, rows.vision, inputs)
 
 
+def further_targets(loss_fn: Loss[object]) -> tuple[str, ...]:
+    parameters = inspect.signature(loss_fn).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][3:]
+    named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return tuple(p.name for p in named if p.name not in _HEAD and p.default is p.empty)
+
+
 def _further_targets(
     family: str, rows: Rows, targets: Mapping[str, torch.Tensor], loss_fn: Loss[object] | None
 ) -> dict[str, torch.Tensor]:
