@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import assert_close, documents, linear_cross_entropy, stock
+from tiny_models import EXPERTS, SMALL, assert_close, documents, image_rows, joined, linear_cross_entropy, stock
 
 import am_models
 from am_testing import run_distributed
@@ -62,6 +62,7 @@ def test_value_and_gradients_equal_stock(family, kernels, recomputed):
     reference = stock(family)
     model = copy.deepcopy(reference)
     report = am_models.optimize(model, kernels=kernels)
+    assert report.router
     assert report.parts["experts"].startswith("am_moe" if kernels == "auto" else "stock")
     if recomputed:
         recompute(model, use_reentrant=False)
@@ -115,11 +116,26 @@ def test_a_configured_router_loss_is_replaced_by_a_given_one():
 def test_models_without_a_declared_router_refuse():
     for family in ("llama", "gpt2"):
         model = stock(family)
-        am_models.optimize(model)
+        assert not am_models.optimize(model).router
         with pytest.raises(ValueError, match=f"no router of {family} is declared; leave it out"):
             am_models.forward_with_loss(
                 model, linear_cross_entropy, *am_models.split_batch(model, documents([4])), router_loss=_weighted
             )
+
+
+@pytest.mark.parametrize("output_router_logits", [False, True])
+def test_a_model_of_images_and_text_has_no_router_loss(output_router_logits):
+    text = {**SMALL, **EXPERTS, "model_type": "qwen3_moe", "output_router_logits": output_router_logits}
+    model = stock("idefics3", text_config=text)
+    report = am_models.optimize(model)
+    assert report.parts["experts"] == "am_moe (2 layers)"
+    assert not report.router
+    inputs, targets = am_models.split_batch(model, joined("idefics3", image_rows("idefics3", [1])))
+    am_models.forward_with_loss(model, linear_cross_entropy, inputs, targets).backward()
+    assert model.model.text_model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+    model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="router_loss given, but idefics3 is a model of images and text"):
+        am_models.forward_with_loss(model, linear_cross_entropy, inputs, targets, router_loss=_weighted)
 
 
 def test_router_logits_without_a_graph_are_refused():

@@ -99,13 +99,14 @@ def forward_with_loss(
             which reach it as keyword arguments. `split_batch` tells them from the inputs.
         router_loss: `router_loss(router_logits, document_ids)`, for a family with routers (qwen2_moe, qwen3_moe,
             mixtral), is added: a scalar sum from one `[T, E]` per layer, T = B * S, and the document ids or None.
+            Not for models of images and text.
 
     Raises:
         ValueError: before anything runs: a key that the family does not declare or that the loss does not take, a
             missing target that the loss needs, further targets where logits are materialised, images without the
             position ids that they need, the family's own router loss switched on (`output_router_logits`) without
-            `router_loss`, since it would be missing from the result; after the forward: router logits that were not
-            recorded.
+            `router_loss`, since it would be missing from the result, a `router_loss` for a model without a declared
+            router or of images and text; after the forward: router logits that were not recorded.
     """
     method = vars(model).get("forward_with_loss")
     if method is None:
@@ -147,7 +148,7 @@ def _forward_with_loss(
     _check_inputs(self.config.model_type, rows, inputs)
     asked = None if family is None or head is None else loss_fn
     further = _further_targets(self.config.model_type, rows, targets, asked)
-    _check_router_loss(config, family, router_loss)
+    _check_router_loss(self, rows, router_loss)
     document_ids = inputs.get("document_ids")
     arguments: dict[str, Any] = {**image_inputs(self, inputs), "use_cache": False}
     # Stock attention finds packed documents in position_ids and needs no padding mask: padding comes last in a row.
@@ -178,8 +179,8 @@ def _forward_with_loss(
         if router_loss is None:
             return result
         loss = cast(torch.Tensor, result)  # A router loss is added to a tensor; a NamedTuple has no such sum.
-    if router_loss is not None and family is not None:
-        _check_recorded(self, family, outputs.router_logits)
+    if router_loss is not None and rows.with_router is not None:
+        _check_recorded(self, rows.with_router, outputs.router_logits)
         ids = None if document_ids is None else document_ids.to(inputs["input_ids"].device)
         loss = loss + router_loss(outputs.router_logits, ids)
     # The loss function was not asked, or what it gave is a tensor: of ResultT only a tensor can come here.
@@ -250,13 +251,16 @@ def _name_of(loss_fn: Loss[object]) -> str:
     return function.__qualname__ if inspect.isroutine(function) else type(function).__qualname__
 
 
-def _check_router_loss(config: PreTrainedConfig, family: Family | None, router_loss: RouterLoss | None) -> None:
-    has_router = family is not None and family.router is not None
-    if router_loss is not None and not has_router:
-        raise ValueError(f"router_loss given, but no router of {config.model_type} is declared; leave it out")
-    if router_loss is None and has_router and config.output_router_logits:
+def _check_router_loss(model: PreTrainedModel, rows: Rows, router_loss: RouterLoss | None) -> None:
+    name = model.config.model_type
+    if router_loss is not None and rows.with_router is None:
+        reason = f"no router of {name} is declared"
+        if rows.vision is not None:
+            reason = f"{name} is a model of images and text, which hands out no router logits of its language model"
+        raise ValueError(f"router_loss given, but {reason}; leave it out")
+    if router_loss is None and rows.with_router is not None and model.config.output_router_logits:
         raise ValueError(
-            f"{config.model_type}: output_router_logits=True adds a router loss that forward_with_loss does not "
+            f"{name}: output_router_logits=True adds a router loss that forward_with_loss does not "
             "compute; set model.config.output_router_logits = False and give router_loss"
         )
 

@@ -26,7 +26,7 @@ class OptimizeReport:
 
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
     loss: what `forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
-    router: whether `forward_with_loss` takes a `router_loss`.
+    router: whether `forward_with_loss` takes a `router_loss`; never for a model of images and text.
     """
 
     family: str
@@ -88,7 +88,7 @@ def optimize(
         family=model.config.model_type,
         parts={part: swap.text for part, swap in swaps.items()},
         loss=install_forward_with_loss(model, rows),
-        router=rows.language is not None and rows.language.router is not None,
+        router=rows.with_router is not None,
     )
 
 

@@ -26,6 +26,11 @@ class Rows(NamedTuple):
     language: Family | None
     vision: VisionFamily | None
 
+    @property
+    def with_router(self) -> Family | None:
+        """The family, where transformers records its router logits: not below a model of images and text."""
+        return self.language if self.vision is None and self.language and self.language.router else None
+
 
 def rows_of(model: PreTrainedModel) -> Rows:
     """The rows that `keep_rows` left on this instance, else those of its configuration in the tables."""
