@@ -239,7 +239,7 @@ def test_errors_of_other_ranks_have_files_of_their_own_and_success_removes_them(
 
     monkeypatch.setenv("RANK", "3")
     assert errors.reported(fail, debug=False, run_dir=tmp_path) == 1
-    assert "[rank 3] error: 'of the user' (traceback: " in capsys.readouterr().err
+    assert "[rank 3] error: KeyError: 'of the user' (traceback: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["error.rank3.txt"]
     assert errors.reported(lambda: 75, debug=False, run_dir=tmp_path) == 75
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +254,7 @@ def test_a_run_directory_that_cannot_be_written_does_not_hide_the_error(tmp_path
     assert errors.reported(fail, debug=False, run_dir=tmp_path / "file" / "run") == 1
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
-    assert told.endswith("error: 'of the user'\n")
+    assert told.endswith("error: KeyError: 'of the user'\n")
 
 
 def test_a_refusal_before_the_run_begins_leaves_no_trace(folder, capsys):

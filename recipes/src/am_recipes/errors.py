@@ -1,7 +1,7 @@
 """What is said about an exception that ends a command, and the exit status it means.
 
 A message alone is for mistakes that a person can mend by reading it: a wrong config, value or file. Everything else
-shows where it happened. Whatever ends a run but a wrong config is also written with its traceback into the run
+shows where it happened. Once a run has begun, whatever ends it is also written with its traceback into the run
 directory.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from am_recipes.settings import ConfigError
+from am_recipes.sinks import record
 
 # FloatingPointError: a loss that is no number, see `am_recipes.checks.require_finite`.
 MESSAGES = (ValueError, OSError, FloatingPointError)
@@ -35,6 +36,7 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
     """
     rank = os.environ.get("RANK", "0")
     file = None if run_dir is None else run_dir / ("error.txt" if rank == "0" else f"error.rank{rank}.txt")
+    before = _record(run_dir)
     try:
         status = function()
     except KeyboardInterrupt:
@@ -42,6 +44,8 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
         return 130
     except Exception as error:  # noqa: BLE001 - here the program ends, and every exception is reported
         is_message = isinstance(error, MESSAGES)
+        begun = not is_message or _record(run_dir) != before
+        written = file if file is not None and begun and _write(file) else None
         if debug or not is_message:
             traceback.print_exc()
         if isinstance(error, ConfigError):
@@ -53,7 +57,7 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
             print(error, file=sys.stderr)
             return 2
         what = str(error) if is_message else f"{type(error).__name__}: {error}"
-        where = f" (traceback: {file})" if file is not None and _write(file) else ""
+        where = f" (traceback: {written})" if written else " (--debug shows where)" if is_message and not debug else ""
         print(f"{_prefix(rank)}{what}{where}", file=sys.stderr)
         return 1
     if file is not None:
@@ -63,6 +67,12 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
 
 def _prefix(rank: str) -> str:
     return "error: " if rank == "0" else f"[rank {rank}] error: "
+
+
+def _record(run_dir: Path | None) -> bytes | None:
+    """The record of the run, which every launch is added to once it begins; None where there is none."""
+    file = None if run_dir is None else run_dir / record.NAME
+    return file.read_bytes() if file is not None and file.is_file() else None
 
 
 def _write(file: Path) -> bool:
