@@ -170,6 +170,11 @@ def test_a_users_row_wins_over_the_table():
         ),
         ({"softcap": "head_capp"}, r"Family\(softcap='head_capp'\)"),
         ({"activation": "hidden_acts"}, r"Family\(activation='hidden_acts'\).*hidden_act"),
+        ({"router": "MineMLP"}, r"Family\(experts_per_token='num_experts_per_tok'\): .* mine has no key 'num_experts_"),
+        (
+            {"router": "MineMLP", "experts_per_token": "num_hidden_layers"},
+            r"Family\(router='MineMLP'\): the configuration of mine has no key 'output_router_logits'",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(changes, message):
@@ -178,6 +183,16 @@ def test_rows_that_do_not_fit_are_refused(changes, message):
         am_models.optimize(model, family=dataclasses.replace(MINE, **changes))
     assert not any("forward" in vars(module) for module in model.modules())
     assert am_models.optimize(model).loss.startswith("logits")
+
+
+def test_a_users_row_says_how_many_experts_a_token_uses():
+    row = dataclasses.replace(am_models.FAMILIES["qwen3_moe"], experts_per_token="num_key_value_heads")
+    changes = {"num_experts_per_tok": 3, "num_key_value_heads": 1}
+    assert am_models.optimize(stock("qwen3_moe", **changes)).num_experts_per_token == 3
+    assert am_models.optimize(stock("qwen3_moe", **changes), family=row).num_experts_per_token == 1
+    row = dataclasses.replace(row, experts_per_token="hidden_act")
+    with pytest.raises(ValueError, match=r"experts_per_token='hidden_act'\): 'silu' in .* is no number of experts"):
+        am_models.optimize(stock("qwen3_moe"), family=row)
 
 
 class MineVisionConfig(transformers.LlavaConfig):

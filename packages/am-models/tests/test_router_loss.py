@@ -63,6 +63,7 @@ def test_value_and_gradients_equal_stock(family, kernels, recomputed):
     model = copy.deepcopy(reference)
     report = am_models.optimize(model, kernels=kernels)
     assert report.router
+    assert report.num_experts_per_token == reference.config.num_experts_per_tok == 2
     assert report.parts["experts"].startswith("am_moe" if kernels == "auto" else "stock")
     if recomputed:
         recompute(model, use_reentrant=False)
@@ -116,7 +117,9 @@ def test_a_configured_router_loss_is_replaced_by_a_given_one():
 def test_models_without_a_declared_router_refuse():
     for family in ("llama", "gpt2"):
         model = stock(family)
-        assert not am_models.optimize(model).router
+        report = am_models.optimize(model)
+        assert not report.router
+        assert report.num_experts_per_token is None
         with pytest.raises(ValueError, match=f"no router of {family} is declared; leave it out"):
             am_models.forward_with_loss(
                 model, linear_cross_entropy, *am_models.split_batch(model, documents([4])), router_loss=_weighted
@@ -130,6 +133,7 @@ def test_a_model_of_images_and_text_has_no_router_loss(output_router_logits):
     report = am_models.optimize(model)
     assert report.parts["experts"] == "am_moe (2 layers)"
     assert not report.router
+    assert report.num_experts_per_token is None
     inputs, targets = am_models.split_batch(model, joined("idefics3", image_rows("idefics3", [1])))
     am_models.forward_with_loss(model, linear_cross_entropy, inputs, targets).backward()
     assert model.model.text_model.layers[0].mlp.gate.weight.grad.abs().max() > 0

@@ -35,7 +35,8 @@ class Family:
     softcap: configuration key of `tanh(logits / c) * c`; None or a null value: not applied.
     scale, inverse_scale: configuration key whose value multiplies or divides the logits (before the soft-cap).
     router: class whose first output are the router logits [T, E] that transformers records and, when
-        `config.output_router_logits` is set, adds a loss of.
+        `config.output_router_logits` is set, adds a loss of. The configuration must have that key.
+    experts_per_token: with a router, configuration key of how many experts a token uses.
     default_attention: beside sdpa, what transformers chooses where the user names no `attn_implementation`.
     """
 
@@ -50,6 +51,7 @@ class Family:
     scale: str | None = None
     inverse_scale: str | None = None
     router: str | None = None
+    experts_per_token: str = "num_experts_per_tok"
     default_attention: str = "sdpa"
 
 

@@ -27,12 +27,14 @@ class OptimizeReport:
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
     loss: what `forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
     router: whether `forward_with_loss` takes a `router_loss`; never for a model of images and text.
+    num_experts_per_token: how many experts that router gives a token to; None without one.
     """
 
     family: str
     parts: Mapping[str, str]
     loss: str
     router: bool
+    num_experts_per_token: int | None
 
     def __str__(self) -> str:
         rows = [*self.parts.items(), ("loss", self.loss)]
@@ -84,11 +86,13 @@ def optimize(
     for swap in swaps.values():
         if swap.apply is not None:
             swap.apply()
+    routed = rows.with_router
     return OptimizeReport(
         family=model.config.model_type,
         parts={part: swap.text for part, swap in swaps.items()},
         loss=install_forward_with_loss(model, rows),
-        router=rows.with_router is not None,
+        router=routed is not None,
+        num_experts_per_token=None if routed is None else getattr(model.config, routed.experts_per_token),
     )
 
 

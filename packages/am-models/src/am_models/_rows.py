@@ -121,13 +121,20 @@ def _check_family(family: Family, config: PreTrainedConfig) -> None:
     keys = {fact: facts[fact] for fact in _CONFIG_KEYS if facts[fact] is not None}
     if family.activation is not None and (family.gated_mlp or family.experts):
         keys["activation"] = family.activation
+    if family.router is not None:
+        keys |= {"experts_per_token": family.experts_per_token, "router": "output_router_logits"}
     known = config.to_dict()
     for fact, key in keys.items():
         if key not in known:
             raise ValueError(
-                f"Family({fact}={key!r}): the configuration of {config.model_type} has no such key"
+                f"Family({fact}={facts[fact]!r}): the configuration of {config.model_type} has no key {key!r}"
                 f"{_nearest(key, known)}"
             )
+    if family.router is not None and not isinstance(known[family.experts_per_token], int):
+        raise ValueError(
+            f"Family(experts_per_token={family.experts_per_token!r}): {known[family.experts_per_token]!r} in the "
+            f"configuration of {config.model_type} is no number of experts; give the key of an int"
+        )
 
 
 def _check_vision_family(vision: VisionFamily, model: PreTrainedModel) -> None:
