@@ -563,4 +563,4 @@ def test_tracebacks_are_for_bugs(run: Runner, losses: str) -> None:
     status, text = run({"loss_fn": wrong, "validation_dataset": None})
     assert status == 1
     assert "Traceback" in text
-    assert "error: '>' not supported between instances of 'int' and 'str'" in text
+    assert "error: TypeError: '>' not supported between instances of 'int' and 'str'" in text

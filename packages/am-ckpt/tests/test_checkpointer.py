@@ -273,7 +273,7 @@ def test_steps_that_are_links_are_loaded_and_never_deleted(tmp_path: Path) -> No
 def test_a_link_to_nowhere_is_not_a_fresh_start(tmp_path: Path) -> None:
     (tmp_path / "step_000003").symlink_to(tmp_path / "moved")
     checkpoints = am_ckpt.Checkpointer(tmp_path)
-    with pytest.raises(RuntimeError, match=r"none of the 1 checkpoints is whole: .*step_000003 is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints is whole: .*step_000003 is not a checkpoint"):
         checkpoints.load({"model": model_of()})
     with pytest.warns(UserWarning, match="set a damaged checkpoint aside"):
         checkpoints.save(3, {"model": model_of(3)})
@@ -589,7 +589,7 @@ def test_nothing_but_damaged_steps_is_an_error_not_a_fresh_start(tmp_path: Path)
     checkpoints = am_ckpt.Checkpointer(tmp_path)
     checkpoints.save(1, {"model": model_of()})
     truncate(tmp_path / "step_000001" / SHARD)
-    with pytest.raises(RuntimeError, match="none of the 1 checkpoints is whole"):
+    with pytest.raises(ValueError, match="none of the 1 checkpoints is whole"):
         checkpoints.load({"model": model_of()})
 
 

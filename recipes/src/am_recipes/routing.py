@@ -64,7 +64,7 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
     """
     asked = config.moe
     balance_loss = asked.balance_loss or 0.0
-    if not report.router:
+    if report.num_experts_per_token is None:
         if balance_loss or asked.z_loss:
             raise config.error(
                 "moe",
@@ -83,4 +83,4 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
                 "say how much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
             )
         text.output_router_logits = False
-    return Routing(settings["num_experts_per_tok"], balance_loss, asked.z_loss)
+    return Routing(report.num_experts_per_token, balance_loss, asked.z_loss)

@@ -25,15 +25,12 @@ def is_finished(config: RunConfig) -> bool:
     """Whether the very run that `config` describes has finished in its directory; says so where it has.
 
     Every rank calls this before anything is loaded or written. Raises NotADirectoryError or PermissionError where the
-    run could not write, ConfigError where the directory holds another run (with the keys that differ) or a record that
+    run could not write, ValueError where the directory holds another run (with the keys that differ) or a record that
     is broken.
     """
     run_dir = config.run_dir
     _require_writable(run_dir)
-    try:
-        finished = already_finished(run_dir, config.identity(), config.goal())
-    except ValueError as error:
-        raise config.error("run_dir", str(error)) from error
+    finished = already_finished(run_dir, config.identity(), config.goal())
     if finished:
         print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
     return finished

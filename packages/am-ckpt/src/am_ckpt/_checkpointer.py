@@ -192,7 +192,7 @@ class Checkpointer:
 
         `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. Damaged
         steps are skipped with a warning where the newest or best is looked for; a named one raises `ValueError`, as
-        does any that a newer release wrote. Where every step is damaged: `RuntimeError`. The number of ranks and the
+        does any that a newer release wrote. Where every step is damaged: `ValueError`. The number of ranks and the
         layout may differ from those that saved.
 
         Strict: the entries of `state` must be in the checkpoint, with the same parameter names, shapes, dtypes,
@@ -403,7 +403,7 @@ class Checkpointer:
                 warnings.warn(f"SKIPPED a damaged checkpoint, going back to {path.name}: {problem}", stacklevel=2)
             return path
         if problems:
-            raise RuntimeError(
+            raise ValueError(
                 f"none of the {len(problems)} checkpoints is whole: {'; '.join(problems[:3])}. Starting over must be "
                 "your decision: move them away or use another directory"
             )

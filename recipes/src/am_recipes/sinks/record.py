@@ -79,5 +79,5 @@ def load(run_dir: Path) -> Record:
         return Record(**{name: content[name] for name in Record.__dataclass_fields__ if name in content})
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{file} is not the record of a run ({error}); restore the file, or run again with a run_dir of its own"
+            f"{file} is not the record of a run ({error}); restore the file, or give this run its own run_dir"
         ) from error
