@@ -83,6 +83,33 @@ def test_further_targets_reach_the_loss_by_name():
     assert torch.equal(am_models.forward_with_loss(model, bound, inputs, targets), expected)
 
 
+def test_a_loss_says_which_targets_it_needs():
+    def by_position(hidden, weight, labels, shift_weights, bias, softcap, scale, shift_scores=None, **further):
+        return weighted_loss(
+            hidden, weight, labels, bias=bias, softcap=softcap, scale=scale, shift_weights=shift_weights
+        )
+
+    class Weighted:
+        def __call__(self, hidden, weight, labels, /, *, shift_weights, shift_scores, **head):
+            return weighted_loss(hidden, weight, labels, shift_weights=shift_weights, **head) + shift_scores.sum()
+
+    assert am_models.further_targets(linear_cross_entropy) == ()
+    assert am_models.further_targets(lambda *args, **kwargs: weighted_loss(*args, **kwargs)) == ()
+    assert am_models.further_targets(partial(weighted_loss, shift_weights=torch.ones(()))) == ()
+    model = optimised("llama")
+    inputs, targets = am_models.split_batch(model, weighted_batch())
+    targets["shift_scores"] = torch.ones(1, 9)
+    expected = {weighted_loss: ["shift_weights"], by_position: ["shift_weights"]}
+    for loss_fn, names in {**expected, Weighted(): ["shift_weights", "shift_scores"]}.items():
+        assert am_models.further_targets(loss_fn) == tuple(names)
+        needed = {name: targets[name] for name in ("shift_labels", *names)}
+        am_models.forward_with_loss(model, loss_fn, inputs, needed)
+        for name in names:
+            rest = {key: tensor for key, tensor in needed.items() if key != name}
+            with pytest.raises(ValueError, match=rf"needs the targets \['{name}'\]"):
+                am_models.forward_with_loss(model, loss_fn, inputs, rest)
+
+
 def test_the_result_of_the_loss_is_handed_on():
     class Parts(NamedTuple):
         loss: torch.Tensor
@@ -115,6 +142,8 @@ def test_keys_that_nobody_takes_are_refused_before_the_model_runs():
     del targets["pixel_value"]
     with pytest.raises(ValueError, match=r"weighted_loss needs the targets \['shift_weights'\]"):
         am_models.forward_with_loss(model, weighted_loss, inputs, targets)
+    with pytest.raises(ValueError, match=r"the targets \['extra'\]; its own keyword arguments are \['shift_weights'\]"):
+        am_models.forward_with_loss(model, weighted_loss, inputs, {**targets, "extra": torch.ones(())})
     with pytest.raises(ValueError, match=r"does not take the targets \['softcap'\]"):
         am_models.forward_with_loss(model, linear_cross_entropy, inputs, {**targets, "softcap": torch.ones(())})
     with pytest.raises(ValueError, match=r"does not take the inputs \['attention_mask'\].*declared inputs"):

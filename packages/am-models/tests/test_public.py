@@ -12,7 +12,9 @@ def test_public_names():
     names = {"AutoModelForCausalLM", "AutoModelForImageTextToText", "Family", "Loss", "OptimizeReport", "VisionFamily"}
     names |= {
         "VisionParts",
+        "RouterLoss",
         "forward_with_loss",
+        "further_targets",
         "multi_axis_positions",
         "num_position_axes",
         "optimize",

@@ -49,6 +49,15 @@ class Loss(Protocol[ResultT_co]):
     ) -> ResultT_co: ...
 
 
+def further_targets(loss_fn: Loss[object]) -> tuple[str, ...]:
+    """The names of the targets beside `shift_labels` that `loss_fn` needs, by the rule of `forward_with_loss`.
+
+    They are its arguments without a default, after the first three and beside bias, softcap and scale.
+    """
+    own, _ = _own_arguments(loss_fn)
+    return tuple(name for name, parameter in own.items() if parameter.default is parameter.empty)
+
+
 def split_batch(
     model: PreTrainedModel, batch: Mapping[str, torch.Tensor], *, device: torch.device | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -147,7 +156,7 @@ def _forward_with_loss(
     head = _linear_head(self)
     _check_inputs(self.config.model_type, rows, inputs)
     asked = None if family is None or head is None else loss_fn
-    further = _further_targets(self.config.model_type, rows, targets, asked)
+    further = _checked_targets(self.config.model_type, rows, targets, asked)
     _check_router_loss(self, rows, router_loss)
     document_ids = inputs.get("document_ids")
     arguments: dict[str, Any] = {**image_inputs(self, inputs), "use_cache": False}
@@ -205,14 +214,7 @@ def _check_inputs(family: str, rows: Rows, inputs: Mapping[str, torch.Tensor]) -
         check_image_keys(family, rows.vision, inputs)
 
 
-def further_targets(loss_fn: Loss[object]) -> tuple[str, ...]:
-    parameters = inspect.signature(loss_fn).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][3:]
-    named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return tuple(p.name for p in named if p.name not in _HEAD and p.default is p.empty)
-
-
-def _further_targets(
+def _checked_targets(
     family: str, rows: Rows, targets: Mapping[str, torch.Tensor], loss_fn: Loss[object] | None
 ) -> dict[str, torch.Tensor]:
     """The targets beside `shift_labels`, all of which `loss_fn` takes; None where the loss is made of logits."""
@@ -227,23 +229,28 @@ def _further_targets(
                 f"materialised logits (see optimize's report); leave them out. If one is for the model: {declared}"
             )
         return further
-    parameters = inspect.signature(loss_fn).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][3:]
-    named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    taken = {p.name: p for p in named if p.name not in _HEAD}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    unknown = sorted(name for name in further if name in _HEAD or (name not in taken and not takes_all))
+    own, takes_all = _own_arguments(loss_fn)
+    unknown = sorted(name for name in further if name in _HEAD or (name not in own and not takes_all))
     if unknown:
         raise ValueError(
-            f"the loss {_name_of(loss_fn)} does not take the targets {unknown}; beside shift_labels it takes "
-            f"{list(taken)}, and {declared}"
+            f"the loss {_name_of(loss_fn)} does not take the targets {unknown}; its own keyword arguments are "
+            f"{list(own)}, and {declared}"
         )
-    missing = [name for name, p in taken.items() if p.default is p.empty and name not in further]
+    missing = [name for name in further_targets(loss_fn) if name not in further]
     if missing:
         raise ValueError(
             f"the loss {_name_of(loss_fn)} needs the targets {missing}, and the batch has only {sorted(targets)}"
         )
     return further
+
+
+def _own_arguments(loss_fn: Loss[object]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What a loss takes by name beside what the head gives it, and whether it takes every other name too."""
+    parameters = inspect.signature(loss_fn).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][3:]
+    named += [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    own = {p.name: p for p in named if p.name not in _HEAD}
+    return own, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _name_of(loss_fn: Loss[object]) -> str:
