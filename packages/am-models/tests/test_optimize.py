@@ -168,7 +168,7 @@ def test_a_backend_for_documents_leaves_the_rest_to_the_others():
     )
     am_models.optimize(model, kernels={"attention": "varlen"})
     assert_close(model(TOKENS).logits, stock("llama")(TOKENS).logits, "logits")
-    with pytest.raises(ValueError, match="backend='varlen' does not support device cpu"):
+    with pytest.raises(ValueError, match="backend='varlen' does not support .*device cpu"):
         am_models.forward_with_loss(model, linear_cross_entropy, *batch)
 
 
