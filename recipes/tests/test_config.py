@@ -305,7 +305,7 @@ def test_a_capability_is_in_a_recipe_or_refused_there_by_name(write, recipe, ext
     path = write(of_recipe(recipe, extra))
     if recipe in ONLY_FOR.get(extra, RECIPES):
         config = parse(path)
-        config.save(Path("saved.yaml"))
+        Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
         assert parse("saved.yaml") == config
     else:
         message = refused(path)
@@ -344,7 +344,7 @@ def test_freeze_rules_are_refused_where_they_stand(write, rules, message):
 def test_freeze_rules_are_those_of_am_peft(write):
     config = parse(write(VLM + "freeze: [{freeze: 'model.*'}, {unfreeze: model.connector}]\n"))
     assert config.freeze_rules() == [{"freeze": "model.*"}, {"unfreeze": "model.connector"}]
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert parse("saved.yaml") == config
     assert parse(write(VLM)).freeze_rules() is None
 
@@ -729,7 +729,7 @@ def test_a_partial_target_is_for_the_arguments_of_another(write):
     config = parse(write(text))
     check_targets_of_dataset(config)
     assert config.dataset.build(tokenizer="tok").transform(5) == ("scale", 5, 1)
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert parse("saved.yaml") == config
     message = refused(write(CUSTOM.replace("path: rows", "_partial_: true\n  path: rows")))
     assert message.startswith("config.yaml:6: dataset._partial_: is for a target in the arguments of another")
@@ -740,7 +740,7 @@ def test_a_source_may_be_a_target(write):
     text = MINIMAL.replace("some/folder", source) + f"tokenizer: {{name_or_path: {source}}}\n"
     config = parse(write(text))
     assert config.model.name_or_path == config.tokenizer.name_or_path == Target("my_targets.scale", {"factor": 2})
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert parse("saved.yaml") == config
     for key in ("model", "tokenizer"):
         message = refused(write(text), [(f"{key}.name_or_path.facter", "3")], targets=True)
@@ -782,7 +782,7 @@ def test_environment(write, monkeypatch):
     for reference in ("path: ${AM_DATA}/rows.jsonl", "limit: ${AM_LIMIT,7}", "literal: $${x}", "lr: ${AM_LR}"):
         assert reference in saved
     assert "/data" not in saved
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     assert parse("saved.yaml") == config
 
 
@@ -820,7 +820,7 @@ def test_secrets_are_neither_shown_nor_saved(write, monkeypatch):
     assert "hf_token: ${HF}" in saved
     assert "api_key: ${API_KEY}" in saved
     assert "pad_token: <pad>" in saved
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     message = refused(Path("saved.yaml"))
     assert re.search(r"saved.yaml:\d+: dataset.api_key: the environment variable API_KEY is not set", message)
     monkeypatch.setenv("API_KEY", "hunter2")
@@ -843,7 +843,7 @@ def test_the_saved_config_reads_back_equal(write):
             ("optimizer._target_", "my_targets.scale"),
         ],
     )
-    config.save(Path("saved.yaml"))
+    Path("saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
     again = parse("saved.yaml")
     assert again == config
     assert again.to_yaml() == config.to_yaml()
