@@ -257,5 +257,5 @@ def test_a_leaked_document_is_refused(folders: dict[str, str]) -> None:
     # An attention without a mask function gets no mask, silently: two documents in a row see each other.
     AttentionInterface.register("maskless", ALL_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("maskless")
-    with pytest.raises(RuntimeError, match=r"document 2 move by .* when document 1 changes"):
+    with pytest.raises(ValueError, match=r"document 2 move by .* when document 1 changes"):
         am_models.require_separate_documents(model)

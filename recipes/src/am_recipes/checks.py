@@ -64,7 +64,13 @@ def require_distillation_loss(
     def ask(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         others = {name: torch.ones(labels.shape, device=device) for name in names}
         theirs = hidden.detach().flip(-1)
-        return kd_loss_fn(hidden, weight, labels, **head, **teacher_head, teacher_hidden=theirs, **others).loss
+        losses = kd_loss_fn(hidden, weight, labels, **head, **teacher_head, teacher_hidden=theirs, **others)
+        if not isinstance(losses, am_loss.DistillationLoss):
+            raise ValueError(
+                f"kd_loss_fn gave a {type(losses).__name__}; give an am_loss.DistillationLoss of three sums: the loss "
+                "that trains, the cross-entropy and the divergence in it"
+            )
+        return losses.loss
 
     require_sum(ask, num_tokens, device, "kd_loss_fn")
 
@@ -74,7 +80,7 @@ def require_sum(
 ) -> None:
     """Refuse a loss, the one at `key` of the config, that is no sum over target tokens: ValueError.
 
-    `ask(hidden [1, N, 4], labels [1, N])` calls it with made-up rows over `num_tokens` token ids: it must give a scalar
+    `ask(hidden [B, S, 4], labels [B, S])` calls it with made-up rows over `num_tokens` token ids: it must give a scalar
     tensor with a graph, twice as much for twice the rows, and 0 for rows without targets.
     """
     hidden = torch.randn(1, 3, _WIDTH, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
@@ -91,12 +97,14 @@ def require_sum(
         return loss.item()
 
     once, nothing = value(hidden, labels), value(hidden, torch.full_like(labels, -100))
-    twice = value(hidden.repeat(1, 2, 1), labels.repeat(1, 2))
-    if abs(twice - 2 * once) > 1e-3 * abs(once) or nothing != 0:
+    longer = value(hidden.repeat(1, 2, 1), labels.repeat(1, 2))
+    more = value(hidden.repeat(2, 1, 1), labels.repeat(2, 1))
+    if max(abs(twice - 2 * once) for twice in (longer, more)) > 1e-3 * abs(once) or nothing != 0:
         raise ValueError(
-            f"{key} gave {once:.4g} for two targets, {twice:.4g} for the same rows twice and {nothing:.4g} for rows "
-            "without targets; a loss is the SUM over target tokens, which the recipe divides once by the targets of "
-            'the whole step: sum where it takes a mean (reduction="sum"), and leave out what is -100'
+            f"{key} gave {once:.4g} for two targets in a row, {longer:.4g} and {more:.4g} for the same twice, in one "
+            f"row and in two, and {nothing:.4g} for a row without targets; a loss is the SUM over target tokens, which "
+            "the recipe divides once by the targets of the whole step: sum where it takes a mean "
+            '(reduction="sum"), and leave out what is -100'
         )
 
 

@@ -37,7 +37,10 @@ def evaluate(
                 labels = {"shift_labels": targets["shift_labels"]}
                 total += am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, labels)
             count += count_targets(micro_batches)
-        losses[name] = am_mesh.sum_over(dims.loss_ranks, total).item() / am_mesh.sum_over(dims.row_ranks, count)
+        targets_of_all = am_mesh.sum_over(dims.row_ranks, count)
+        if targets_of_all == 0:
+            raise ValueError(f"{name}: its dataset has no target at all, so there is no loss; look at its labels")
+        losses[name] = am_mesh.sum_over(dims.loss_ranks, total).item() / targets_of_all
     return losses
 
 

@@ -62,25 +62,24 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
     Raises ConfigError where losses are asked of a model without a declared router, and where the model's own config
     asks for transformers' auxiliary loss, which is another formula, without a word from `moe.balance_loss`.
     """
-    asked = config.moe
-    balance_loss = asked.balance_loss or 0.0
-    if report.num_experts_per_token is None:
-        if balance_loss or asked.z_loss:
-            raise config.error(
-                "moe",
-                f"balance_loss={balance_loss} and z_loss={asked.z_loss} are for models with experts, and am-models "
-                f"declares no router of {report.family}; leave the section out",
-            )
-        return Routing(None, 0.0, 0.0)
-    text = model.config.get_text_config()
+    asked, text = config.moe, model.config.get_text_config()
     settings = text.to_dict()
-    if settings["output_router_logits"]:
-        if asked.balance_loss is None:
-            raise config.error(
-                "moe.balance_loss",
-                f"is required: the model's config has output_router_logits=true, so transformers would add its own "
-                f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; "
-                "say how much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
-            )
+    # Around a language model, transformers adds none.
+    if text is model.config and settings.get("output_router_logits") and asked.balance_loss is None:
+        raise config.error(
+            "moe.balance_loss",
+            "is required: the model's config has output_router_logits=true, so transformers would add its own "
+            f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; say how "
+            "much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
+        )
+    balance_loss = asked.balance_loss or 0.0
+    if report.num_experts_per_token is not None:
         text.output_router_logits = False
-    return Routing(report.num_experts_per_token, balance_loss, asked.z_loss)
+        return Routing(report.num_experts_per_token, balance_loss, asked.z_loss)
+    if balance_loss or asked.z_loss:
+        raise config.error(
+            "moe",
+            f"balance_loss={balance_loss} and z_loss={asked.z_loss} are for models with experts, and am-models "
+            f"declares no router of {report.family}; leave the section out, or set both to 0",
+        )
+    return Routing(None, 0.0, 0.0)

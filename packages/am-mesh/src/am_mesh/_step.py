@@ -38,7 +38,7 @@ def forward_backward(
         ValueError: no micro-batch, a divisor below 1, a forward without `"loss"`, with other names than the first
             micro-batch had, or with a sum that is no scalar.
     """
-    if not micro_batches or divisor < 1:
+    if not micro_batches or not divisor >= 1:
         raise ValueError(
             f"{len(micro_batches)} micro-batches and divisor={divisor}: a step needs at least one of each, since its "
             "loss is a mean over targets; look for rows whose labels are all -100, cut too short, or leave the step out"

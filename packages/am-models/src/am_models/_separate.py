@@ -21,7 +21,7 @@ def require_separate_documents(model: PreTrainedModel, *, document_length: int =
     than 16 epsilons of the parameters' dtype times the largest logit. Costs a forward of 4 * (2 * document_length + 2)
     tokens; nothing is changed. Every rank that holds a shard calls it. Needs weights, whose attention is not all zero.
 
-    Raises RuntimeError naming the family and what leaked, ValueError where logits are NaN or infinite. Models with
+    Raises ValueError naming the family and what leaked, and where logits are NaN or infinite. Models with
     stock attention are tested as `forward_with_loss` feeds them: packing by `position_ids` alone.
     """
     device = model.device
@@ -64,7 +64,7 @@ def require_separate_documents(model: PreTrainedModel, *, document_length: int =
         for watched, span in spans.items():
             moved = (logits[row, span] - logits[0, span]).abs().max().item()
             if watched not in (changed, "padding") and not moved <= limit:
-                raise RuntimeError(
+                raise ValueError(
                     f"{model.config.model_type}: the logits of {watched} move by {moved:.3g} (limit {limit:.3g}) when "
                     f"{changed} changes, with attention {attention!r}; do not pack, or use "
                     'kernels={"attention": True} if the family is declared'
