@@ -69,8 +69,8 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
         raise config.error(
             "moe.balance_loss",
             "is required: the model's config has output_router_logits=true, so transformers would add its own "
-            f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; say how "
-            "much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
+            f"auxiliary loss (router_aux_loss_coef={settings.get('router_aux_loss_coef')}), of another formula; say "
+            "how much of the balance loss of DeepSeek-V3 is added per token, 0 for none",
         )
     balance_loss = asked.balance_loss or 0.0
     if report.num_experts_per_token is not None:
