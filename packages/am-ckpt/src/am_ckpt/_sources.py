@@ -16,10 +16,10 @@ from typing import Any, overload
 import numpy
 
 from am_ckpt._boxes import Box, Shape
-from am_ckpt._errors import UnsafeError
-from am_ckpt._format import Header, parse_json, read_header
-from am_ckpt._layout import read_file
-from am_ckpt._names import INDEX, SINGLE
+from am_ckpt._files.hf_folder import INDEX, SINGLE
+from am_ckpt._files.safetensors import Header, parse_json, read_header
+from am_ckpt._files.step import read_file
+from am_ckpt.errors import UnsafeError
 
 _MAX_INDEX_BYTES = 256 * 2**20
 # A tensor of fewer chunks is looked through.
