@@ -22,8 +22,9 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from am_ckpt._copy.mapping import records_by_parameter
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import (
     Best,
     check_step,
