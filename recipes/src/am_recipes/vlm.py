@@ -84,6 +84,15 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
 
+        def ask(moment: str) -> None:
+            if config.generate.num_rows:
+                asked = (config.generate.num_rows, config.generate.max_new_tokens)
+                answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
+                this.log.images(moment, answers.rows, f"{answers}")
+
+        if this.resumed is None:
+            ask("before")
+
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
             inputs, targets = am_models.split_batch(model, batch, device=device)
@@ -107,10 +116,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
             return this.preempted()
 
         build.export(config, built, processor)
-        if config.generate.num_rows:
-            asked = (config.generate.num_rows, config.generate.max_new_tokens)
-            answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
-            this.log.images(answers.rows, f"{answers}")
+        ask("after")
         return this.finish()
 
 
