@@ -10,11 +10,11 @@ logits are ever held for more than a chunk of tokens.
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("kd"))
+    raise SystemExit(cli.run_recipe("kd", __file__))
 
 import functools
 from collections.abc import Callable, Mapping

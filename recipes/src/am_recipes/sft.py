@@ -9,11 +9,11 @@ of targets of the whole optimizer step, so the result does not depend on how a b
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("sft"))
+    raise SystemExit(cli.run_recipe("sft", __file__))
 
 import functools
 

@@ -9,11 +9,11 @@ says otherwise. Losses are sums over target tokens, divided once by the number o
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("vlm"))
+    raise SystemExit(cli.run_recipe("vlm", __file__))
 
 import functools
 
