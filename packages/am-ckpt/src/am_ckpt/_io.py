@@ -17,7 +17,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -383,9 +383,10 @@ def _read_text(path: str) -> str:
 
 def _start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
-    # The command name is in parentheses and may hold spaces; the start time is field 22.
+    # The command name is in parentheses and may hold spaces; the state is field 3, the start time field 22.
     fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
+    # Of one that has ended, and that its parent has not asked for yet, nothing but this is left.
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def _pid_namespace() -> str:
@@ -410,22 +411,24 @@ def own_lease() -> dict[str, Any]:
 def lease_state(path: Path) -> str:
     """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
 
-    A missing or half-written lease is `unknown` during its first minute, then `dead`: the writer died before it
-    could sign.
+    Where the file is missing or no lease, the writer is `unsigned`.
     """
-    own = own_lease()
     try:
         lease = json.loads(path.read_bytes())
-        pid, start_time = int(lease["pid"]), lease["start_time"]
-        place = (lease["boot_id"], lease["pid_namespace"])
-        host = lease["host"]
+        return process_state(lease, own_lease())
     except (OSError, ValueError, KeyError, TypeError):
-        # The folder holds nothing but an unsigned start. Only our own new folder can be that young.
-        return "dead" if time.time() - path.parent.stat().st_mtime > 60 else "unknown"
-    if place != (own["boot_id"], own["pid_namespace"]):
-        return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+        return "unsigned"
+
+
+def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """`dead`, `alive` or `unknown` (another machine or container) for the process of `lease`, seen from that of `own`.
+
+    The process of `own` itself is `dead`: what it still writes, its caller knows.
+    """
+    pid, start_time = int(lease["pid"]), lease["start_time"]
+    if (lease["boot_id"], lease["pid_namespace"]) != (own["boot_id"], own["pid_namespace"]):
+        return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
     if pid == own["pid"] and start_time == own["start_time"]:
-        # Folders that this process still writes into, its caller knows: this writer has ended.
         return "dead"
     if start_time:
         return "alive" if _start_time(pid) == start_time else "dead"

@@ -37,6 +37,7 @@ from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
 from am_ckpt._train.choose import changed_files, choose, is_searched, warn_of_skipped, was_deleted
 from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchanged, versions
+from am_ckpt._train.job import Job, file_metadata
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.restore import restore
 from am_ckpt._train.retention import (
@@ -62,7 +63,7 @@ from am_ckpt._train.state import (
     make_plan,
 )
 from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
-from am_ckpt._train.write import Job, discard, file_metadata, join_records, new_manifest, run, stage
+from am_ckpt._train.write import discard, join_records, new_manifest, run, stage
 from am_ckpt.errors import NewerError
 
 # What of a manifest says what was saved, beside the bytes.
@@ -91,7 +92,8 @@ class Checkpointer:
             Tensors sharded along later dims (tensor parallel) are written row by row there, which is slower. Both are
             resumed by any number of ranks; optimizers are sharded in both.
         max_shard_size: of a file of `layout="direct"`: bytes, or text such as `"5GB"`.
-        timeout: seconds that ranks wait, while files are written, for one that does not report.
+        timeout: seconds that ranks wait, while files are written, for one that does not report. One that has died on
+            this machine is noticed at once.
         files: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of a
             file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder.
         mapping: records of how the module's parameters relate to the published files (see `am_ckpt.load_hf`), stored
@@ -187,7 +189,19 @@ class Checkpointer:
         if rank == 0 and weights is not None and len(headers) > 1:
             texts[f"model/{INDEX}"] = weight_index(headers)
         self._stop = threading.Event()
-        job = Job(self.directory, step, save_id, rank, size, files, headers, texts, manifest, self._timeout, self._stop)
+        job = Job(
+            self.directory,
+            step,
+            save_id,
+            rank,
+            [description.lease for description in described],
+            files,
+            headers,
+            texts,
+            manifest,
+            self._timeout,
+            self._stop,
+        )
         try:
             job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
         except BaseException:

@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from am_ckpt._io import lease_state, own_lease, remove
@@ -36,10 +37,17 @@ def sign(folder: Path, *, held: bool) -> None:
     released = _renewing[folder] = threading.Event()
     if held:
         _held.add(folder)
-    # Complete or not there: half of it would make the next writer wait. Not synced, since a power cut ends the writer.
+    # Complete or not there, as others take a folder without it for a dead writer's. Not synced, since a power cut ends
+    # this one.
     unsigned = folder / f"{LEASE}.new"
-    unsigned.write_bytes(json.dumps(own_lease()).encode())
-    os.replace(unsigned, folder / LEASE)
+    try:
+        unsigned.write_bytes(json.dumps(own_lease()).encode())
+        os.replace(unsigned, folder / LEASE)
+    except FileNotFoundError as error:
+        release(folder)
+        raise RuntimeError(
+            f"another process is saving to this directory, and took {folder.name} away; use one directory a run"
+        ) from error
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):
@@ -62,8 +70,9 @@ def release(folder: Path) -> None:
 def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
     """Remove unfinished deletes and the staging folders of dead writers; return the names of live writers' folders.
 
-    `own` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
-    minute, by the file system's clock, unless its signature is older than that.
+    `own` is the staging folder of the caller, already signed. A folder that is not signed goes at once: its writer has
+    died, or finds it gone when it signs. One of another machine is watched for up to a minute, by the file system's
+    clock, unless its signature is older than that.
     """
     alive = []
     for entry in sorted(directory.iterdir()):
@@ -75,13 +84,15 @@ def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
                 state = _watch(entry / LEASE, own / LEASE)
             if state == "alive":
                 alive.append(entry.name)
-            elif state == "dead":
-                remove(entry)
+            elif state in ("dead", "unsigned"):
+                # Gone meanwhile, if its writer has just ended.
+                with suppress(FileNotFoundError):
+                    remove(entry)
     return alive
 
 
 def _watch(theirs: Path, ours: Path) -> str:
-    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` if it is not signed yet."""
+    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` where it goes meanwhile."""
     try:
         signed = theirs.stat().st_mtime
         while True:

@@ -72,7 +72,12 @@ class Description:
     state_digests: dict[str, str]
     state_bytes: int
     axes: dict[str, int]
-    machine: str
+    lease: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        """What is equal for ranks on one machine."""
+        return str(self.lease["boot_id"] or self.lease["host"])
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,7 @@ def _describe(contents: Contents) -> Description:
     axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
     groups = {entry: own.groups for entry, own in contents.optimizers.items()}
     values = {entry: own.values for entry, own in contents.optimizers.items()}
-    lease = own_lease()
-    machine = lease["boot_id"] or lease["host"]
-    return Description(described, contents.aliases, groups, values, contents.extra, digests, size, axes, machine)
+    return Description(described, contents.aliases, groups, values, contents.extra, digests, size, axes, own_lease())
 
 
 def _state_digest(text: bytes, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 from am_ckpt._files.hf_folder import ADAPTER
 from am_ckpt._files.safetensors import Header
 from am_ckpt._io import digest
+from am_ckpt._train.job import TensorFile
 from am_ckpt._train.pieces import Piece
 from am_ckpt._train.shared_files import FileShare, WeightFiles
 from am_ckpt._train.state import SECTIONS, Contents, Plan, owned_pieces
-from am_ckpt._train.write import TensorFile
 
 
 def tensor_files(
