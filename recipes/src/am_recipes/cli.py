@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from am_recipes import errors, launch
+from am_recipes import __version__, errors, launch
 from am_recipes.configs import DEFAULT_RUN_DIR, RECIPES, RunConfig, check_targets, parse
 from am_recipes.settings import did_you_mean
 
@@ -164,6 +164,9 @@ def main_recipe(recipe: str, argv: Sequence[str] | None = None) -> int:
 
 def _run_command(argv: Sequence[str], module: str | None) -> int:
     try:
+        if list(argv) == ["--version"]:
+            print(f"automodel {__version__}")
+            return 0
         if argv[:1] == ["report"] and module is None:
             return _report(argv[1:])
         arguments = parse_arguments(argv)
