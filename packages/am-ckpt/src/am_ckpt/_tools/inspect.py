@@ -27,6 +27,7 @@ from am_ckpt._files.safetensors import ITEM_BYTES, Header, element_count, parse_
 from am_ckpt._files.step import (
     FORMAT,
     MANIFEST,
+    MAX_SMALL_BYTES,
     checked_header,
     read_file,
     read_manifest,
@@ -37,8 +38,6 @@ from am_ckpt._sources import Source, hf_sources, paths_of, share_tables, whole_s
 from am_ckpt.errors import ArgumentError, IncompleteError, UnsafeError
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-# Of a config, a tokenizer or code.
-_MAX_SMALL_BYTES = 2**28
 # Where training frameworks put the model inside the folder of a step: NeMo AutoModel, accelerate, torchtitan.
 _INSIDE = ("model", "pytorch_model_fsdp_0", "sharded", "consolidated")
 # Where NeMo AutoModel keeps config and tokenizer beside shards.
@@ -83,7 +82,7 @@ class Inventory:
     def small_files(self) -> dict[str, bytes]:
         """The content of `files`."""
         return {
-            name: read_file(path, _MAX_SMALL_BYTES, follow_symlinks=self.follow_symlinks)
+            name: read_file(path, MAX_SMALL_BYTES, follow_symlinks=self.follow_symlinks)
             for name, path in self.files.items()
         }
 
@@ -188,7 +187,7 @@ def step_folder(folder: Path) -> Path | None:
 def _is_step(folder: Path) -> bool:
     """Whether a manifest.json is ours, damaged or not: other programs have such files too."""
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, _MAX_SMALL_BYTES).decode())
+        manifest = json.loads(read_file(folder / MANIFEST, MAX_SMALL_BYTES).decode())
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
     except (ValueError, OSError, RecursionError):

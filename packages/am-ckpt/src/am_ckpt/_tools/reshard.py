@@ -22,7 +22,7 @@ from am_ckpt._copy.publish import Transfer, require_free, transfer
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._files.hf_folder import INDEX
 from am_ckpt._files.safetensors import ITEM_BYTES, Header, build_header, element_count, read_header
-from am_ckpt._files.step import MANIFEST, read_file, read_manifest, seal
+from am_ckpt._files.step import MANIFEST, read_file, read_manifest, require_own_number, seal
 from am_ckpt._io import block_digests, digest
 from am_ckpt._sources import Source, paths_of, whole_sources
 from am_ckpt._tools.inspect import Inventory, inspect, paused_collector
@@ -81,6 +81,8 @@ def reshard(
     layout = _Layout(dp, tp, dict(placements or {}))
     with paused_collector():
         whole = inventory.kind == "am-ckpt" and not model_only
+        if whole and inventory.step is not None:
+            require_own_number(target, inventory.step)
         plan = _step(inventory, layout) if whole else _folder(inventory, layout)
     resumed = transfer(plan, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
     return MergeReport(
