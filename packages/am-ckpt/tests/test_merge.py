@@ -637,7 +637,9 @@ def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_an_export(s
         (target / name).write_text("mine")
         before = snapshot(target)
         for overwrite in (False, True):
-            with pytest.raises(FileExistsError, match="is not replaced: it holds .*, which no export of am_ckpt wrote"):
+            with pytest.raises(
+                FileExistsError, match=r"is not replaced: it holds .*, which no export of am_ckpt wrote"
+            ):
                 am_ckpt.merge(shards, target, overwrite=overwrite)
         assert snapshot(target) == before
         (target / name).unlink()
@@ -667,7 +669,7 @@ def test_swapped_arguments_lose_nothing(kind: str, tmp_path: Path) -> None:
             (theirs / name).write_text("{}")
     am_ckpt.merge(theirs if kind == "a step" else _a_step(tmp_path / "other"), tmp_path / "hf")
     before = snapshot(theirs)
-    with pytest.raises(FileExistsError, match=f"{theirs} is not replaced.*if {tmp_path / 'hf'} was to be replaced"):
+    with pytest.raises(FileExistsError, match=rf"{theirs} is not replaced.*if {tmp_path / 'hf'} was to be replaced"):
         am_ckpt.merge(tmp_path / "hf", theirs, overwrite=True)
     for action, options in ((am_ckpt.reshard, {"mesh": {"dp": 2}}), (am_ckpt.convert, {"to": "sharded"})):
         with pytest.raises(FileExistsError, match=f"{theirs} is not replaced"):

@@ -92,8 +92,8 @@ def linked_file(path: Path) -> Path:
     # MODEL/snapshots/REVISION/NAME; as realpath leaves no links, blobs/ is none either.
     if target.parent not in [place.parent / "blobs" for place in folder.parents if place.name == "snapshots"]:
         raise UnsafeError(
-            f"{path} is a symbolic link to {target}; links are followed in the Hugging Face cache alone, to its own blobs/: put "
-            "the file itself there (cp -L)"
+            f"{path} is a symbolic link to {target}; only those of the Hugging Face cache are followed, into its own "
+            "blobs/: put the file itself there (cp -L)"
         )
     return target
 

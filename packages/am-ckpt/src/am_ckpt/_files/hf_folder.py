@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, element_count, read_header
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import Header, element_count, read_header
 from am_ckpt._io import linked_file
 from am_ckpt.errors import ArgumentError
 
@@ -30,8 +31,8 @@ _NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn
 def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
 
-    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`. Raises `ValueError` where one is a link,
-    unless it is one of the Hugging Face cache, into its own `blobs/`.
+    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`. Raises `ValueError` where one is a
+    link, unless it is one of the Hugging Face cache, into its own `blobs/`.
     """
     found = {}
     for path in sorted(Path(folder).iterdir()):

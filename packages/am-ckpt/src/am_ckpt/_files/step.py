@@ -106,8 +106,8 @@ def require_own_number(folder: Path, step: int) -> None:
     """Raise `ValueError` for a folder that is named as another step than the one that it holds."""
     if _STEP.fullmatch(folder.name) and folder.name != step_name(step):
         raise ValueError(
-            f"{folder} holds step {step}, not the one that it is named after: it was renamed; call it {step_name(step)} "
-            "again, or anything that is no name of a step"
+            f"{folder} holds step {step}, not the one that it is named after: it was renamed; call it "
+            f"{step_name(step)} again, or anything that is no name of a step"
         )
 
 
