@@ -44,7 +44,7 @@ SERVER.set_forkserver_preload(
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "datasets",
         "peft",
-        "am_ckpt._checkpointer",
+        "am_ckpt._train.checkpointer",
     ]
 )
 

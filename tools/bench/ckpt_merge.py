@@ -146,9 +146,10 @@ def child(method: str, source: str, target: str) -> None:
             merge(source, target, threads=int(arguments[0]), fsync="fsync" in arguments, digest="digest" in arguments)
 
     elif kind == "plan":
-        from am_ckpt._inventory import inspect, paused_collector
-        from am_ckpt._jobs import plan_jobs
-        from am_ckpt._merge import _Plan
+        from am_ckpt._copy.plan import plan_jobs
+        from am_ckpt._sources import paused_collector
+        from am_ckpt._tools.inspect import inspect
+        from am_ckpt._tools.merge import _Plan
 
         def action() -> None:
             inventory = inspect(source)

@@ -54,7 +54,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 import am_ckpt
-from am_ckpt._layout import seal
+from am_ckpt._files.step import seal
 
 MEMORY = 64 * 2**20
 SECONDS = 1.0

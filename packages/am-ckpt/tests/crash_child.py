@@ -69,7 +69,7 @@ def serve(connection: Connection) -> None:
     """
     # The first optimizer imports torch._dynamo, which takes a second, and the first save what it needs: here, once.
     state(1)
-    importlib.import_module("am_ckpt._checkpointer")
+    importlib.import_module("am_ckpt._train.checkpointer")
     while request := connection.recv():
         arguments, seconds = request
         read, write = os.pipe()

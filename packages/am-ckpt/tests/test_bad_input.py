@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 import am_ckpt
 from am_ckpt._cli import main
-from am_ckpt._layout import seal
+from am_ckpt._files.step import seal
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

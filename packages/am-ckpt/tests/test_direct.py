@@ -31,7 +31,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch_processes import torch_processes
 
 import am_ckpt
-from am_ckpt._layout import seal
+from am_ckpt._files.step import seal
 from am_testing import run_distributed
 
 

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import am_ckpt
-from am_ckpt._layout import seal
+from am_ckpt._files.step import seal
 from am_testing import run_distributed
 
 # torch says so of every save and load without a process group.

@@ -20,9 +20,9 @@ from torch_processes import torch_processes
 
 import am_ckpt
 from am_ckpt._cli import main
-from am_ckpt._format import ITEM_BYTES
-from am_ckpt._layout import seal
-from am_ckpt._tensors import TensorReader
+from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.step import seal
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Training checkpoints that commit atomically, resume exactly and load anywhere.
 
-Names are imported when first used, so that `import am_ckpt` does not import torch.
+Names are imported when first used, so that `import am_ckpt` does not import torch, which only
+`am-ckpt[torch]` installs.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from am_ckpt._torch import require_torch
+
 if TYPE_CHECKING:
-    from am_ckpt._checkpointer import Checkpointer
-    from am_ckpt._convert import convert
-    from am_ckpt._diff import Difference, DiffReport, diff
-    from am_ckpt._hf import load_hf, save_hf
-    from am_ckpt._inventory import Inventory, inspect
-    from am_ckpt._merge import MergeReport, merge
-    from am_ckpt._names import hf_files
-    from am_ckpt._reshard import reshard
-    from am_ckpt._storage import StorageReader, StorageWriter
-    from am_ckpt._verify import VerifyReport, verify
+    from am_ckpt._files.hf_folder import hf_files
+    from am_ckpt._tools.convert import convert
+    from am_ckpt._tools.diff import Difference, DiffReport, diff
+    from am_ckpt._tools.inspect import inspect
+    from am_ckpt._tools.inventory import Inventory
+    from am_ckpt._tools.merge import MergeReport, merge
+    from am_ckpt._tools.reshard import reshard
+    from am_ckpt._tools.verify import VerifyReport, verify
+    from am_ckpt._train.checkpointer import Checkpointer
+    from am_ckpt._train.hf import load_hf, save_hf
+    from am_ckpt._train.torch_storage import StorageReader, StorageWriter
 
 __all__ = [
     "Checkpointer",
@@ -41,29 +45,31 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Checkpointer": "am_ckpt._checkpointer",
-    "DiffReport": "am_ckpt._diff",
-    "Difference": "am_ckpt._diff",
-    "Inventory": "am_ckpt._inventory",
-    "MergeReport": "am_ckpt._merge",
-    "StorageReader": "am_ckpt._storage",
-    "StorageWriter": "am_ckpt._storage",
-    "VerifyReport": "am_ckpt._verify",
-    "convert": "am_ckpt._convert",
-    "diff": "am_ckpt._diff",
-    "hf_files": "am_ckpt._names",
-    "inspect": "am_ckpt._inventory",
-    "load_hf": "am_ckpt._hf",
-    "merge": "am_ckpt._merge",
-    "reshard": "am_ckpt._reshard",
-    "save_hf": "am_ckpt._hf",
-    "verify": "am_ckpt._verify",
+    "Checkpointer": "am_ckpt._train.checkpointer",
+    "DiffReport": "am_ckpt._tools.diff",
+    "Difference": "am_ckpt._tools.diff",
+    "Inventory": "am_ckpt._tools.inventory",
+    "MergeReport": "am_ckpt._tools.merge",
+    "StorageReader": "am_ckpt._train.torch_storage",
+    "StorageWriter": "am_ckpt._train.torch_storage",
+    "VerifyReport": "am_ckpt._tools.verify",
+    "convert": "am_ckpt._tools.convert",
+    "diff": "am_ckpt._tools.diff",
+    "hf_files": "am_ckpt._files.hf_folder",
+    "inspect": "am_ckpt._tools.inspect",
+    "load_hf": "am_ckpt._train.hf",
+    "merge": "am_ckpt._tools.merge",
+    "reshard": "am_ckpt._tools.reshard",
+    "save_hf": "am_ckpt._train.hf",
+    "verify": "am_ckpt._tools.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'am_ckpt' has no attribute {name!r}; public are {', '.join(__all__)}")
+    if _MODULES[name].startswith("am_ckpt._train."):
+        require_torch(f"am_ckpt.{name}")
     return importlib.import_module(_MODULES[name]).__dict__[name]
 
 

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from am_ckpt._errors import IncompleteError
-from am_ckpt._format import element_count
+from am_ckpt._files.safetensors import element_count
+from am_ckpt.errors import IncompleteError
 
 Shape = tuple[int, ...]
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from am_ckpt._errors import ArgumentError, exit_code
+from am_ckpt.errors import ArgumentError, MissingTorchError, exit_code
 
 _EPILOG = (
     "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads has seen enough (`| head`). What is left must not be written again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingTorchError) as error:
         code = exit_code(error)
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))
@@ -118,7 +118,7 @@ def _parser() -> _Parser:
 
 def _inspect(options: argparse.Namespace) -> int:
     from am_ckpt._boxes import describe
-    from am_ckpt._inventory import inspect
+    from am_ckpt._tools.inspect import inspect
 
     inventory = inspect(options.path, section=options.section)
     chosen = options.tensors or ("*" if options.json else None)
@@ -159,7 +159,7 @@ def _dtypes(inventory: Any) -> str:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from am_ckpt._merge import merge
+    from am_ckpt._tools.merge import merge
 
     report = merge(
         options.path,
@@ -194,7 +194,7 @@ def _show_copied(report: Any, options: argparse.Namespace) -> None:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from am_ckpt._reshard import reshard
+    from am_ckpt._tools.reshard import reshard
 
     report = reshard(
         options.path,
@@ -213,7 +213,7 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from am_ckpt._convert import convert
+    from am_ckpt._tools.convert import convert
 
     report = convert(
         options.path,
@@ -241,7 +241,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _placements(file: str) -> dict[str, int]:
-    from am_ckpt._format import parse_json
+    from am_ckpt._files.safetensors import parse_json
 
     try:
         placements = parse_json(Path(file).read_bytes(), file)
@@ -253,7 +253,7 @@ def _placements(file: str) -> dict[str, int]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from am_ckpt._verify import verify
+    from am_ckpt._tools.verify import verify
 
     report = verify(options.path, full=options.full, section=options.section)
     if options.json:
@@ -273,7 +273,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from am_ckpt._diff import diff, show
+    from am_ckpt._tools.diff import diff, show
 
     report = diff(
         options.path,

@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from am_ckpt._errors import UnsafeError
+from am_ckpt.errors import UnsafeError
 
 # Writes are cut here so that a signal or a short write repeats little.
 _MAX_WRITE = 64 * 2**20

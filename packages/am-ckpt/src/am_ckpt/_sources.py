@@ -6,6 +6,8 @@ copy. Objects are made of those of one tensor, when they are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +18,10 @@ from typing import Any, overload
 import numpy
 
 from am_ckpt._boxes import Box, Shape
-from am_ckpt._errors import UnsafeError
-from am_ckpt._format import Header, parse_json, read_header
-from am_ckpt._layout import read_file
-from am_ckpt._names import INDEX, SINGLE
+from am_ckpt._files.hf_folder import INDEX, SINGLE
+from am_ckpt._files.safetensors import Header, parse_json, read_header
+from am_ckpt._files.step import read_file
+from am_ckpt.errors import UnsafeError
 
 _MAX_INDEX_BYTES = 256 * 2**20
 # A tensor of fewer chunks is looked through.
@@ -321,3 +323,15 @@ def _indexed_sources(folder: Path) -> dict[str, Source]:
             "again"
         )
     return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Plans are millions of small objects without cycles; going through them again and again takes as long as they."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

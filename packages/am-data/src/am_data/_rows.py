@@ -92,7 +92,7 @@ def read_rows(rows: Rows, *, split: str = "train", name: str | None = None) -> S
             raise ValueError(f"split={split!r} was asked of rows in memory, which have none; select them before")
         assert not isinstance(rows, str | Path)
         # A list of paths was told apart above.
-        return rows  # type: ignore[return-value]
+        return rows
     if len(paths) == 1 and not paths[0].is_file() and not is_pattern(paths[0]):
         return _read_folder(paths[0], split, name) if paths[0].is_dir() else _read_hub(rows, paths[0], split, name)
     parts = [Part(file, _load_file(file)) for file in row_files(paths)]

@@ -168,11 +168,12 @@ def _attention(
         mask = attention_mask.tensor()
     if document_ids is None and backend in _FOR_DOCUMENTS:
         backend = None
-    # A mask already holds causality; one query alone sees every key; an empty static cache has keys of the future.
+    # A mask already holds causality. One query is the last and sees every key; more than one without a mask are the
+    # first, and what an empty static cache has behind them is of the future.
     num_queries = query.shape[2]
-    if mask is not None or num_queries == 1:
+    if mask is not None:
         causal = False
-    elif causal and key.shape[2] > num_queries:
+    elif causal and 1 < num_queries < key.shape[2]:
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     output = am_kernels.attention(
         query,

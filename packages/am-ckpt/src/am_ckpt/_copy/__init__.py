@@ -1,0 +1,1 @@
+"""Bytes from file to file: planned, copied, and published as a whole. Nothing here imports torch at module level."""

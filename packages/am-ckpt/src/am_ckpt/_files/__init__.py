@@ -1,0 +1,1 @@
+"""What files and folders of checkpoints hold. Nothing here imports torch."""

@@ -1,0 +1,78 @@
+"""The files of a Hugging Face folder: their names, which are copied along, and how weights are cut into several."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import Header, element_count
+from am_ckpt.errors import ArgumentError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+# What the bytes of the other files are: written by merge(digest=True), checked by verify.
+DIGESTS = "am_ckpt_digests.json"
+# What wrappers of modules put into the names of parameters.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn_to_*_mapping.json", DIGESTS)
+
+
+def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
+
+    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`.
+    """
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in _COPIED)
+        if wanted and path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED):
+            found[path.name] = path
+    return found
+
+
+def byte_count(size: int | str) -> int:
+    """Bytes in `size`: a number, or text such as `"5GB"` (decimal) or `"5GiB"`."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B", size)
+    if match is None:
+        raise ArgumentError(f"max_shard_size={size!r} must be a number of bytes, or text such as '5GB' or '500MiB'")
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
+
+
+def weight_index(headers: Mapping[str, Header]) -> bytes:
+    """The content of `model.safetensors.index.json` for weight files with these headers."""
+    size = sum(header.file_bytes - header.data_start for header in headers.values())
+    home = {tensor: name for name, header in headers.items() for tensor in header.columns.names}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(home.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def weight_files(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_shard_bytes: int
+) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Distribute `tensors` (name -> dtype and shape), in order, to files of at most `max_shard_bytes` of data.
+
+    A larger tensor gets a file of its own. Names are transformers': one file, or `model-00001-of-00003.safetensors`.
+    """
+    groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    used = 0
+    sizes = [element_count(shape) * ITEM_BYTES[dtype] for dtype, shape in tensors.values()]
+    if sum(sizes) <= max_shard_bytes:
+        return {SINGLE: dict(tensors)}
+    for (name, (dtype, shape)), size in zip(tensors.items(), sizes, strict=True):
+        if groups[-1] and used + size > max_shard_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][name] = (dtype, shape)
+        used += size
+    names = [f"model-{index:05d}-of-{len(groups):05d}.safetensors" for index in range(1, len(groups) + 1)]
+    return dict(zip([SINGLE] if len(groups) == 1 else names, groups, strict=True))

@@ -1,0 +1,1 @@
+"""The commands: inspect, merge, reshard, convert, verify, diff. Nothing here imports torch at module level."""

@@ -1,0 +1,376 @@
+"""Is a checkpoint what it should be: before it is resumed from, copied away or deployed. Without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import xxhash
+
+from am_ckpt._boxes import describe
+from am_ckpt._copy.engine import file_pieces
+from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import DTYPES, ITEM_BYTES
+from am_ckpt._files.archive import changed_ranges
+from am_ckpt._files.box_digests import changed_boxes, require_digested
+from am_ckpt._files.cover import cover_problem
+from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX
+from am_ckpt._files.model_config import (
+    HEAD,
+    config_doubts,
+    config_problems,
+    head_problem,
+    read_config,
+    tied_embedding,
+    uneven_layers,
+)
+from am_ckpt._files.safetensors import Header, is_sizes, parse_json, read_header
+from am_ckpt._files.step import MANIFEST, read_file, read_manifest
+from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
+from am_ckpt._sources import Source
+from am_ckpt._tools.inspect import inspect, require_recorded_size, step_folder
+from am_ckpt._tools.inventory import Inventory
+from am_ckpt.errors import IncompleteError, exit_code
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+_MAX_DIGESTS_BYTES = 256 * 2**20
+# Of a config, a tokenizer, an index or code.
+_MAX_SMALL_BYTES = 256 * 2**20
+
+
+@dataclass
+class VerifyReport:
+    """`problems` make a checkpoint unfit, `warnings` may be meant. `exit_code`: 0, or that of the gravest: 4
+    unsafe, 2 damaged, 3 incomplete, 5 could not be read.
+
+    `num_not_read`: entries of a `.distcp` folder that are pickles.
+    """
+
+    path: str
+    kind: str
+    full: bool
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    exit_code: int = 0
+    num_not_read: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self)
+
+    def add(self, problem: Exception) -> None:
+        """Take up a problem; what is unsafe weighs most, then damage, then what is missing."""
+        self.problems.append(str(problem))
+        codes = {self.exit_code, exit_code(problem)} - {0}
+        self.exit_code = 4 if 4 in codes else min(codes)
+
+
+def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | None = None) -> VerifyReport:
+    """Check the checkpoint folder `path`; it is only read.
+
+    Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
+    and those of headers; of Hugging Face folders what config.json says against the tensors that are there (layers,
+    vocabulary, experts, ties, dtypes), what one layer lacks and all others have, files and tensors that the index does
+    not name, and whether tokenizer and chat template are there.
+
+    `full` reads all tensors: of our steps against the digests in the manifest, of `merge(digest=True)` against its
+    own, of files of `torch.save` (`.distcp` too) against their CRC-32, so that any changed bit is found; and of
+    every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
+    embedding. What is no tensor in a `.distcp` folder is a pickle and is not read.
+
+    Returns what was found. Raises as `inspect` where the folder cannot be read at all.
+    """
+    own = step_folder(Path(path).absolute())
+    if own is not None:
+        report = VerifyReport(str(own), "am-ckpt", full)
+        check_manifest(own, full, report)
+        if report.problems:
+            return report
+    inventory = inspect(path, section=section)
+    if own is None:
+        report = VerifyReport(str(inventory.path), inventory.kind, full)
+    for problem in inventory.problems:
+        report.add(problem)
+    for name in [name for name in inventory.sections if name != inventory.section]:
+        for tensor, source in inventory.sections[name].items():
+            problem_there = cover_problem(tensor, source)
+            if problem_there is not None:
+                report.add(problem_there)
+    report.warnings += inventory.notes
+    report.num_not_read = len(inventory.others) if own is None else 0
+    if os.path.lexists(inventory.path / DIGESTS):
+        _check_digests(inventory, report)
+    with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
+        _check_files(inventory, report)
+        config = inventory.files.get("config.json")
+        if config is not None and not inventory.adapter:
+            _check_config(inventory, read_config(config), reader, report)
+        if full and inventory.kind == "torch":
+            _check_pickled(inventory, report)
+        for section_name in inventory.sections if not report.problems else ():
+            _check_values(inventory, section_name, reader, report)
+    return report
+
+
+def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
+    """Hold the files of a step against its manifest, all of their content if `full`."""
+    manifest = read_manifest(folder)
+    paths = {record["path"] for record in manifest["files"]}
+    for entry in manifest["state"]:
+        if f"state/{entry}.json" not in paths:
+            report.add(
+                IncompleteError(f"{folder / MANIFEST} lists the state {entry!r}, but no file state/{entry}.json")
+            )
+    for record in manifest["files"]:
+        path = folder / record["path"]
+        try:
+            require_recorded_size(path, record)
+            if "header_xxh3_128" in record:
+                header = read_header(path)
+                if digest(header.text) != record["header_xxh3_128"]:
+                    raise ValueError(f"{path} is damaged: its header is not the one that was written; copy it again")
+                if "boxes_xxh3_128" in record:
+                    require_digested(path, header, record["boxes_xxh3_128"])
+                    for problem in changed_boxes(path, header, record["boxes_xxh3_128"]) if full else ():
+                        report.add(ValueError(problem))
+                elif full:
+                    _check_blocks(path, header, record, report)
+            elif (full or record["path"].startswith("state/")) and file_digest(path) != record["xxh3_128"]:
+                raise ValueError(f"{path} is damaged: its content is not what was written; copy it again")
+        except (ValueError, FileNotFoundError) as error:
+            report.add(error)
+
+
+def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report: VerifyReport) -> None:
+    """Compare the data of a safetensors file with its digests, and say which tensors a changed block belongs to."""
+    blocks = record["blocks_xxh3_128"]
+    starts = range(header.data_start, record["bytes"], BLOCK_BYTES)
+    if len(blocks) != len(starts):
+        report.add(ValueError(f"{path}: the manifest has {len(blocks)} digests for {len(starts)} blocks"))
+        return
+    for start, expected, found in zip(starts, blocks, block_digests(path, header.data_start), strict=True):
+        end = min(start + BLOCK_BYTES, record["bytes"])
+        if found != expected:
+            report.add(_changed(path, header, start, end, found, expected))
+
+
+def _check_files(inventory: Inventory, report: VerifyReport) -> None:
+    """What a program that opens the folder looks for besides weights."""
+    files = inventory.files
+    if inventory.kind == "huggingface":
+        _check_index(inventory, report)
+    if inventory.adapter:
+        if ADAPTER_CONFIG not in files:
+            report.add(IncompleteError(f"{inventory.path} has no {ADAPTER_CONFIG}; peft cannot open it"))
+        return
+    if "config.json" not in files:
+        if inventory.kind == "huggingface":
+            report.add(IncompleteError(f"{inventory.path} has no config.json; transformers cannot open it"))
+        return
+    if not any(name in files for name in _TOKENIZERS):
+        report.warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS[:3])}, ...) was found")
+    elif "chat_template.jinja" not in files and not _has_template(files):
+        report.warnings.append("no chat template was found")
+
+
+def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
+    """Hold files against what `merge(digest=True)` wrote, all data of weight files with `full`."""
+    where = inventory.path / DIGESTS
+    said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
+    known = isinstance(said, dict) and (said.get("format"), said.get("version")) == ("am-ckpt digests", 1)
+    files, small = (said.get("files"), said.get("small_xxh3_128")) if known else (None, None)
+    if not isinstance(files, dict) or not isinstance(small, dict) or not all(map(_is_digested, files.values())):
+        raise ValueError(f"{where} is damaged or of another release; copy it again, or remove it to do without")
+    used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    for name in sorted(files.keys() - used.keys()):
+        report.add(IncompleteError(f"{where} has digests of {name!r}, which is not there or not used; copy it again"))
+    for name in sorted(used.keys() - files.keys()):
+        report.add(ValueError(f"{where} has no digests of {name!r}: it is of another merge"))
+    there = {**inventory.files, INDEX: inventory.path / INDEX}
+    for name, expected in sorted(small.items()):
+        if name not in there or not there[name].is_file():
+            report.add(
+                IncompleteError(f"{inventory.path} lacks {name!r}, which {DIGESTS} has a digest of; copy it again")
+            )
+        elif digest(read_file(there[name], _MAX_SMALL_BYTES, follow_symlinks=inventory.follow_symlinks)) != expected:
+            report.add(
+                ValueError(f"{there[name]} is not what merge wrote: it is damaged, or was edited since; copy it again")
+            )
+    for name in sorted(files.keys() & used.keys()):
+        header = read_header(used[name], follow_symlinks=inventory.follow_symlinks)
+        ranges = sorted(files[name]["ranges_xxh3_64"])
+        # Every range ends where the next begins, the last one with the file.
+        ends = [header.data_start, *(row[1] for row in ranges)]
+        tiled = ends == [*(row[0] for row in ranges), header.file_bytes]
+        about = (files[name].get("bytes"), files[name].get("header_xxh3_128"))
+        if not tiled or about != (header.file_bytes, digest(header.text)):
+            report.add(ValueError(f"{used[name]}: its header is not the one of {DIGESTS}; copy both again"))
+            continue
+        for begin, end, expected in ranges if report.full else ():
+            hasher = xxhash.xxh3_64()
+            # The target of a link, as in the Hugging Face cache.
+            for piece in file_pieces(used[name].resolve(), begin, end):
+                hasher.update(piece)
+            if hasher.hexdigest() != expected:
+                report.add(_changed(used[name], header, begin, end, hasher.hexdigest(), expected))
+
+
+def _is_digested(record: Any) -> bool:
+    rows = record.get("ranges_xxh3_64") if isinstance(record, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 3 and is_sizes(row[:2]) and isinstance(row[2], str) for row in rows
+    )
+
+
+def _changed(path: Path, header: Header, begin: int, end: int, found: str, expected: str) -> ValueError:
+    """What to say of bytes that are not those that were written."""
+    inside = [name for name, entry in header.entries.items() if entry.begin < end and begin < entry.end]
+    named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
+    return ValueError(
+        f"{path} is damaged: bytes {begin} to {end} have digest {found} instead of {expected}; they hold {named}: copy "
+        "the file again or take another step"
+    )
+
+
+def _check_index(inventory: Inventory, report: VerifyReport) -> None:
+    """Weight files, and tensors in weight files, that the index does not name."""
+    indexed = (inventory.path / INDEX).is_file()
+    there = {path.name for path in inventory.path.glob("*.safetensors")}
+    used = {chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
+    extra = sorted(there - {path.name for path in used})
+    if extra:
+        what = INDEX if indexed else "any reader"
+        report.warnings.append(f"{len(extra)} weight files that {what} does not use: {', '.join(extra[:5])}")
+    for path in sorted(used) if indexed else ():
+        others = [
+            name
+            for name in read_header(path, follow_symlinks=True).entries
+            if name not in inventory.tensors or inventory.tensors[name].chunks[0].path != path
+        ]
+        if others:
+            report.warnings.append(
+                f"{len(others)} tensors of {path.name} that {INDEX} does not place there, such as {others[0]!r}: some "
+                "programs load them, others do not"
+            )
+
+
+def _check_config(inventory: Inventory, config: Mapping[str, Any], reader: TensorReader, report: VerifyReport) -> None:
+    """Hold the tensors against config.json; with a mapping, their names are not those that it speaks of."""
+    if inventory.mapping is not None:
+        return
+    tensors = inventory.tensors
+    for problem in config_problems(config, tensors):
+        report.add(IncompleteError(f"{inventory.path}: config.json says {problem}"))
+    head = head_problem(config, tensors) if inventory.kind == "huggingface" else None
+    if head is not None:
+        report.add(type(head)(f"{inventory.path}: config.json says {head}"))
+    embedding = tied_embedding(config, tensors)
+    if report.full and embedding is not None and not reader.equal(HEAD, tensors[HEAD], embedding, tensors[embedding]):
+        report.add(
+            ValueError(
+                f"{inventory.path}: config.json says tie_word_embeddings=true, but {HEAD} and {embedding} have other "
+                f"values: some programs ignore {HEAD}; say false there, or take the weights of one training"
+            )
+        )
+    if inventory.kind == "huggingface":
+        for what, sure in uneven_layers(config, tensors):
+            if sure:
+                report.add(IncompleteError(f"{inventory.path}: {what}"))
+            else:
+                report.warnings.append(what)
+        report.warnings += config_doubts(config, tensors)
+
+
+def _has_template(files: Mapping[str, Path]) -> bool:
+    return "tokenizer_config.json" in files and "chat_template" in read_config(files["tokenizer_config.json"])
+
+
+def _prefix(inventory: Inventory, section: str) -> str:
+    """What names of tensors outside the model begin with in messages."""
+    if section in ("", inventory.section):
+        return ""
+    return section + ("/" if inventory.kind == "am-ckpt" else ".")
+
+
+def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
+    """All bytes of files of `torch.save` against the CRC-32 that they carry."""
+    inside: dict[Path, list[tuple[int, str]]] = {}
+    for section, tensors in inventory.sections.items():
+        for name, source in tensors.items():
+            place = source.chunks[0]
+            inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
+    for path, places in inside.items():
+        for begin, end in changed_ranges(path.resolve(), 0, path.stat().st_size, str(path)):
+            names = [repr(name) for start, name in places if begin <= start < end]
+            report.add(_not_as_noted(path, begin, end, ", ".join(names[:5]) or "what describes the tensors"))
+
+
+def _not_as_noted(path: Path, begin: int, end: int, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: bytes {begin} to {end} do not have the CRC-32 that torch noted; they hold {what}: copy "
+        "the file again or take another step"
+    )
+
+
+def _check_values(inventory: Inventory, section: str, reader: TensorReader, report: VerifyReport) -> None:
+    """Archives of `.distcp` files; with `full` every value: what is not finite, tensors of zeros.
+
+    Outside the model both may be meant: moments start as zeros, and the best loss as infinity.
+    """
+    model = section == inventory.section
+    prefix = _prefix(inventory, section)
+    zeros = []
+    for tensor, source in inventory.sections[section].items():
+        name = prefix + tensor
+        try:
+            if not report.full:
+                reader.located(name, source)
+            elif source.dtype not in ITEM_BYTES:
+                report.warnings.append(f"{name!r} is {source.dtype}: its values were not read")
+            else:
+                for chunk in source.chunks:
+                    if chunk.archive_bytes is not None:
+                        for begin, end in changed_ranges(chunk.path, chunk.begin, chunk.archive_bytes, str(chunk.path)):
+                            report.add(_not_as_noted(chunk.path, begin, end, f"{name!r} {describe(chunk.box)}"))
+                bad, only_zeros = _look(name, source, reader)
+                if bad is not None and model:
+                    report.add(
+                        ValueError(f"{bad}: the training run diverged, or the file is damaged; take an earlier step")
+                    )
+                elif bad is not None:
+                    report.warnings.append(bad)
+                # Biases start as zeros, and some stay.
+                if only_zeros and model and not name.endswith("bias"):
+                    zeros.append(f"{name!r} ({_files(source)})")
+        except (ValueError, OSError) as error:
+            report.add(error)
+    if zeros:
+        more = f" and {len(zeros) - 5} more" if len(zeros) > 5 else ""
+        report.warnings.append(f"nothing but zeros: {', '.join(zeros[:5])}{more}")
+
+
+def _look(name: str, source: Source, reader: TensorReader) -> tuple[str | None, bool]:
+    """The first value of a tensor that is NaN or infinite, as a sentence, and whether there are only zeros."""
+    mask, pattern = DTYPES[source.dtype].not_finite or (0, 1)
+    only_zeros = bool(mask) and source.dtype != "F8_E8M0" and bool(source.chunks)
+    for box, bits in reader.blocks(name, source):
+        # A complex number is two of 32 bits.
+        values = bits.reshape(-1).view(numpy.uint32) if source.dtype == "C64" else bits.reshape(-1)
+        bad = (values & values.dtype.type(mask)) == values.dtype.type(pattern)
+        if bad.any():
+            index = numpy.unravel_index(int(bad.argmax()) * bits.size // values.size, box.size)
+            where = [int(i) + offset for i, offset in zip(index, box.offset, strict=True)]
+            what = f"{name!r} {source.dtype} {list(source.shape)} is NaN or infinite at {where}"
+            return f"{what} ({_files(source)}, part {describe(box)})", False
+        # Without the sign.
+        only_zeros = only_zeros and not (values << 1).any()
+    return None, only_zeros
+
+
+def _files(source: Source) -> str:
+    names = sorted({chunk.path.name for chunk in source.chunks})
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

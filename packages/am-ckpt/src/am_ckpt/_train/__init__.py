@@ -1,0 +1,1 @@
+"""What a training run calls: save, load, and Hugging Face folders from and into live modules. Needs torch."""

@@ -1,0 +1,492 @@
+"""Save and resume training state: every rank writes its part, one rename commits.
+
+A save is planned in full before a byte is written (names, types, coverage, space), written into a staging folder that
+nothing reads, checked, and renamed. A load is checked in full (names, shapes, dtypes, groups) before a byte of the
+model changes. While planning, ranks exchange outcomes by collectives, while writing by files (see `write.py`), so
+they succeed or raise together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from am_ckpt._copy.mapping import records_by_parameter
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.hf_folder import ADAPTER, INDEX, byte_count, weight_index
+from am_ckpt._files.safetensors import Header, element_count
+from am_ckpt._files.step import (
+    Best,
+    check_step,
+    rank_best,
+    read_manifest,
+    require_file_name,
+    step_name,
+    steps,
+)
+from am_ckpt._io import digest, fsync_directory
+from am_ckpt._train.background import Background
+from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchanged, versions
+from am_ckpt._train.pieces import Piece
+from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
+from am_ckpt._train.restore import restore
+from am_ckpt._train.retention import Keep, manifests_of, pin_path, tidy
+from am_ckpt._train.shared_files import FileShare, WeightFiles
+from am_ckpt._train.state import (
+    SECTIONS,
+    Contents,
+    Description,
+    Plan,
+    collect,
+    contents_digest,
+    join_extra_states,
+    join_optimizers,
+    make_plan,
+    owned_pieces,
+)
+from am_ckpt._train.write import Job, TensorFile, discard, file_metadata, join_records, new_manifest, run, stage
+from am_ckpt.errors import NewerError
+
+# What of a manifest says what was saved, beside the bytes.
+_CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
+
+
+class Checkpointer:
+    """Checkpoints of one run under `directory`. Every rank builds one with equal arguments and calls every method.
+
+    A step stays if `keep_last`, `keep_every` or `keep_best` keeps it, or a pin (`pin`), or if it is the newest; with
+    none of the three, nothing is deleted.
+
+    Args:
+        directory: on a file system that all ranks share.
+        keep_last: how many of the newest steps to keep.
+        keep_every: keep every multiple of this step number.
+        keep_best: `(metric, "min" | "max", count)`, the best by a metric given to `save`.
+        asynchronous: `save` copies the state to host memory and returns; a thread of each rank writes and commits it.
+            The memory (as much as this rank writes) is allocated at the first save and used again by all later ones.
+            One save is under way at a time: the next waits for it. An error is raised by whatever is called next,
+            `save`, `load`, `wait` or `flush`, and printed at the end of a process that calls nothing more; such a
+            process ends when the save has.
+        layout: of the model in a step. `"sharded"`: every rank writes files of its own, on any number of machines.
+            `"direct"`: all ranks, on one machine, write into the files of a Hugging Face folder, so that `model/` is
+            one, which transformers opens without a merge where `files` has config and tokenizer; `mapping` is applied.
+            Tensors sharded along later dims (tensor parallel) are written row by row there, which is slower. Both are
+            resumed by any number of ranks; optimizers are sharded in both.
+        max_shard_size: of a file of `layout="direct"`: bytes, or text such as `"5GB"`.
+        timeout: seconds that ranks wait, while files are written, for one that does not report.
+        files: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of a
+            file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder.
+        mapping: records of how the module's parameters relate to the published files (see `am_ckpt.load_hf`), stored
+            for tools that export later.
+        fingerprints: JSON data; loading a checkpoint that has another value under the same key is refused.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: tuple[str, str, int] | None = None,
+        asynchronous: bool = False,
+        layout: Literal["sharded", "direct"] = "sharded",
+        max_shard_size: int | str = "5GB",
+        timeout: float = 1800.0,
+        files: Mapping[str, str | bytes | os.PathLike[str]] | None = None,
+        mapping: Sequence[Mapping[str, Any]] | None = None,
+        fingerprints: Mapping[str, Any] | None = None,
+    ) -> None:
+        if keep_best is not None and not _is_best(keep_best):
+            raise ValueError(f"keep_best={keep_best!r} must be (metric name, 'min' or 'max', count of at least 1)")
+        if layout not in ("sharded", "direct"):
+            raise ValueError(f"layout={layout!r} must be 'sharded' or 'direct'")
+        if timeout <= 0:
+            raise ValueError(f"timeout={timeout} must be a positive number of seconds")
+        self.directory = Path(directory).absolute()
+        self._keep = Keep(keep_last, keep_every, Best(*keep_best) if keep_best is not None else None)
+        self._layout = layout
+        self._max_shard_bytes = byte_count(max_shard_size)
+        self._timeout = timeout
+        self._background = Background() if asynchronous else None
+        self._memory = StagingMemory()
+        self._stop = threading.Event()
+        self._files = dict(files or {})
+        for name in self._files:
+            require_file_name(name, "files:")
+            if name.endswith(".safetensors") or name.startswith("shard-") or name == INDEX:
+                raise ValueError(f"files: {name!r}: weights in model/ are written from the state, not copied")
+        self._mapping = [dict(record) for record in mapping] if mapping is not None else None
+        self._fingerprints = dict(fingerprints or {})
+        # Refused here, not at the first save after hours of training.
+        json.dumps([self._mapping, self._fingerprints], allow_nan=False)
+
+    def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+        """Commit `state` as `step_{step:06d}`. Collective: every rank calls it.
+
+        On return the step is durable; or, where `asynchronous`, copied: training may go on, and `wait` returns
+        when it is durable.
+
+        `state["model"]` is an `nn.Module` (parameters and persistent buffers, plain or DTensor, tied ones once), or
+        an adapter: an object with `state_dict()` and `load_state_dict()` of full plain tensors and
+        `named_parameters()`. Values that are `torch.optim.Optimizer` are stored by parameter name. All others have
+        `state_dict()` of plain data and tensors, equal on every rank: state that differs between ranks could not be
+        resumed by another number of ranks, and is refused. Plain tensors of the model are taken to be replicas. Ranks
+        may hold different parts of the model (stages of a pipeline), and its optimizer the parameters of that part, in
+        the same groups.
+
+        Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
+        content it raises `FileExistsError`. A damaged folder of that name is set aside as `.damaged-*`.
+
+        Any failure on any rank (no space, I/O error, unsupported type, a rank that does not report in time, tensors
+        that another thread changes meanwhile) raises the same error on every rank, leaves earlier checkpoints as they
+        are and publishes nothing. `metrics` are floats such as `{"val_loss": 1.25}`.
+        """
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"step={step!r} must be an integer of at least 0")
+        scores = {name: float(value) for name, value in (metrics or {}).items()}
+        best = self._keep.best
+        if best is not None and metrics is not None and best.metric not in scores:
+            raise ValueError(f"metrics {sorted(scores)} lack {best.metric!r}, by which keep_best chooses")
+        context = f"step {step} was not saved in {self.directory}, nothing was published"
+        contents = Contents()
+        described = agree(context, lambda: self._collect(state, contents))
+        before = versions(contents.tensors)
+        plan, weights = compute(context, lambda: self._plan(contents, described))
+        exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
+        rank, size = rank_and_size()
+        metadata = file_metadata(save_id, rank, size)
+        headers = weights.headers({name: metadata[name] for name in ("format", "am_ckpt_save_id")}) if weights else {}
+        files = list(_tensor_files(contents, plan, rank, metadata, weights, headers))
+        manifest = self._manifest(step, save_id, scores, contents, described, plan, weights) if rank == 0 else {}
+        if exists:
+            found = agree(context, lambda: _data_records(files, contents, rank))
+            rank_zero(context, lambda: self._require_same(step, manifest, found))
+            return
+        texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
+        if rank == 0 and weights is not None and len(headers) > 1:
+            texts[f"model/{INDEX}"] = weight_index(headers)
+        self._stop = threading.Event()
+        job = Job(self.directory, step, save_id, rank, size, files, headers, texts, manifest, self._timeout, self._stop)
+        try:
+            job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
+        except BaseException:
+            if rank == 0:
+                discard(job.staging)
+            raise
+        if self._background is not None:
+            self._background.start(lambda: run(job, lambda: None, lambda: tidy(self.directory, self._keep, step)))
+        else:
+            unchanged = partial(require_unchanged, before, contents.tensors)
+            run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
+
+    def load(self, state: Mapping[str, Any], which: int | str | os.PathLike[str] = "latest") -> int | None:
+        """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
+
+        `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. Damaged
+        steps are skipped with a warning where the newest or best is looked for; a named one raises `ValueError`, as
+        does any that a newer release wrote. Where every step is damaged: `ValueError`. The number of ranks and the
+        layout may differ from those that saved.
+
+        Strict: the entries of `state` must be in the checkpoint, with the same parameter names, shapes, dtypes,
+        tied weights and optimizer groups; otherwise one `ValueError` lists the differences, and nothing has been
+        changed. Entries of the checkpoint that `state` does not name are left out. Optimizers that have not stepped
+        yet get their state as torch would have laid it out.
+        """
+        self.wait()
+        found = rank_zero(f"no checkpoint was loaded from {self.directory}", lambda: self._choose(which))
+        return None if found is None else restore(found, state, self._fingerprints)
+
+    def digest(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank would save of `state`, in a line: `tensors`, `bytes` and `xxh3_128`. Collective.
+
+        Of names, places in the whole tensors, and bytes, with the other state: equal before a save and after the load
+        of it by as many ranks in the same layout, so a run can log what it has restored. Reads all of the memory.
+        """
+        contents = Contents()
+        described = agree("the state has no digest", lambda: collect(state, contents))[rank_and_size()[0]]
+        return contents_digest(contents, described)
+
+    def wait(self) -> None:
+        """Return when every save is durable; raise the error of one that is not. Every rank calls it.
+
+        At once unless `asynchronous`: `save` itself returns only then.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def flush(self, deadline: float) -> bool:
+        """Give the save that is under way `deadline` more seconds: True once it is durable, or if there is none.
+
+        Otherwise the save is given up on all ranks and False is returned: the step is not there, or, if rank 0 was
+        just about to publish it, complete. For processes that are about to be stopped. Every rank calls it; other
+        errors are raised as by `wait`.
+        """
+        if self._background is None:
+            return True
+        try:
+            if self._background.wait(deadline):
+                return True
+            self._stop.set()
+            # What cannot be interrupted, an fsync above all, may take longer than the caller has.
+            return self._background.wait(1.0)
+        except TimeoutError:
+            return False
+
+    def pin(self, step: int) -> None:
+        """Keep `step` from being deleted until `unpin`: creates the empty file `step_000100.pin`."""
+        if not (self.directory / step_name(step)).is_dir():
+            there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
+            raise FileNotFoundError(f"step {step} cannot be pinned; steps in {self.directory}: {there}")
+        rank_zero(f"step {step} was not pinned", lambda: pin_path(self.directory, step).touch())
+
+    def unpin(self, step: int) -> None:
+        """Let retention delete `step` again."""
+        rank_zero(f"step {step} was not unpinned", lambda: pin_path(self.directory, step).unlink(missing_ok=True))
+
+    # What follows runs inside the agreed steps of save and load; methods that touch the directory run on rank 0 alone.
+
+    def _collect(self, state: Mapping[str, Any], contents: Contents) -> Description:
+        # The save before ends first, and its error is the answer to this call, on all ranks.
+        self.wait()
+        return collect(state, contents)
+
+    def _exists(self, step: int) -> bool:
+        """Whether the step is there and whole; a damaged one is moved aside."""
+        path = self.directory / step_name(step)
+        if not os.path.lexists(path):
+            return False
+        try:
+            check_step(path)
+        except NewerError:
+            raise
+        except ValueError as error:
+            aside = self.directory / f".damaged-{path.name}-{secrets.token_hex(4)}"
+            os.rename(path, aside)
+            warnings.warn(f"set a damaged checkpoint aside as {aside.name}: {error}", stacklevel=2)
+            return False
+        return True
+
+    def _require_same(self, step: int, manifest: dict[str, Any], found: list[list[dict[str, Any]]]) -> None:
+        path = self.directory / step_name(step)
+        saved = read_manifest(path)
+        copied = {f"model/{name}" for name in (*self._files, INDEX)}
+        there = [_content_of(record) for record in saved["files"] if record["path"] not in copied]
+        here = [_content_of(record) for record in join_records(record for part in found for record in part)]
+        keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] else [])]
+        # As JSON gives it back.
+        described = json.loads(json.dumps({key: manifest.get(key) for key in keys}))
+        if (here, described) != (there, {key: saved.get(key) for key in keys}):
+            raise FileExistsError(
+                f"{path} exists with other content, metrics or number of ranks and is never overwritten; delete it, "
+                "save another step, or use another directory"
+            )
+        # Saved by a process that may have been stopped before it could do so.
+        fsync_directory(self.directory)
+
+    def _prepare(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> Job:
+        """Make room for the step; where it is saved in the background, return the job with copies of its tensors."""
+        if job.rank == 0:
+            planned = described[0].state_bytes
+            for held in plan.merged.values():
+                planned += sum(element_count(item.shape) * ITEM_BYTES[item.dtype] for item in held.values())
+            planned += sum(map(len, job.texts.values()))
+            # Headers, manifest and folder entries.
+            planned += 2**16 * (1 + job.size) + 512 * sum(len(held) for held in plan.merged.values())
+            stage(job, planned)
+        if self._background is None:
+            return job
+        copies = iter(self._memory.copy([tensor for file in job.files for tensor in file.tensors.values()]))
+        files = [file.copied(copies) for file in job.files]
+        require_unchanged(before, contents.tensors)
+        return replace(job, files=files)
+
+    def _plan(self, contents: Contents, described: list[Description]) -> tuple[Plan, WeightFiles | None]:
+        """What every rank writes, computed alike on all of them."""
+        join_optimizers(contents, described)
+        join_extra_states(contents, described)
+        plan = make_plan(described)
+        if contents.adapter is None:
+            self._require_mapped(plan)
+        return plan, self._weight_files(described, plan)
+
+    def _require_mapped(self, plan: Plan) -> None:
+        shapes = {name: item.shape for name, item in plan.merged["model"].items()}
+        records_by_parameter(self._mapping, shapes)
+        unknown = sorted({str(record["parameter"]) for record in self._mapping or ()} - set(shapes)) if shapes else []
+        if unknown:
+            raise ValueError(f"mapping names {unknown[0]!r} ({len(unknown)} such), which is no parameter of the model")
+
+    def _weight_files(self, described: list[Description], plan: Plan) -> WeightFiles | None:
+        """The files that the ranks write the model to together, or None where each writes its own."""
+        if self._layout != "direct" or not plan.merged["model"]:
+            return None
+        for rank, description in enumerate(described):
+            if description.machine != described[0].machine:
+                raise ValueError(
+                    f"layout='direct' needs all ranks on one machine, ranks 0 and {rank} are on two: over a network, "
+                    "ranges of one file that several machines write are not safe; use layout='sharded' and am-ckpt "
+                    "merge"
+                )
+        return WeightFiles(plan.merged["model"], self._mapping, self._max_shard_bytes)
+
+    def _texts(self, contents: Contents) -> dict[str, bytes]:
+        """The files of the step that hold no tensors."""
+        texts = {f"state/{entry}.json": text for entry, (text, _) in contents.state.items()}
+        return texts | {f"model/{name}": _file_bytes(source) for name, source in self._files.items()}
+
+    def _manifest(
+        self,
+        step: int,
+        save_id: str,
+        scores: dict[str, float],
+        contents: Contents,
+        described: list[Description],
+        plan: Plan,
+        weights: WeightFiles | None,
+    ) -> dict[str, Any]:
+        tensors = {
+            section: {name: {"dtype": held.dtype, "shape": list(held.shape)} for name, held in named.items()}
+            for section, named in plan.merged.items()
+        }
+        mapped: dict[str, Any] = {"mapping": self._mapping}
+        if weights is not None and self._mapping:
+            mapped = {"mapping": None, "published": {"mapping": self._mapping, "parameters": tensors["model"]}}
+            tensors["model"] = {
+                name: {"dtype": dtype, "shape": list(shape)}
+                for group in weights.files.values()
+                for name, (dtype, shape) in group.items()
+            }
+        own = {
+            **mapped,
+            "axes": {name: size for description in described for name, size in description.axes.items()},
+            # JSON has no NaN; float() reads both forms.
+            "metrics": {name: value if math.isfinite(value) else str(value) for name, value in scores.items()},
+            "fingerprints": self._fingerprints,
+            "model": "module" if contents.adapter is None else "adapter",
+            "aliases": {alias: name for description in described for alias, name in description.aliases.items()},
+            "optimizers": list(contents.optimizers),
+            "state": sorted(contents.state),
+        }
+        return new_manifest(step, save_id, len(described), tensors, own)
+
+    def _choose(self, which: int | str | os.PathLike[str]) -> Path | None:
+        if isinstance(which, int):
+            return self._named(step_name(which))
+        if which not in ("latest", "best"):
+            return self._named(which)
+        if which == "best" and self._keep.best is None:
+            raise ValueError("which='best' needs keep_best=(metric, 'min' or 'max', count) to say what is best")
+        found = steps(self.directory)
+        if which == "best" and self._keep.best is not None:
+            ranked = rank_best(list(manifests_of(self.directory, read_manifest).values()), self._keep.best)
+            if found and not ranked:
+                raise ValueError(f"no step in {self.directory} has the metric {self._keep.best.metric!r}")
+            found = [(step, self.directory / step_name(step)) for step in ranked]
+        problems = []
+        for _, path in found:
+            try:
+                check_step(path)
+            except NewerError:
+                raise
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"SKIPPED a damaged checkpoint, going back to {path.name}: {problem}", stacklevel=2)
+            return path
+        if problems:
+            raise ValueError(
+                f"none of the {len(problems)} checkpoints is whole: {'; '.join(problems[:3])}. Starting over must be "
+                "your decision: move them away or use another directory"
+            )
+        return None
+
+    def _named(self, which: str | os.PathLike[str]) -> Path:
+        # Of a name that is in both, this directory's step and not that of the folder where the process runs.
+        path = self.directory / which
+        if not path.is_dir():
+            path = Path(which)
+        if not path.is_dir():
+            there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
+            raise FileNotFoundError(f"{which} is not a checkpoint folder; steps in {self.directory}: {there}")
+        path = path.resolve()
+        check_step(path)
+        return path
+
+
+def _is_best(value: Any) -> bool:
+    fits = isinstance(value, tuple | list) and len(value) == 3
+    return fits and isinstance(value[0], str) and value[1] in ("min", "max") and type(value[2]) is int and value[2] > 0
+
+
+def _tensor_files(
+    contents: Contents,
+    plan: Plan,
+    rank: int,
+    metadata: Mapping[str, str],
+    weights: WeightFiles | None,
+    headers: Mapping[str, Header],
+) -> Iterator[TensorFile | FileShare]:
+    """What `rank` writes to safetensors files."""
+    for section in SECTIONS:
+        owned = owned_pieces(contents, plan, section, rank)
+        if section == "model" and weights is not None:
+            for share in weights.shares(headers, ((name, piece) for name, parts in owned for piece in parts)):
+                yield replace(share, path=f"model/{share.path}")
+            continue
+        # One dict per file: a name occurs once in a safetensors file.
+        groups: list[dict[str, Piece]] = []
+        for name, parts in owned:
+            groups += [{} for _ in range(len(groups), len(parts))]
+            for group, piece in zip(groups, parts, strict=False):
+                group[name] = piece
+        for index, group in enumerate(groups, start=1):
+            yield TensorFile(
+                f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(groups):05d}.safetensors",
+                metadata,
+                {name: piece.values for name, piece in group.items()},
+                {
+                    name: {
+                        "saved_offsets": list(piece.box.offset),
+                        "global_shape": list(plan.merged[section][name].shape),
+                    }
+                    for name, piece in group.items()
+                },
+            )
+    if rank == 0:
+        if contents.adapter is not None:
+            yield TensorFile(f"model/{ADAPTER}", metadata, contents.adapter, None)
+        for entry, (_, tensors) in contents.state.items():
+            if tensors:
+                yield TensorFile(f"state/{entry}.safetensors", metadata, tensors, None)
+
+
+def _data_records(files: list[TensorFile | FileShare], contents: Contents, rank: int) -> list[dict[str, Any]]:
+    """What this rank would write, by file: digests of the data after the headers."""
+    records = [{"path": file.path, "rank": rank, **file.digests()} for file in files]
+    if rank == 0:
+        for entry, (text, _) in contents.state.items():
+            records.append({"path": f"state/{entry}.json", "rank": rank, "xxh3_128": digest(text)})
+    return records
+
+
+def _content_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record is equal for equal content."""
+    keys = ("path", "blocks_xxh3_128", "boxes_xxh3_128", "xxh3_128")
+    return {key: record[key] for key in keys if key in record}
+
+
+def _file_bytes(source: str | bytes | os.PathLike[str]) -> bytes:
+    """Text and bytes as they are, a path by its content."""
+    if isinstance(source, bytes):
+        return source
+    return source.encode() if isinstance(source, str) else Path(source).read_bytes()

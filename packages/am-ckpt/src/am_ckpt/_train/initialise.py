@@ -1,0 +1,209 @@
+"""Memory and first values for a model that was built on the meta device.
+
+Three questions, in this order: which tensors get memory (those on meta, real ones are left alone), what the buffers
+that no file holds contain (rotary frequencies, embedding scales), and what new parameters start from. For the last two
+the module's own code answers, so the values are those of a model that was built with memory:
+
+- a class of the model's own with `reset_parameters()` is asked first, also when the parameter sits in a child of it;
+- then the nearest `transformers.PreTrainedModel` above, through `_init_weights(module)`, like `from_pretrained`;
+- then `reset_parameters()` of torch's own modules.
+
+A new parameter is initialised whole, on the CPU, from a seed made of its name: its values do not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Protocol, TypeGuard, runtime_checkable
+
+import torch
+import xxhash
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from am_ckpt._train.module import Place, Stored, named_places, stored_tensors
+from am_ckpt._train.pieces import cut, pieces
+
+Initialiser = Callable[[nn.Module], object]
+
+
+@runtime_checkable
+class _Resets(Protocol):
+    def reset_parameters(self) -> None: ...
+
+
+def matches(stored: Stored, patterns: Sequence[str]) -> bool:
+    """Whether one of the tensor's names matches one of the shell-style patterns."""
+    return any(fnmatchcase(place.name, pattern) for place in stored.places for pattern in patterns)
+
+
+def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
+    """Give memory to every tensor of `model` that is on meta, uninitialised; keep ties; leave real tensors alone.
+
+    `device=None`: the mesh's device for sharded tensors, the CPU for the others. Returns the places of the buffers
+    that no file holds and that therefore must be recomputed.
+    """
+    groups: dict[int, list[Place]] = {}
+    buffers: list[Place] = []
+    on_meta = False
+    for place, tensor, _, persistent in named_places(model):
+        groups.setdefault(id(tensor), []).append(place)
+        on_meta = on_meta or tensor.is_meta
+        if tensor.is_meta and not persistent:
+            buffers.append(place)
+    if not on_meta:
+        return []
+
+    def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        target = device
+        if target is None:
+            target = torch.device(tensor.device_mesh.device_type if isinstance(tensor, DTensor) else "cpu")
+        return torch.empty_like(tensor, device=target)
+
+    # As to_empty() does it, so that FSDP2 takes note of its new shards.
+    model._apply(with_memory)
+    for places in groups.values():
+        first = places[0]
+        for other in places[1:]:
+            if first.key in first.module._parameters:
+                other.module._parameters[other.key] = first.module._parameters[first.key]
+            if first.key in first.module._buffers:
+                other.module._buffers[other.key] = first.module._buffers[first.key]
+    return buffers
+
+
+def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: Initialiser | None) -> None:
+    """Let the modules fill the buffers at `places`; `ValueError` names one that nothing fills completely."""
+    by_module: dict[int, list[Place]] = {}
+    for place in places:
+        by_module.setdefault(id(place.module), []).append(place)
+    for group in by_module.values():
+        buffers = [group[0].module.get_buffer(place.key) for place in group]
+        for source in _sources(model, group[0], initialiser):
+            results = []
+            # Filled twice, from different values: what a source leaves out differs between the two.
+            for start in (0, 1):
+                for buffer in buffers:
+                    buffer.fill_(start)
+                with (
+                    _temporary_parameters([group[0].module], buffers=False),
+                    torch.random.fork_rng(devices=[]),
+                    torch.no_grad(),
+                ):
+                    source()
+                results.append([buffer.clone() for buffer in buffers])
+            if all(torch.equal(first, second) for first, second in zip(*results, strict=True)):
+                break
+        else:
+            raise ValueError(
+                f"the buffer {group[0].name!r} of {type(group[0].module).__name__} is in no file and the module "
+                "cannot recompute it; build the model off the meta device, give it a reset_parameters() that fills "
+                "its buffers, or pass initialiser="
+            )
+
+
+def initialise_parameters(
+    model: nn.Module, patterns: Sequence[str], seed: int, initialiser: Initialiser | None
+) -> None:
+    """Initialise the parameters (and stored buffers) that match `patterns`, each from (its name, `seed`) alone."""
+    for stored in stored_tensors(model):
+        if not matches(stored, patterns):
+            continue
+        place = stored.places[0]
+        for source in _sources(model, place, initialiser):
+            with (
+                _temporary_parameters(_chain(model, place), buffers=True) as temporary,
+                torch.random.fork_rng(devices=[]),
+            ):
+                # The CPU generator alone: torch.manual_seed would also reset the accelerator's.
+                torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{place.name}".encode()) >> 1)
+                with torch.no_grad():
+                    source()
+                value = temporary[id(place.module), place.key].detach()
+            if not value.isnan().any():
+                break
+        else:
+            raise ValueError(
+                f"nothing initialises the parameter {place.name!r} of {type(place.module).__name__}; give its module a "
+                "reset_parameters(), or pass initialiser="
+            )
+        for piece in pieces(stored.tensor, place.name):
+            piece.values.copy_(cut(value, piece.box))
+
+
+def _chain(model: nn.Module, place: Place) -> list[nn.Module]:
+    """The module that holds the parameter, and those above it whose own code may initialise it."""
+    path = _ancestors(model, place)
+    owners = [index for index, module in enumerate(path) if _has_own_reset(module)]
+    return path[owners[-1] :] if owners else path[-1:]
+
+
+def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
+    """From the root to the module at `place`."""
+    path = [model]
+    while path[-1] is not place.module:
+        for child in path[-1].children():
+            if any(module is place.module for module in child.modules()):
+                path.append(child)
+                break
+        else:
+            raise AssertionError(f"{place.name} is not below the model")
+    return path
+
+
+def _has_own_reset(module: nn.Module) -> TypeGuard[_Resets]:
+    return isinstance(module, _Resets) and not type(module).reset_parameters.__module__.startswith("torch.")
+
+
+def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) -> Iterator[Callable[[], object]]:
+    """The ways to set the first values of what `place.module` holds, most specific first."""
+    module = place.module
+    if initialiser is not None:
+        yield lambda: initialiser(module)
+        return
+    path = _ancestors(model, place)
+    own: list[_Resets] = [ancestor for ancestor in path if _has_own_reset(ancestor)]
+    if own:
+        yield own[-1].reset_parameters
+    # A transformers model means that transformers is loaded; it is not imported here.
+    transformers = sys.modules.get("transformers.modeling_utils")
+    pretrained = [a for a in path if transformers is not None and isinstance(a, transformers.PreTrainedModel)]
+    if pretrained:
+        yield lambda: pretrained[-1]._init_weights(module)
+    if isinstance(module, _Resets) and not _has_own_reset(module):
+        yield module.reset_parameters
+
+
+@contextmanager
+def _temporary_parameters(
+    modules: Sequence[nn.Module], *, buffers: bool
+) -> Iterator[dict[tuple[int, str], torch.Tensor]]:
+    """Replace what `modules` hold directly by whole CPU tensors, so that initialisation code can run without touching
+    shards, other devices or loaded values. Floating point starts as NaN: what is not initialised shows."""
+    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+    temporary: dict[tuple[int, str], torch.Tensor] = {}
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        value = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return value.fill_(torch.nan) if value.is_floating_point() else value.zero_()
+
+    try:
+        for module, parameters, held_buffers in kept:
+            for key, parameter in parameters.items():
+                if parameter is not None:
+                    value = whole(parameter)
+                    module._parameters[key] = nn.Parameter(value, requires_grad=value.is_floating_point())
+                    temporary[id(module), key] = value
+            for key, buffer in held_buffers.items():
+                if buffers and buffer is not None:
+                    module._buffers[key] = temporary[id(module), key] = whole(buffer)
+        yield temporary
+    finally:
+        for module, parameters, held_buffers in kept:
+            module._parameters.update(parameters)
+            module._buffers.update(held_buffers)

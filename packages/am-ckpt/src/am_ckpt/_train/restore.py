@@ -1,0 +1,328 @@
+"""Loading a step into live objects: everything is compared first, then bytes are read into place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from am_ckpt._boxes import Box, row_major
+from am_ckpt._copy.mapping import Record, dropped_dims, output_shape, records_by_parameter, whole_record
+from am_ckpt._files.hf_folder import ADAPTER
+from am_ckpt._files.safetensors import parse_json
+from am_ckpt._files.step import checked_header, read_file, read_manifest
+from am_ckpt._sources import Chunk, Source, whole_sources
+from am_ckpt._tools.inspect import inspect
+from am_ckpt._train.module import extra_states, stored_tensors
+from am_ckpt._train.optimizer import apply, joined_groups, match_groups, named_groups, new_slot
+from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name, pieces
+from am_ckpt._train.ranks import agree
+from am_ckpt._train.read import Reader, require_readable
+from am_ckpt._train.state import MODEL, Adapter, parameter_names, require_entries
+from am_ckpt._train.state_json import decode
+
+_MAX_STATE_BYTES = 2**30
+
+
+def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> int:
+    """Load the checkpoint `folder` into `state` and return its step; see `Checkpointer.load`. Collective."""
+    with Reader() as reader:
+        # A rank that is a stage of a pipeline has some of the model.
+        names = agree(f"{folder} was not loaded, nothing was changed", lambda: _names(state))
+        step = _Step(folder, reader, names)
+        # Per rank: comparing may find differences on one rank only, and must stop all of them before any byte changes.
+        actions: list[Callable[[], None]] = []
+        agree(
+            f"{folder} was not loaded, nothing was changed", lambda: actions.extend(step.prepare(state, fingerprints))
+        )
+        agree(
+            f"{folder} was loaded in part, the state is not usable", lambda: [action() for action in actions] and None
+        )
+        return step.number
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Of the model on one rank, in its tensors and in the groups of its optimizers."""
+
+    tensors: list[str]
+    groups: dict[str, list[list[str]]]
+
+
+def _names(state: Mapping[str, Any]) -> _Names:
+    require_entries(state)
+    if MODEL not in state:
+        return _Names([], {})
+    model, parameters = state[MODEL], parameter_names(state[MODEL])
+    tensors = []
+    if isinstance(model, nn.Module):
+        tensors = [place.name for stored in stored_tensors(model) for place in stored.places] + [*extra_states(model)]
+    optimizers = {entry: value for entry, value in state.items() if isinstance(value, Optimizer)}
+    return _Names(tensors, {entry: named_groups(entry, value, parameters) for entry, value in optimizers.items()})
+
+
+class _Step:
+    """One checkpoint folder opened for loading; `names` are those of every rank."""
+
+    def __init__(self, folder: Path, reader: Reader, names: Sequence[_Names]) -> None:
+        self._folder = folder
+        self._names = names
+        self._anywhere = {name for rank in names for name in rank.tensors}
+        self._reader = reader
+        self._manifest: dict[str, Any] = {}
+        self._records: dict[str, dict[str, Any]] = {}
+        self._sections: dict[str, dict[str, Source]] = {}
+
+    @property
+    def number(self) -> int:
+        return int(self._manifest["step"])
+
+    def prepare(self, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """Compare `state` with the checkpoint and return what must be done, in order."""
+        self._manifest = read_manifest(self._folder)
+        self._records = {record["path"]: record for record in self._manifest["files"]}
+        self._sections = inspect(self._folder).sections
+        saved = self._manifest["fingerprints"]
+        different = {
+            key: (saved[key], value) for key, value in fingerprints.items() if key in saved and saved[key] != value
+        }
+        if different:
+            lines = "; ".join(f"{key}: checkpoint {there!r}, here {here!r}" for key, (there, here) in different.items())
+            raise ValueError(f"the checkpoint belongs to another run: {lines}")
+        there = {*self._manifest["state"], MODEL}
+        missing = [entry for entry in state if entry not in there]
+        if missing:
+            raise ValueError(f"the checkpoint has no state {missing}; it holds {sorted(there)}")
+        actions = []
+        if MODEL in state:
+            model = state[MODEL]
+            actions.append(self._module(model) if isinstance(model, nn.Module) else self._adapter(model))
+        for entry, value in state.items():
+            if entry != MODEL:
+                is_optimizer = entry in self._manifest["optimizers"]
+                if is_optimizer != isinstance(value, Optimizer):
+                    raise ValueError(
+                        f"state[{entry!r}] is {type(value).__name__}, the checkpoint's {entry!r} is "
+                        f"{'an optimizer' if is_optimizer else 'no optimizer'}"
+                    )
+                data = read_state(self._folder, self._records, entry, self._reader)
+                if isinstance(value, Optimizer):
+                    actions.append(self._optimizer(entry, value, parameter_names(state[MODEL]), data))
+                else:
+                    actions.append(_load_state(value, data))
+        return actions
+
+    def _model_sources(self) -> dict[str, Source]:
+        """The model's tensors by the names that they have in the module."""
+        return module_sources(self._manifest, self._sections["model"])
+
+    def _module(self, model: nn.Module) -> Callable[[], None]:
+        if self._manifest["model"] != "module":
+            raise ValueError("the checkpoint holds an adapter; give the adapter as state['model'], over its base model")
+        sources = self._model_sources()
+        stored = stored_tensors(model)
+        aliases = self._manifest["aliases"]
+        known = {name: aliases.get(name, name) for name in [*sources, *aliases]}
+        problems = []
+        origin: dict[str, str] = {}
+        pairs: list[tuple[str, Source, torch.Tensor]] = []
+        for item in stored:
+            names = [place.name for place in item.places]
+            found = sorted({known[name] for name in names if name in known})
+            if len(found) > 1:
+                problems.append(f"{names} are one tied tensor here, but separate in the checkpoint")
+            elif found and found[0] in origin:
+                problems.append(f"{item.name} and {origin[found[0]]} are separate here, but tied in the checkpoint")
+            elif found:
+                origin[found[0]] = item.name
+                pairs.append((item.name, sources[found[0]], item.tensor))
+        here = {place.name for item in stored for place in item.places}
+        problems += _name_differences(
+            [item.name for item in stored if not any(place.name in known for place in item.places)],
+            sorted({*sources} - {known[name] for name in self._anywhere if name in known}),
+            here,
+            set(known),
+        )
+        problems += [line for name, source, tensor in pairs for line in _shape_difference(name, source, tensor)]
+        modules = extra_states(model)
+        extra = read_state(self._folder, self._records, MODEL, self._reader) if MODEL in self._manifest["state"] else {}
+        problems += _name_differences(
+            [name for name in modules if name not in extra],
+            [name for name in extra if name not in self._anywhere],
+            modules,
+            extra,
+        )
+        _raise_differences("the model", problems)
+        ready = [(source, piece) for name, source, tensor in pairs for piece in _readable(name, source, tensor)]
+
+        def load() -> None:
+            self._reader.read_all(ready)
+            for name, module in modules.items():
+                module.set_extra_state(extra[name])
+
+        return load
+
+    def _adapter(self, model: Adapter) -> Callable[[], None]:
+        if self._manifest["model"] != "adapter":
+            raise ValueError("the checkpoint holds a whole model, state['model'] is an adapter")
+        path = self._folder / "model" / ADAPTER
+        sources = self._sections["model"]
+        now = model.state_dict()
+        problems = _name_differences(
+            [n for n in now if n not in sources], [n for n in sources if n not in now], now, sources
+        )
+        for name in now.keys() & sources.keys():
+            problems += _shape_difference(name, sources[name], now[name])
+        _raise_differences("the adapter", problems)
+        tensors = _whole_tensors(path, self._records[f"model/{ADAPTER}"], self._reader)
+
+        def load() -> None:
+            model.load_state_dict(tensors)
+
+        return load
+
+    def _optimizer(self, entry: str, optimizer: Optimizer, names: dict[int, str], saved: Any) -> Callable[[], None]:
+        groups = joined_groups(entry, [rank.groups[entry] for rank in self._names])
+        options = match_groups(entry, optimizer, groups, saved)
+        by_parameter: dict[str, dict[str, Source]] = {}
+        for key, source in self._sections["optim"].items():
+            slot, _, name = key.partition("/")
+            by_parameter.setdefault(name, {})[slot] = source
+        plan: list[tuple[torch.Tensor, str, dict[str, Any], dict[str, Source]]] = []
+        for group, chosen in zip(optimizer.param_groups, options, strict=True):
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                slots = by_parameter.get(name, {})
+                for slot, source in slots.items():
+                    boxes = (
+                        [piece.box for piece in pieces(parameter, name)]
+                        if source.shape == tuple(parameter.shape)
+                        else []
+                    )
+                    require_readable(f"{slot}/{name}", source, boxes)
+                plan.append((parameter, name, chosen, slots))
+
+        def load() -> None:
+            # The old state goes first: both at once would double the optimizer's memory.
+            optimizer.state.clear()
+            values: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in saved["values"].items()}
+            wanted: list[tuple[Source, Piece]] = []
+            with torch.no_grad():
+                for parameter, name, chosen, slots in plan:
+                    for slot, source in slots.items():
+                        tensor = new_slot(slot, parameter, source.shape, TORCH_DTYPES[source.dtype], chosen)
+                        wanted += [(source, piece) for piece in _readable(f"{slot}/{name}", source, tensor)]
+                        values.setdefault(name, {})[slot] = tensor
+            self._reader.read_all(wanted)
+            apply(optimizer, names, options, values)
+
+        return load
+
+
+def module_sources(manifest: Mapping[str, Any], sources: dict[str, Source]) -> dict[str, Source]:
+    """A step's `sources`, by the names that they have in the module if a mapping was applied to them."""
+    if "published" not in manifest:
+        return sources
+    parameters = manifest["published"]["parameters"]
+    shapes = {name: tuple(item["shape"]) for name, item in parameters.items()}
+    records = records_by_parameter(manifest["published"]["mapping"], shapes)
+    return {
+        name: _parameter_source(
+            item["dtype"], shapes[name], records.get(name, [whole_record(name, shapes[name])]), sources
+        )
+        for name, item in parameters.items()
+    }
+
+
+def read_state(folder: Path, records: Mapping[str, dict[str, Any]], entry: str, reader: Reader) -> Any:
+    """The decoded state of an entry; `records` by path. The digests of its files are checked by `check_step`."""
+    tensors: dict[str, torch.Tensor] = {}
+    path = folder / "state" / f"{entry}.safetensors"
+    if f"state/{path.name}" in records:
+        tensors = _whole_tensors(path, records[f"state/{path.name}"], reader)
+    text = folder / "state" / f"{entry}.json"
+    return decode(parse_json(read_file(text, _MAX_STATE_BYTES), str(text)), tensors, entry)
+
+
+def _whole_tensors(path: Path, record: Mapping[str, Any], reader: Reader) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for key, source in whole_sources(path, checked_header(path, dict(record))).items():
+        tensors[key] = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
+        reader.read(source, Piece(source.chunks[0].box, tensors[key]))
+    return tensors
+
+
+def _parameter_source(
+    dtype: str, shape: tuple[int, ...], records: Iterable[Record], published: Mapping[str, Source]
+) -> Source:
+    """A parameter of the module, put together from the published tensors that are its parts."""
+    chunks: list[Chunk] = []
+    for record in records:
+        there = published.get(record.file)
+        if there is None or (there.dtype, there.shape) != (dtype, output_shape(record, shape)):
+            raise ValueError(f"{record.file!r} is not the part of {record.parameter!r} that the manifest describes")
+        dropped = dropped_dims(record, shape)
+        for chunk in there.chunks:
+            dims = zip(chunk.box.offset, chunk.box.size, row_major(chunk.box.size, 1), strict=True)
+            rows = [(0, 1, 0) if dim in dropped else next(dims) for dim in range(len(shape))]
+            if record.transpose:
+                rows[-1], rows[-2] = rows[-2], rows[-1]
+            offset = tuple(a + row[0] for a, row in zip(record.box.offset, rows, strict=True))
+            box = Box(offset, tuple(row[1] for row in rows))
+            chunks.append(Chunk(chunk.path, chunk.begin, box, tuple(row[2] for row in rows)))
+    return Source(dtype, shape, chunks)
+
+
+def _load_state(value: Any, data: Any) -> Callable[[], None]:
+    def load() -> None:
+        value.load_state_dict(data)
+
+    return load
+
+
+def _readable(name: str, source: Source, tensor: torch.Tensor) -> list[Piece]:
+    """This rank's pieces of `tensor`, after checking that the source holds each of them completely."""
+    parts = pieces(tensor, name)
+    require_readable(name, source, [piece.box for piece in parts])
+    return parts
+
+
+def _shape_difference(name: str, source: Source, tensor: torch.Tensor) -> list[str]:
+    here = (dtype_name(tensor.dtype, name), tuple(tensor.shape))
+    if tensor.is_meta:
+        return [f"{name} is on the meta device: give it memory first (load_hf, or to_empty)"]
+    if here == (source.dtype, source.shape):
+        return []
+    return [f"{name}: here {here[0]} {list(here[1])}, in the checkpoint {source.dtype} {list(source.shape)}"]
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """` (nearest: other)`, or nothing where no candidate is similar."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f" (nearest: {close[0]})" if close else ""
+
+
+def _name_differences(
+    missing: list[str], unexpected: list[str], here: Iterable[str], there: Iterable[str]
+) -> list[str]:
+    lines = []
+    if missing:
+        # Similarity is quadratic in the number of names: only for those that are shown.
+        shown = ", ".join(name + nearest(name, unexpected or there) for name in missing[:5])
+        lines.append(f"{len(missing)} not in the checkpoint: {shown}")
+    if unexpected:
+        shown = ", ".join(name + nearest(name, missing or here) for name in unexpected[:5])
+        lines.append(f"{len(unexpected)} only in the checkpoint: {shown}")
+    return lines
+
+
+def _raise_differences(what: str, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{what} does not match the checkpoint: {'; '.join(problems[:8])}{more}")
