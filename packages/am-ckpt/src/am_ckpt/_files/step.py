@@ -163,9 +163,9 @@ class Best:
     count: int
 
     def order(self, metrics: dict[str, float]) -> float:
-        """Sort key of a step, the best first; steps without the metric, or with NaN, come last as infinity."""
+        """Sort key of a step, the best first; steps without the metric, or where it is not finite, are infinity."""
         value = metrics.get(self.metric, math.nan)
-        if math.isnan(value):
+        if not math.isfinite(value):
             return math.inf
         return value if self.mode == "min" else -value
 

@@ -16,6 +16,7 @@ from am_ckpt._copy.engine import file_pieces
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import DTYPES, ITEM_BYTES
 from am_ckpt._files.archive import changed_ranges
+from am_ckpt._files.block_digests import changed_blocks, changed_bytes
 from am_ckpt._files.box_digests import changed_boxes, require_digested
 from am_ckpt._files.cover import cover_problem
 from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX
@@ -28,9 +29,9 @@ from am_ckpt._files.model_config import (
     tied_embedding,
     uneven_layers,
 )
-from am_ckpt._files.safetensors import Header, is_sizes, parse_json, read_header
+from am_ckpt._files.safetensors import is_sizes, parse_json, read_header
 from am_ckpt._files.step import MANIFEST, read_file, read_manifest
-from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
+from am_ckpt._io import digest, file_digest
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect, require_recorded_size, step_folder
 from am_ckpt._tools.inventory import Inventory
@@ -138,24 +139,13 @@ def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
                     for problem in changed_boxes(path, header, record["boxes_xxh3_128"]) if full else ():
                         report.add(ValueError(problem))
                 elif full:
-                    _check_blocks(path, header, record, report)
+                    blocks = record["blocks_xxh3_128"]
+                    for problem in changed_blocks(path, header, blocks, range(len(blocks))):
+                        report.add(ValueError(problem))
             elif (full or record["path"].startswith("state/")) and file_digest(path) != record["xxh3_128"]:
                 raise ValueError(f"{path} is damaged: its content is not what was written; copy it again")
         except (ValueError, FileNotFoundError) as error:
             report.add(error)
-
-
-def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report: VerifyReport) -> None:
-    """Compare the data of a safetensors file with its digests, and say which tensors a changed block belongs to."""
-    blocks = record["blocks_xxh3_128"]
-    starts = range(header.data_start, record["bytes"], BLOCK_BYTES)
-    if len(blocks) != len(starts):
-        report.add(ValueError(f"{path}: the manifest has {len(blocks)} digests for {len(starts)} blocks"))
-        return
-    for start, expected, found in zip(starts, blocks, block_digests(path, header.data_start), strict=True):
-        end = min(start + BLOCK_BYTES, record["bytes"])
-        if found != expected:
-            report.add(_changed(path, header, start, end, found, expected))
 
 
 def _check_files(inventory: Inventory, report: VerifyReport) -> None:
@@ -216,23 +206,13 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
             for piece in file_pieces(used[name].resolve(), begin, end):
                 hasher.update(piece)
             if hasher.hexdigest() != expected:
-                report.add(_changed(used[name], header, begin, end, hasher.hexdigest(), expected))
+                report.add(ValueError(changed_bytes(used[name], header, begin, end, hasher.hexdigest(), expected)))
 
 
 def _is_digested(record: Any) -> bool:
     rows = record.get("ranges_xxh3_64") if isinstance(record, dict) else None
     return isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == 3 and is_sizes(row[:2]) and isinstance(row[2], str) for row in rows
-    )
-
-
-def _changed(path: Path, header: Header, begin: int, end: int, found: str, expected: str) -> ValueError:
-    """What to say of bytes that are not those that were written."""
-    inside = [name for name, entry in header.entries.items() if entry.begin < end and begin < entry.end]
-    named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
-    return ValueError(
-        f"{path} is damaged: bytes {begin} to {end} have digest {found} instead of {expected}; they hold {named}: copy "
-        "the file again or take another step"
     )
 
 
