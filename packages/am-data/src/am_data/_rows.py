@@ -166,7 +166,10 @@ def _sliced(rows: FileRows, split: str) -> FileRows:
         spans = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     # `to_absolute` leaves an end out where it is the end of the rows.
     ranges = [(span.from_ or 0, len(rows) if span.to is None else span.to) for span in spans]
-    return rows.spans(ranges)
+    sliced = rows.spans(ranges)
+    if not sliced.parts:
+        raise ValueError(f"{source!r} (split={split!r}) gives no data; choose another split")
+    return sliced
 
 
 def stream_file(file: Path) -> Iterator[Row]:
