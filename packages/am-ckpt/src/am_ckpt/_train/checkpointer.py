@@ -51,7 +51,6 @@ from am_ckpt._train.retention import (
 )
 from am_ckpt._train.shared_files import WeightFiles
 from am_ckpt._train.state import (
-    MODEL,
     SECTIONS,
     Contents,
     Description,
@@ -60,6 +59,7 @@ from am_ckpt._train.state import (
     contents_digest,
     join_extra_states,
     join_optimizers,
+    join_per_rank,
     make_plan,
 )
 from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
@@ -221,6 +221,7 @@ class Checkpointer:
         *,
         verify: bool = True,
         discard_newer: bool = False,
+        strict: bool = True,
     ) -> int | None:
         """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
 
@@ -255,7 +256,7 @@ class Checkpointer:
             if discard_newer:
                 rank_zero(f"{path} was not loaded", partial(require_disposable, self.directory, path))
             try:
-                step = restore(path, state, self._fingerprints)
+                step = restore(path, state, self._fingerprints, strict=strict)
             except (ValueError, OSError) as error:
                 context = f"{path} was not loaded"
                 if not is_searched(which) or not rank_zero(context, partial(was_deleted, path)):
@@ -392,6 +393,7 @@ class Checkpointer:
         """What every rank writes, computed alike on all of them."""
         join_optimizers(contents, described)
         join_extra_states(contents, described)
+        join_per_rank(contents, described)
         plan = make_plan(described)
         if contents.adapter is None:
             self._require_mapped(plan)
@@ -460,8 +462,7 @@ class Checkpointer:
 
 def _sections(state: Mapping[str, Any]) -> set[str]:
     """The parts of a step that `state` is loaded from."""
-    optim = {"optim"} if any(isinstance(value, Optimizer) for value in state.values()) else set()
-    return {*optim, *([MODEL] if MODEL in state else [])}
+    return {"optim" if isinstance(value, Optimizer) else entry for entry, value in state.items()}
 
 
 def _is_best(value: Any) -> bool:

@@ -35,7 +35,6 @@ from am_ckpt._train.job import Job, TensorFile
 from am_ckpt._train.lease import clean_stale, release, sign
 from am_ckpt._train.ranks import Failure, describe, rebuild
 from am_ckpt._train.shared_files import FileShare, create_files
-from am_ckpt._train.state import SECTIONS
 
 # Of what a rank reports: a record of some hundred bytes a file, and digests of every 16 MiB.
 _MAX_REPORT_BYTES = 2**30
@@ -49,7 +48,7 @@ def stage(job: Job, planned_bytes: int) -> None:
     Rank 0 only. Ends in `run`, or in `discard` where it comes to nothing.
     """
     create_staging(job.staging, planned_bytes, STAGING, held=True)
-    for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
+    for name in ("ranks", "step", *(f"step/{section}" for section in (*job.manifest["tensors"], "state"))):
         os.mkdir(job.staging / name)
     create_files(job.staging / "step" / "model", job.headers)
 
