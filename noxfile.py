@@ -182,17 +182,15 @@ def alone(session: nox.Session) -> None:
         folder = STATE / "alone" / name
         ours = [*BUILT_WITH.get(name, []), name, "am-testing"]
         python = make_environment(session, folder, sys.executable, [name], ours, locked_versions(session))
-        listed = session.run(
-            "uv", "pip", "list", "--python", str(python), "--format", "freeze", external=True, silent=True
-        )
-        installed = [line.split("==")[0] for line in str(listed).splitlines() if "==" in line]
+        installed = names_of_installed(session, python)
         cuda = [package for package in installed if package.startswith(("nvidia-", "cuda-", "triton"))]
         others = sorted(set(installed) - set(cuda))
         session.log(f"{name} alone: {', '.join(others)} (+ {len(cuda)} CUDA packages that torch brings)")
         strangers = set(others) & set(FOLDERS) - set(ours)
         if strangers:
             session.error(f"{name} pulled in {', '.join(strangers)}")
-        run_tests(session, python, f"{FOLDERS[name]}/tests")
+        bare = make_bare(session, folder / "bare", name) if name == "am-ckpt" else {}
+        run_tests(session, python, f"{FOLDERS[name]}/tests", env=bare)
         shutil.rmtree(folder)
 
 
@@ -213,10 +211,26 @@ def floor(session: nox.Session) -> None:
     shutil.rmtree(STATE / "floor")
 
 
-def run_tests(session: nox.Session, python: Path, *tests: str) -> None:
+def make_bare(session: nox.Session, folder: Path, name: str) -> dict[str, str | None]:
+    """An environment with what `pip install NAME` brings, which must be next to nothing; how the tests find it."""
+    python = make_environment(session, folder, sys.executable, [name], [name], locked_versions(session), tests=False)
+    installed = names_of_installed(session, python)
+    if installed != [name, "numpy", "xxhash"]:
+        session.error(f"{name} installs {', '.join(installed)}; its base is numpy and xxhash, the rest are extras")
+    return {"AM_CKPT_BARE_PYTHON": str(python)}
+
+
+def names_of_installed(session: nox.Session, python: Path) -> list[str]:
+    """The packages of an environment, sorted."""
+    command = ("uv", "pip", "list", "--python", str(python), "--format", "freeze")
+    listed = str(session.run(*command, external=True, silent=True))
+    return sorted(line.split("==")[0] for line in listed.splitlines() if "==" in line)
+
+
+def run_tests(session: nox.Session, python: Path, *tests: str, env: dict[str, str | None] | None = None) -> None:
     """pytest of an environment, which sees no sources but those installed there."""
     command = (str(python), "-m", "pytest", "-q", "-m", "not slow", *tests)
-    session.run(*command, env={"PYTHONPATH": None}, external=True)
+    session.run(*command, env={"PYTHONPATH": None, **(env or {})}, external=True)
 
 
 def at_floor(name: str) -> list[str]:
@@ -242,9 +256,18 @@ def locked_versions(session: nox.Session) -> list[str]:
 
 
 def make_environment(
-    session: nox.Session, folder: Path, base: str, names: list[str], built: list[str], versions: list[str]
+    session: nox.Session,
+    folder: Path,
+    base: str,
+    names: list[str],
+    built: list[str],
+    versions: list[str],
+    *,
+    tests: bool = True,
 ) -> Path:
     """Make an environment with the packages `names` and their test groups, nothing of ours but `built`; its Python.
+
+    `tests=False`: without the test groups.
 
     It is removed with `folder`. The wheels are built here, in 0.1 s, so that sessions can run side by side.
     """
@@ -265,7 +288,7 @@ def make_environment(
     session.run(
         *("uv", "pip", "install", "-q", "--python", str(python), "--no-sources", "--find-links", str(wheels)),
         *("--constraint", str(constraints), *names),
-        *(f"--group={FOLDERS[name]}/pyproject.toml:test" for name in names),
+        *(f"--group={FOLDERS[name]}/pyproject.toml:test" for name in (names if tests else [])),
         # uv keeps wheels by name and version, and would install those of an earlier run here.
         *(f"--refresh-package={package}" for package in built),
         external=True,

@@ -294,3 +294,43 @@ def test_a_row_that_is_being_written_is_read_the_next_time(tmp_path: Path) -> No
 
 if __name__ == "__main__":
     killed_while_writing(sys.argv[1])
+
+
+def test_the_headline_loss_is_the_smoothed_one(tmp_path: Path) -> None:
+    random.seed(0)
+    losses = [3.0 + random.choice((-1.0, 1.0)) for _ in range(200)]
+    with start(tmp_path, total_steps=200) as log:
+        for number, loss in enumerate(losses, start=1):
+            step(log, number, loss=loss)
+        log.finish()
+    curve = curves.read(tmp_path / "metrics.jsonl").train["loss"].smoothed()
+    assert curve.last is not None
+    assert curve.last[1] == pytest.approx(mean(losses[-11:]))
+    assert [bucket.mean for bucket in curve.buckets[:2]] == pytest.approx([losses[0], mean(losses[:3])])
+    assert f"<dd>{losses[0]:.3f} → {mean(losses[-11:]):.3f}</dd>" in page(tmp_path)
+    assert "train, smoothed" in page(tmp_path)
+
+
+def test_a_narrow_screen_has_a_drawing_of_its_own_width(tmp_path: Path) -> None:
+    with start(tmp_path) as log:
+        step(log, 1)
+        log.finish()
+    text = page(tmp_path)
+    assert '<div class="narrow"><svg viewBox="0 0 520 300"' in text
+    assert '<div class="wide"><svg viewBox="0 0 1040 300"' in text
+
+
+def test_a_sample_is_on_the_page_once_and_in_a_few_lines_on_the_terminal(tmp_path: Path) -> None:
+    output = io.StringIO()
+    sentence = "One sentence among many that make this sample longer than a line of a terminal. " * 3
+    console = rich.console.Console(file=output, width=80)
+    with Log(tmp_path, CONFIG, total_steps=1, console=console) as log:
+        log.note("2 rows read")
+        log.samples([[("<|user|>\n" * 9, False), (sentence, True)], [("second", True)]])
+        log.finish()
+    assert page(tmp_path).count(sentence) == 1
+    lines = output.getvalue().split("2 rows read\n")[1].splitlines()[:7]
+    assert max(map(len, lines)) <= 80
+    assert lines[1:4] == ["  <|user|>", "  <|user|>", "  ... 5 lines"]
+    assert lines[6].startswith("  [[One sentence among many")
+    assert lines[6].endswith("of a terminal. ]]")

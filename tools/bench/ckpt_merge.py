@@ -147,7 +147,8 @@ def child(method: str, source: str, target: str) -> None:
 
     elif kind == "plan":
         from am_ckpt._copy.plan import plan_jobs
-        from am_ckpt._tools.inspect import inspect, paused_collector
+        from am_ckpt._sources import paused_collector
+        from am_ckpt._tools.inspect import inspect
         from am_ckpt._tools.merge import _Plan
 
         def action() -> None:

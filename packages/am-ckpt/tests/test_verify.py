@@ -21,7 +21,7 @@ from torch_processes import torch_processes
 import am_ckpt
 from am_ckpt._cli import main
 from am_ckpt._copy.values import TensorReader
-from am_ckpt._files.safetensors import ITEM_BYTES
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.step import seal
 
 

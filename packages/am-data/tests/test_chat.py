@@ -171,7 +171,9 @@ def test_the_report_counts_rows_reasons_and_tokens(tokenizer):
         ("It is four.<|im_end|>", True),
         ("\n", False),
     ]
-    text = str(report)
+    assert "[[" not in str(report)
+    text = report.full()
+    assert text.startswith(f"{report}\n")
     assert "5 rows read, 2 kept" in text
     assert "dropped 2: no assistant turn (rows 2, 4)" in text
     assert "<|im_start|>assistant\n[[It is four.<|im_end|>]]" in text

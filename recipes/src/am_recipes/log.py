@@ -27,7 +27,7 @@ from types import TracebackType
 import rich.console
 import torch
 
-from am_recipes.sinks import Console, HtmlPage, JsonLines, Row, Sink, files, record
+from am_recipes.sinks import Console, HtmlPage, JsonLines, Row, Sink, files, record, text
 
 PACKAGES = (
     *("am-recipes", "am-ckpt", "am-data", "am-kernels", "am-loss", "am-mesh", "am-models", "am-moe", "am-peft"),
@@ -107,10 +107,17 @@ class Log:
             self._tell(str(fact))
 
     def samples(self, samples: Iterable[Sequence[tuple[str, bool]]]) -> None:
-        """Show training samples on the page; each is pieces of text, with whether the loss counts them."""
-        if self._active:
-            self._record.samples = [list(sample) for sample in samples]
-            self._record.save(self._run_dir)
+        """Show training samples on the page; each is pieces of text, with whether the loss counts them.
+
+        The first is told, too, in a few lines.
+        """
+        if not self._active:
+            return
+        self._record.samples = [list(sample) for sample in samples]
+        self._record.save(self._run_dir)
+        for sample in self._record.samples[:1]:
+            self._tell("a training sample, [[...]] is under loss (report.html has more, whole):")
+            self._tell(text.excerpt("".join(f"[[{piece}]]" if counts else piece for piece, counts in sample)))
 
     def answers(self, moment: str, answers: Iterable[tuple[str, str]]) -> None:
         """Tell and keep (prompt, answer) pairs of a moment such as `before` or `after` training; they survive."""

@@ -1,6 +1,7 @@
 """Training checkpoints that commit atomically, resume exactly and load anywhere.
 
-Names are imported when first used, so that `import am_ckpt` does not import torch.
+Names are imported when first used, so that `import am_ckpt` does not import torch, which only
+`am-ckpt[torch]` installs.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from am_ckpt._torch import require_torch
+
 if TYPE_CHECKING:
     from am_ckpt._files.hf_folder import hf_files
     from am_ckpt._tools.convert import convert
     from am_ckpt._tools.diff import Difference, DiffReport, diff
-    from am_ckpt._tools.inspect import Inventory, inspect
+    from am_ckpt._tools.inspect import inspect
+    from am_ckpt._tools.inventory import Inventory
     from am_ckpt._tools.merge import MergeReport, merge
     from am_ckpt._tools.reshard import reshard
     from am_ckpt._tools.verify import VerifyReport, verify
@@ -44,7 +48,7 @@ _MODULES = {
     "Checkpointer": "am_ckpt._train.checkpointer",
     "DiffReport": "am_ckpt._tools.diff",
     "Difference": "am_ckpt._tools.diff",
-    "Inventory": "am_ckpt._tools.inspect",
+    "Inventory": "am_ckpt._tools.inventory",
     "MergeReport": "am_ckpt._tools.merge",
     "StorageReader": "am_ckpt._train.torch_storage",
     "StorageWriter": "am_ckpt._train.torch_storage",
@@ -64,6 +68,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'am_ckpt' has no attribute {name!r}; public are {', '.join(__all__)}")
+    if _MODULES[name].startswith("am_ckpt._train."):
+        require_torch(f"am_ckpt.{name}")
     return importlib.import_module(_MODULES[name]).__dict__[name]
 
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from am_ckpt.errors import ArgumentError, exit_code
+from am_ckpt.errors import ArgumentError, MissingTorchError, exit_code
 
 _EPILOG = (
     "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads has seen enough (`| head`). What is left must not be written again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingTorchError) as error:
         code = exit_code(error)
         if options.json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": code}))

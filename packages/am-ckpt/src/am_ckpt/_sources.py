@@ -6,6 +6,8 @@ copy. Objects are made of those of one tensor, when they are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -321,3 +323,15 @@ def _indexed_sources(folder: Path) -> dict[str, Source]:
             "again"
         )
     return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Plans are millions of small objects without cycles; going through them again and again takes as long as they."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, told apart for exit codes. All are `ValueError` to callers."""
+"""What can be wrong with a checkpoint, told apart for exit codes. All of those are `ValueError` to callers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ class NewerError(ValueError):
     """A checkpoint of a later format version: nothing is wrong with it, and nothing may be done to it."""
 
 
+class MissingTorchError(ImportError):
+    """What was asked for needs torch, which is not installed."""
+
+
 class ArgumentError(ValueError):
     """An argument that cannot be honoured, whatever the checkpoint holds."""
 
 
 _EXIT_CODES = (
     (ArgumentError, 1),
+    (MissingTorchError, 1),
     (IncompleteError, 3),
     (UnsafeError, 4),
     (FileNotFoundError, 3),
@@ -31,5 +36,5 @@ _EXIT_CODES = (
 
 
 def exit_code(error: Exception) -> int:
-    """What the command `am-ckpt` exits with after a `ValueError` or `OSError`."""
+    """What the command `am-ckpt` exits with after a `ValueError`, `OSError` or `MissingTorchError`."""
     return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))

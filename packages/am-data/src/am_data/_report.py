@@ -18,7 +18,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a dataset did with its rows; `str(report)` is for people.
+    """What a dataset did with its rows: `str(report)` in a few lines, `report.full()` with the samples.
 
     `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to
     three rows, each a list of `(text, supervised)` segments whose texts join to the decoded row; there a run of image
@@ -48,7 +48,11 @@ class DatasetReport:
         ]
         if self.num_images:
             lines.append(f"{self.num_images} images, {self.num_image_tokens} image tokens")
-        lines += describe_dropped(self.dropped)
+        return "\n".join([*lines, *describe_dropped(self.dropped)])
+
+    def full(self) -> str:
+        """The same with every sample, what is under loss between [[ and ]]."""
+        lines = [str(self)]
         for number, sample in enumerate(self.samples, start=1):
             text = "".join(f"[[{text}]]" if supervised else text for text, supervised in sample)
             lines += [f"sample {number} ([[...]] is under loss):", text.rstrip("\n")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ PARTS = ("attention", "norm", "rope", "activation", "experts")
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What `optimize` did to one model: `str(report)` is one line per part.
+    """What `optimize` did to one model: `str(report)` says it in lines of at most 80 columns.
 
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
     loss: what `forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
@@ -37,8 +38,13 @@ class OptimizeReport:
     num_experts_per_token: int | None
 
     def __str__(self) -> str:
-        rows = [*self.parts.items(), ("loss", self.loss)]
-        return "\n".join([f"model family: {self.family}", *(f"  {name:<10} {value}" for name, value in rows)])
+        stock = {name: text.removeprefix("stock: ") for name, text in self.parts.items() if text.startswith("stock: ")}
+        swapped = {name: text for name, text in self.parts.items() if name not in stock}
+        lines = [f"model family: {self.family}; its loss is computed from {self.loss}"]
+        for title, parts in (("swapped", swapped), ("stock", stock)):
+            if parts:
+                lines.append(f"  {title}: " + "; ".join(f"{name}: {text}" for name, text in parts.items()))
+        return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
 
 
 def optimize(

@@ -16,9 +16,9 @@ from torch import nn
 
 from am_peft._names import FACTORS, named_parameters
 
-# 80 columns, and with the header and the totals 12 lines.
+# 80 columns; of more rows than these, with the header and the total a third of a screen, the frozen are folded.
 _SCREEN_WIDTH = 80
-_MOST_COMPONENTS = 10
+_MOST_ROWS, _MOST_COMPONENTS = 6, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ReportRow:
 
 @dataclasses.dataclass(frozen=True)
 class TrainableReport:
-    """Elements that train and that do not. `str(report)` is the table by component, `report.full()` the long one.
+    """Elements that train and that do not. `str(report)` is the table by component, without those that are
+    frozen where they would be many, and one line where all trains; `report.full()` is the long one.
 
     - `rows`: by parameter name, with `*` for the layer's number.
     - `components`: at most 10, in the model's order; more are kept by their share of what trains or of what is frozen,
@@ -49,7 +50,13 @@ class TrainableReport:
     frozen: int
 
     def __str__(self) -> str:
-        return self._table("component", self.components, _SCREEN_WIDTH)
+        if not self.frozen:
+            return self._total()
+        rows = list(self.components)
+        if len(rows) > _MOST_ROWS:
+            frozen = [row for row in rows if not row.trainable]
+            rows = [row for row in rows if row.trainable] + [_total(f"{len(frozen)} frozen components", frozen)]
+        return self._table("component", rows, _SCREEN_WIDTH)
 
     def full(self) -> str:
         """The table with a line for every parameter of a layer."""
@@ -67,9 +74,12 @@ class TrainableReport:
                 kept = names - 3
                 name = f"{name[: kept // 2]}...{name[-(kept - kept // 2) :]}"
             lines.append(f"{name:{names}}  {row.num_tensors:>7}  {row.trainable:>{digits},}  {row.frozen:>{digits},}")
+        return "\n".join([*lines, self._total()])
+
+    def _total(self) -> str:
+        total = self.trainable + self.frozen
         share = 100 * self.trainable / total if total else 0.0
-        lines.append(f"{self.trainable:,} of {total:,} parameters train ({share:.2f} %)")
-        return "\n".join(lines)
+        return f"{self.trainable:,} of {total:,} parameters train ({share:.2f} %)"
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:

@@ -9,25 +9,32 @@ from html import escape
 from itertools import pairwise
 
 from am_recipes.sinks.curves import Curve
+from am_recipes.sinks.text import short
 
 Scale = Callable[[float], float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; `color` counts the palette from 1. `dots` marks every point."""
+    """One line of a chart; `color` counts the palette from 1.
+
+    `dots` marks every point; a `faint` line stands behind the others and is not in the legend.
+    """
 
     name: str
     curve: Curve
     color: int
     dots: bool = False
+    faint: bool = False
 
     def points(self) -> list[tuple[float, float]]:
         return [(bucket.step, bucket.mean) for bucket in self.curve.buckets]
 
 
-def chart(title: str, series: Sequence[Series], width: int, height: int, from_zero: bool = False) -> str:
-    """Draw lines over steps, with ticks, and a rule with the values under the pointer; "" where there is no point."""
+def chart(
+    title: str, series: Sequence[Series], width: int, height: int, from_zero: bool = False, pointer: bool = True
+) -> str:
+    """Draw lines over steps, with ticks, and a rule with the values under the `pointer`; "" where there is no point."""
     series = [line for line in series if line.curve.buckets]
     if not series:
         return ""
@@ -60,13 +67,14 @@ def chart(title: str, series: Sequence[Series], width: int, height: int, from_ze
     ]
     parts += [_line(line, across, up) for line in series]
     parts.append(_legend(series, right) if len(series) > 1 else "")
-    parts.append(_pointer(series, across, up, (left, right, top, bottom)))
+    parts.append(_pointer(series, across, up, (left, right, top, bottom)) if pointer else "")
     return "".join(parts) + "</svg>"
 
 
 def _line(line: Series, across: Scale, up: Scale) -> str:
     points = [f"{across(x):.1f},{up(y):.1f}" for x, y in line.points()]
-    parts = [_envelope(line, across, up), f'<polyline class="c{line.color}" points="{" ".join(points)}"/>']
+    shade = "faint " if line.faint else ""
+    parts = [_envelope(line, across, up), f'<polyline class="{shade}c{line.color}" points="{" ".join(points)}"/>']
     if line.dots or len(points) <= 20:
         parts += [
             f'<circle class="c{line.color}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3.2"/>' for x, y in line.points()
@@ -76,8 +84,8 @@ def _line(line: Series, across: Scale, up: Scale) -> str:
 
 def _legend(series: Sequence[Series], right: float) -> str:
     parts, x = [], right
-    for line in reversed(series):
-        x -= 7 * len(line.name) + 30
+    for line in reversed([line for line in series if not line.faint]):
+        x -= 8 * len(line.name) + 34
         parts.append(
             f'<circle class="c{line.color}" cx="{x:.0f}" cy="12" r="4"/>'
             f'<text class="tick" x="{x + 9:.0f}" y="16">{escape(line.name)}</text>'
@@ -135,18 +143,3 @@ def _ticks(low: float, high: float, wanted: int, whole: bool = False) -> list[fl
         distance = max(1.0, float(round(distance)))
     first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
     return [number * distance for number in range(first, last + 1)]
-
-
-def short(value: float) -> str:
-    """A number in few characters: 0, 3e-05, 0.0125, 2.31, 12.5, 4,200, 1.2M."""
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}"

@@ -85,6 +85,22 @@ class Curve:
     def high(self) -> float:
         return max(bucket.high for bucket in self.buckets)
 
+    def smoothed(self) -> Curve:
+        """The mean over the points around each, a twentieth of the curve to either side; fewer than 20 points stay.
+
+        Near the start the window is narrower, so that it does not lean to one side; at the end it is one-sided.
+        """
+        widest = len(self.buckets) // 20
+        if not widest or self.last is None:
+            return self
+        buckets = []
+        for number, bucket in enumerate(self.buckets):
+            reach = min(widest, number)
+            near = self.buckets[number - reach : number + reach + 1]
+            mean = sum(other.values for other in near) / sum(other.count for other in near)
+            buckets.append(Bucket(bucket.count, bucket.steps, mean * bucket.count, mean, mean))
+        return Curve(self.size, buckets, self.first, (self.last[0], buckets[-1].mean))
+
     def scaled(self, factor: float) -> Curve:
         """The same curve in another unit."""
         buckets = [

@@ -14,6 +14,7 @@ from am_recipes.sinks.charts import Series, chart
 from am_recipes.sinks.curves import Curve, Metrics
 from am_recipes.sinks.record import ImageAnswers, Launch, Record
 from am_recipes.sinks.sink import Row
+from am_recipes.sinks.text import duration
 
 NAME = "report.html"
 # The columns that every step has, with a chart each: heading, unit, color, factor, whether the axis begins at zero.
@@ -113,7 +114,9 @@ def _charts(metrics: Metrics) -> str:
     if not metrics.train:
         return ""
     loss = metrics.train["loss"]
-    losses = [Series("train", loss, 1)]
+    smoothed = loss.smoothed()
+    losses = [Series("train", loss, 1, faint=smoothed is not loss)]
+    losses += [Series("train, smoothed", smoothed, 1)] if smoothed is not loss else []
     losses += [
         Series(name.removeprefix("val_loss_").replace("val_loss", "validation"), curve, color, True)
         for color, (name, curve) in enumerate(sorted(metrics.validation.items()), start=2)
@@ -129,7 +132,9 @@ def _charts(metrics: Metrics) -> str:
     ]
     foot = f'<p class="foot">Lines are means of {loss.size} steps, bands reach from the smallest to the largest.</p>'
     parts = [
-        chart("Loss per target token", losses, 1040, 300),
+        # A drawing is scaled as a whole, its letters too: a narrow screen, which has no pointer, has one of its own.
+        f'<div class="wide">{chart("Loss per target token", losses, 1040, 300)}</div>',
+        f'<div class="narrow">{chart("Loss per target token", losses, 520, 300, pointer=False)}</div>',
         f'<div class="row">{"".join(small)}</div>',
         foot if loss.size > 1 else "",
     ]
@@ -141,11 +146,11 @@ def _header(title: str, run: Record, metrics: Metrics) -> str:
     if metrics.train:
         throughput = [bucket.mean for bucket in metrics.train["tokens_per_second"].buckets]
         facts += [
-            ("Train loss", _from_to(metrics.train["loss"])),
+            ("Train loss", _from_to(metrics.train["loss"].smoothed())),
             *((_label(name), _from_to(curve)) for name, curve in sorted(metrics.validation.items())),
             ("Tokens", f"{metrics.tokens:,}"),
             ("Supervised", f"{metrics.target_tokens / max(metrics.tokens, 1):.0%} of tokens"),
-            ("Time in steps", _duration(metrics.seconds)),
+            ("Time in steps", duration(metrics.seconds)),
             ("Tokens per second", f"{median(throughput):,.0f}" if throughput else "-"),
             ("Peak memory", f"{metrics.train['peak_memory_bytes'].high / 2**30:.2f} GiB"),
         ]
@@ -169,14 +174,6 @@ def _from_to(curve: Curve) -> str:
     if curve.first is None or curve.last is None:
         return "-"
     return f"{curve.first[1]:.3f}" if curve.first == curve.last else f"{curve.first[1]:.3f} → {curve.last[1]:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
 def _answers(answers: Mapping[str, Sequence[tuple[str, str]]]) -> str:

@@ -25,7 +25,8 @@ import xxhash
 
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._copy.plan import TILE_BYTES, Job, Range
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._io import open_for_reading, read_exactly, write_all
 from am_ckpt._sources import Source, row_major_strides
 
@@ -263,9 +264,9 @@ def _cast(data: memoryview, source_dtype: str, dtype: str) -> tuple[memoryview, 
     # The one thing here that needs torch: numpy has no bfloat16.
     import torch
 
-    from am_ckpt._train.pieces import DTYPES, as_bytes
+    from am_ckpt._train.pieces import TORCH_DTYPES, as_bytes
 
-    values = torch.frombuffer(data, dtype=DTYPES[source_dtype])
-    cast = values.to(DTYPES[dtype])
+    values = torch.frombuffer(data, dtype=TORCH_DTYPES[source_dtype])
+    cast = values.to(TORCH_DTYPES[dtype])
     infinite = cast.isinf()
     return as_bytes(cast), int((infinite & ~values.isinf()).sum()) if infinite.any() else 0

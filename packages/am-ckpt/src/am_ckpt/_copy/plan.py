@@ -16,7 +16,8 @@ import xxhash
 
 from am_ckpt._boxes import Box, Shape, row_major
 from am_ckpt._copy.mapping import Record, dropped_dims, output_shape
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._sources import Group, Rows, Source, Table, by_table, places_of, row_major_strides
 
 # Small enough to stay in the cache between reading and writing.

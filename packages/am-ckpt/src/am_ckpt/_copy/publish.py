@@ -42,7 +42,7 @@ from am_ckpt._io import (
     write_all,
     write_bytes,
 )
-from am_ckpt._tools.inspect import paused_collector
+from am_ckpt._sources import paused_collector
 from am_ckpt.errors import ArgumentError
 
 _LOCK = "lock"

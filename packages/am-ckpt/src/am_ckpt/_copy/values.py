@@ -13,8 +13,8 @@ from am_ckpt._boxes import Box, split
 from am_ckpt._copy.engine import Buffers, fill
 from am_ckpt._copy.mapping import Record, whole_record
 from am_ckpt._copy.plan import TILE_BYTES, parts_of
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.archive import locate
-from am_ckpt._files.safetensors import ITEM_BYTES
 from am_ckpt._io import open_for_reading
 from am_ckpt._sources import Source, share_tables
 

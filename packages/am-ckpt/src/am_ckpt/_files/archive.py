@@ -18,8 +18,9 @@ from typing import Any
 
 from am_ckpt._boxes import Box, Shape, row_major
 from am_ckpt._copy.engine import file_pieces
-from am_ckpt._files.pickles import DTYPE_NAMES, STORAGES, is_shape, ordered_dict, torch_size, unpickle
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._dtypes import FROM_STORAGE, FROM_TORCH, ITEM_BYTES
+from am_ckpt._files.pickles import is_shape, ordered_dict, torch_size, unpickle
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._io import open_for_reading, read_exactly
 from am_ckpt._sources import Chunk, Source, read_weight_map
 from am_ckpt.errors import UnsafeError
@@ -122,8 +123,10 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): None,
     ("collections", "OrderedDict"): ordered_dict,
     ("torch", "Size"): torch_size,
-    **{("torch", name): dtype for name, dtype in DTYPE_NAMES.items()},
-    **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    **{("torch", name): dtype for name, dtype in FROM_TORCH.items()},
+    **{("torch", name): dtype for name, dtype in FROM_STORAGE.items()},
+    # safetensors has none of this size.
+    ("torch", "ComplexDoubleStorage"): "complex128",
 }
 
 

@@ -14,9 +14,9 @@ from reprlib import repr as brief
 from typing import Any
 
 from am_ckpt._boxes import Box, Shape
+from am_ckpt._dtypes import FROM_TORCH, ITEM_BYTES
 from am_ckpt._files.archive import StateDict
-from am_ckpt._files.pickles import DTYPE_NAMES, is_shape, ordered_dict, torch_size, unpickle, unused
-from am_ckpt._files.safetensors import ITEM_BYTES
+from am_ckpt._files.pickles import is_shape, ordered_dict, torch_size, unpickle, unused
 from am_ckpt._files.step import read_file
 from am_ckpt._io import open_for_reading
 from am_ckpt._sources import Chunk, Source
@@ -109,7 +109,7 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
     info = type("_StorageInfo", (), {})
     properties = type("TensorProperties", (_Properties,), {})
     allowed: dict[tuple[str, str], Any] = {(_CHECKPOINT + "metadata", name): kind for name, kind in kinds.items()}
-    allowed |= {("torch", name): dtype for name, dtype in DTYPE_NAMES.items()}
+    allowed |= {("torch", name): dtype for name, dtype in FROM_TORCH.items()}
     allowed |= {("torch", name): f"torch.{name}" for name in ("complex32", "complex128")}
     allowed |= {(module, "PosixPath"): unused for module in ("pathlib", "pathlib._local")}
     allowed |= {(module, "WindowsPath"): unused for module in ("pathlib", "pathlib._local")}

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, element_count
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import Header, element_count
 from am_ckpt.errors import ArgumentError
 
 SINGLE = "model.safetensors"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy
 
 from am_ckpt._boxes import Shape
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, integers, is_sizes, parse_json, parse_rows
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import Header, integers, is_sizes, parse_json, parse_rows
 from am_ckpt._sources import Rows, Source, Table, by_dims, tuples
 
 _CODES = {name: code for code, name in enumerate(ITEM_BYTES)}

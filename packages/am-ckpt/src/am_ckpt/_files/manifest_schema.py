@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from am_ckpt._files.safetensors import ITEM_BYTES, is_sizes
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.safetensors import is_sizes
 from am_ckpt.errors import UnsafeError
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._dtypes import CAST_TO, ITEM_BYTES
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import read_file
 from am_ckpt._sources import Source
 from am_ckpt.errors import IncompleteError
@@ -22,8 +23,6 @@ _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|
 _EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj)(?:_bias|_blocks|_scales)?")
 _HEADS = re.compile(r".*(?:head|embed_out|output|score|classifier).*")
-# Names of dtypes in configs, and those of safetensors.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 HEAD = "lm_head.weight"
 
 
@@ -157,11 +156,11 @@ def config_doubts(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> l
     said = config.get("dtype", config.get("torch_dtype", text.get("dtype", text.get("torch_dtype"))))
     sizes: Counter[str] = Counter()
     for source in tensors.values():
-        if source.dtype in DTYPES.values():
+        if source.dtype in CAST_TO.values():
             sizes[source.dtype] += element_count(source.shape) * ITEM_BYTES[source.dtype]
-    if sizes and isinstance(said, str) and said in DTYPES and "quantization_config" not in config:
+    if sizes and isinstance(said, str) and said in CAST_TO and "quantization_config" not in config:
         most = sizes.most_common(1)[0][0]
-        if most != DTYPES[said]:
+        if most != CAST_TO[said]:
             doubts.append(f"config.json says {said}, most of the weights are {most}")
     layers = text.get("num_hidden_layers")
     for key in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):

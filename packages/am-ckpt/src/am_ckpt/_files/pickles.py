@@ -17,42 +17,6 @@ from am_ckpt._boxes import Shape
 from am_ckpt._files.safetensors import element_count
 from am_ckpt.errors import UnsafeError
 
-# torch's dtype names, and those of its older typed storages, to safetensors' names (complex128 has none).
-DTYPE_NAMES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "complex64": "C64",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
-STORAGES = {
-    "BoolStorage": "BOOL",
-    "ByteStorage": "U8",
-    "CharStorage": "I8",
-    "ShortStorage": "I16",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "IntStorage": "I32",
-    "FloatStorage": "F32",
-    "ComplexFloatStorage": "C64",
-    "ComplexDoubleStorage": "complex128",
-    "DoubleStorage": "F64",
-    "LongStorage": "I64",
-}
 # Elements of a tuple and of those in it. A few bytes can name a tuple of tuples that takes years to hash.
 _MAX_TUPLE = 1000
 # numpy and torch have no tensors of more.

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 import numpy
 
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._io import open_for_reading, read_exactly
 
 ALIGNMENT = 4096
@@ -33,29 +34,6 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMS = 64
 _METADATA = '{"__metadata__":'
 _NEXT_NAME = re.compile(r',[ \t\n\r]*"')
-
-# Bytes per element. Sub-byte types are left out: a tensor of them cannot be cut at an element.
-ITEM_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1,
-    "F8_E5M2FNUZ": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "C64": 8,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
 
 
 @dataclass(frozen=True, slots=True)

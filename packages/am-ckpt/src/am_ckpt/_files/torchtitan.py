@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._boxes import Box, row_major
-from am_ckpt._files.safetensors import ITEM_BYTES
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._sources import Chunk, Source
 
 _LAYER = r"layers\.(\d+)\."

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from am_ckpt._copy.publish import require_free, written_folder
-from am_ckpt._files.safetensors import ITEM_BYTES
-from am_ckpt._tools.inspect import Inventory, inspect, source_bytes
+from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._tools.inspect import inspect
+from am_ckpt._tools.inventory import Inventory, source_bytes
 from am_ckpt._tools.merge import MergeReport, merge
 from am_ckpt._tools.reshard import reshard
+from am_ckpt._torch import require_torch
 from am_ckpt.errors import ArgumentError
 
 KINDS = ("hf", "sharded", "dcp")
@@ -69,6 +71,7 @@ def _to_dcp(
     fsync: bool,
     progress: Callable[[int, int], None] | None,
 ) -> MergeReport:
+    require_torch("to='dcp' (--to dcp), which torch itself writes,")
     started = time.monotonic()
     inventory = inspect(source, section=section)
     require_free(target, inventory.path, False)
@@ -103,7 +106,7 @@ def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int]
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from am_ckpt._copy.values import TensorReader
-    from am_ckpt._train.pieces import DTYPES, as_bytes
+    from am_ckpt._train.pieces import TORCH_DTYPES, as_bytes
 
     done = 0
 
@@ -114,7 +117,7 @@ def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int]
             nonlocal done
             name = index.fqn.removeprefix("model.")
             source = inventory.tensors[name]
-            tensor = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+            tensor = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
             memory, position = as_bytes(tensor), 0
             for _, values in reader.blocks(name, source):
                 memory[position : position + values.nbytes] = values.reshape(-1).view(numpy.uint8).data
@@ -125,7 +128,7 @@ def _write_dcp(inventory: Inventory, folder: Path, progress: Callable[[int, int]
             return tensor
 
     empty = {
-        name: torch.empty(source.shape, dtype=DTYPES[source.dtype], device="meta")
+        name: torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype], device="meta")
         for name, source in inventory.tensors.items()
     }
     with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:

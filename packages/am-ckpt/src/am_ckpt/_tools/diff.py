@@ -15,16 +15,14 @@ import numpy
 from am_ckpt._boxes import Shape
 from am_ckpt._copy.mapping import Record, output_shape, records_by_parameter, whole_record
 from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import ITEM_BYTES, numbers
 from am_ckpt._files.distcp import metadata_files
 from am_ckpt._files.model_config import HEAD, implied_head, read_config
-from am_ckpt._files.safetensors import ITEM_BYTES
 from am_ckpt._files.torchtitan import as_published, is_torchtitan, published_aliases
 from am_ckpt._sources import Source
-from am_ckpt._tools.inspect import Inventory, inspect
+from am_ckpt._tools.inspect import inspect
+from am_ckpt._tools.inventory import Inventory
 from am_ckpt.errors import ArgumentError
-
-_NUMPY = {"BOOL": "u1", "F16": "f2", "F32": "f4", "F64": "f8", "C64": "c8"}
-_NUMPY |= {f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)}
 
 
 @dataclass(frozen=True)
@@ -218,11 +216,11 @@ def _difference(a: numpy.ndarray, a_dtype: str, b: numpy.ndarray, b_dtype: str) 
     """`|a - b|` and `|b|` in float64; 0 where both are NaN or the same infinity, infinite where one is NaN."""
     if a_dtype == b_dtype and a_dtype[0] in "IU":
         # In float64, neighbours of 64 bits would be equal. Modulo 2 ** 64 the larger minus the smaller is exact.
-        mine, theirs = _values(a, a_dtype), _values(b, b_dtype)
+        mine, theirs = numbers(a, a_dtype), numbers(b, b_dtype)
         unsigned = f"u{a.itemsize}"
         exact = numpy.maximum(mine, theirs).view(unsigned) - numpy.minimum(mine, theirs).view(unsigned)
         return exact.astype(numpy.float64), numpy.abs(theirs.astype(numpy.float64))
-    mine, theirs = (_wide(_values(bits, dtype)) for bits, dtype in ((a, a_dtype), (b, b_dtype)))
+    mine, theirs = (_wide(numbers(bits, dtype)) for bits, dtype in ((a, a_dtype), (b, b_dtype)))
     with numpy.errstate(invalid="ignore", over="ignore"):
         difference = numpy.abs(mine - theirs)
         reference = numpy.abs(theirs)
@@ -236,21 +234,6 @@ def _difference(a: numpy.ndarray, a_dtype: str, b: numpy.ndarray, b_dtype: str) 
 
 def _wide(values: numpy.ndarray) -> numpy.ndarray:
     return values.astype(numpy.complex128 if values.dtype.kind == "c" else numpy.float64)
-
-
-def _values(bits: numpy.ndarray, dtype: str) -> numpy.ndarray:
-    """The numbers that bits of a safetensors dtype stand for."""
-    if dtype == "BF16":
-        return (bits.astype(numpy.uint32) << 16).view(numpy.float32)
-    if dtype in _NUMPY:
-        return bits.view(_NUMPY[dtype])
-    # numpy has no 8-bit floating-point types.
-    import torch
-
-    from am_ckpt._train.pieces import DTYPES
-
-    converted: numpy.ndarray = torch.from_numpy(bits).view(DTYPES[dtype]).float().numpy()
-    return converted
 
 
 def show(report: DiffReport) -> Iterable[str]:

@@ -7,14 +7,11 @@ in. Headers and metadata are read, tensor data never.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from am_ckpt._files.cover import cover_problems
 from am_ckpt._files.distcp import METADATA, metadata_files, read_metadata
 from am_ckpt._files.hf_folder import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, WRAPPERS, hf_files
 from am_ckpt._files.hf_shards import shard_sources
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, element_count, parse_json, read_header
+from am_ckpt._files.safetensors import Header, parse_json, read_header
 from am_ckpt._files.step import (
     FORMAT,
     MANIFEST,
@@ -33,12 +30,11 @@ from am_ckpt._files.step import (
     require_file_name,
 )
 from am_ckpt._files.torchtitan import OWN_NAMES, is_torchtitan
-from am_ckpt._sources import Source, hf_sources, paths_of, share_tables, whole_sources
+from am_ckpt._sources import Source, hf_sources, paths_of, paused_collector, share_tables, whole_sources
+from am_ckpt._tools.inventory import MAX_SMALL_BYTES, Inventory
 from am_ckpt.errors import ArgumentError, IncompleteError, UnsafeError
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
-# Of a config, a tokenizer or code.
-_MAX_SMALL_BYTES = 2**28
 # Where training frameworks put the model inside the folder of a step: NeMo AutoModel, accelerate, torchtitan.
 _INSIDE = ("model", "pytorch_model_fsdp_0", "sharded", "consolidated")
 # Where NeMo AutoModel keeps config and tokenizer beside shards.
@@ -47,109 +43,6 @@ _STEPS = re.compile(r"(?:step|checkpoint|iter|global_step)[_-]?\d+|epoch_\d+_ste
 # What wrappers of modules put into names; a state dict that torch gathers has none of them.
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(WRAPPERS)})\.")
 _FLAT = re.compile(r"flat_param(?:_\d+)?$")
-
-
-@dataclass
-class Inventory:
-    """What a checkpoint folder holds: see `inspect`.
-
-    `kind`: `"am-ckpt"`, `"dcp"` (`.distcp` files), `"dcp-safetensors"` (shards of torch's Hugging Face
-    writer), `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are those of the model
-    by name; `sections` those of every part, `section` the part that is the model. `others`: entries that are no
-    tensors. `files`: small files that belong to the model. `problems`: everything by which the model's tensors are
-    not whole. `notes`: what a reader should know and cannot be checked.
-    """
-
-    path: Path
-    kind: str
-    section: str
-    sections: dict[str, dict[str, Source]]
-    adapter: bool = False
-    others: list[str] = field(default_factory=list)
-    files: dict[str, Path] = field(default_factory=dict)
-    mapping: list[dict[str, Any]] | None = None
-    aliases: dict[str, str] = field(default_factory=dict)
-    step: int | None = None
-    exact_shapes: bool = True
-    follow_symlinks: bool = False
-    notes: list[str] = field(default_factory=list)
-    problems: list[ValueError] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> dict[str, Source]:
-        """The model's tensors by name."""
-        return self.sections[self.section]
-
-    def small_files(self) -> dict[str, bytes]:
-        """The content of `files`."""
-        return {
-            name: read_file(path, _MAX_SMALL_BYTES, follow_symlinks=self.follow_symlinks)
-            for name, path in self.files.items()
-        }
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the model's tensors."""
-        return sum(source_bytes(source) for source in self.tensors.values())
-
-    def require_whole(self) -> None:
-        """Raise the first problem, with the number of the others."""
-        if self.problems:
-            first = self.problems[0]
-            more = f" (and {len(self.problems) - 1} more: am-ckpt inspect lists them)" if len(self.problems) > 1 else ""
-            raise type(first)(f"{first}{more}")
-
-    def to_json(self, *, chunks: bool = True) -> dict[str, Any]:
-        """Plain data for `json.dumps`; `chunks=False` leaves out where the bytes are."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "step": self.step,
-            "adapter": self.adapter,
-            "bytes": self.num_bytes,
-            "section": self.section,
-            "sections": {name: len(tensors) for name, tensors in self.sections.items()},
-            "others": self.others,
-            "files": sorted(self.files),
-            "mapping": self.mapping is not None,
-            "aliases": self.aliases,
-            "notes": self.notes,
-            "problems": [str(problem) for problem in self.problems],
-            "tensors": {name: _source_json(source, chunks) for name, source in self.tensors.items()},
-        }
-
-
-def source_bytes(source: Source) -> int:
-    """Bytes of a whole tensor; 0 for dtypes that safetensors does not know."""
-    return element_count(source.shape) * ITEM_BYTES.get(source.dtype, 0)
-
-
-def _source_json(source: Source, chunks: bool) -> dict[str, Any]:
-    plain: dict[str, Any] = {"dtype": source.dtype, "shape": list(source.shape)}
-    if chunks:
-        plain["chunks"] = [
-            {
-                "file": chunk.path.name,
-                "begin": chunk.begin,
-                "end": chunk.begin + (chunk.archive_bytes or chunk.box.count * ITEM_BYTES.get(source.dtype, 0)),
-                "offset": list(chunk.box.offset),
-                "size": list(chunk.box.size),
-            }
-            for chunk in source.chunks
-        ]
-    return plain
-
-
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
-    """Plans are millions of small objects without cycles; going through them again and again takes as long as they."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def inspect(path: str | os.PathLike[str], *, section: str | None = None) -> Inventory:
@@ -188,7 +81,7 @@ def step_folder(folder: Path) -> Path | None:
 def _is_step(folder: Path) -> bool:
     """Whether a manifest.json is ours, damaged or not: other programs have such files too."""
     try:
-        manifest = json.loads(read_file(folder / MANIFEST, _MAX_SMALL_BYTES).decode())
+        manifest = json.loads(read_file(folder / MANIFEST, MAX_SMALL_BYTES).decode())
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:
             return True
     except (ValueError, OSError, RecursionError):

@@ -21,6 +21,7 @@ from am_ckpt._copy.mapping import Record, output_shape, records_by_parameter
 from am_ckpt._copy.plan import Output, parts_of
 from am_ckpt._copy.publish import Transfer, require_free, transfer
 from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import CAST_TO, CASTABLE, ITEM_BYTES
 from am_ckpt._files.hf_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -32,14 +33,15 @@ from am_ckpt._files.hf_folder import (
     weight_files,
     weight_index,
 )
-from am_ckpt._files.model_config import DTYPES, HEAD, config_problems, read_config, tied_embedding
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, build_header, read_header
+from am_ckpt._files.model_config import HEAD, config_problems, read_config, tied_embedding
+from am_ckpt._files.safetensors import Header, build_header, read_header
 from am_ckpt._files.torchtitan import OWN_NAMES, as_published, is_torchtitan, published_aliases
-from am_ckpt._sources import Source, hf_sources, whole_sources
-from am_ckpt._tools.inspect import Inventory, inspect, paused_collector
+from am_ckpt._sources import Source, hf_sources, paused_collector, whole_sources
+from am_ckpt._tools.inspect import inspect
+from am_ckpt._tools.inventory import Inventory
+from am_ckpt._torch import require_torch
 from am_ckpt.errors import ArgumentError, IncompleteError
 
-_CASTABLE = {"F16", "BF16", "F32", "F64"}
 _NUMBERS = re.compile(r"(\d{1,18})", re.ASCII)
 
 
@@ -105,12 +107,10 @@ def merge(
         FileNotFoundError: files are missing.
         FileExistsError: the destination is there, and is not to be, or cannot be, replaced.
         OSError: reading or writing fails.
+        MissingTorchError: `dtype` is given, and torch is not installed.
     """
     started = time.monotonic()
-    if dtype is not None and dtype not in DTYPES:
-        raise ArgumentError(f"dtype={dtype!r}; choose {', '.join(DTYPES)}, or None to keep what is stored")
-    if resume and not fsync:
-        raise ArgumentError("resume=True needs fsync=True: without it, what was copied before may not be on the disk")
+    _require_arguments(dtype, resume, fsync)
     limit = byte_count(max_shard_size)
     target = Path(destination).absolute()
     inventory = inspect(source, section=section)
@@ -132,6 +132,15 @@ def merge(
         sorted([*plan.headers, *plan.small, *([DIGESTS] if digest else [])]),
         plan.notes,
     )
+
+
+def _require_arguments(dtype: str | None, resume: bool, fsync: bool) -> None:
+    if dtype is not None and dtype not in CAST_TO:
+        raise ArgumentError(f"dtype={dtype!r}; choose {', '.join(CAST_TO)}, or None to keep what is stored")
+    if resume and not fsync:
+        raise ArgumentError("resume=True needs fsync=True: without it, what was copied before may not be on the disk")
+    if dtype is not None:
+        require_torch(f"dtype={dtype!r} (--dtype), a cast of values,")
 
 
 class _Plan:
@@ -173,7 +182,7 @@ class _Plan:
                     raise ValueError(f"two tensors of {inventory.path} would be named {record.file!r}")
                 shapes[record.file] = output_shape(record, tensors[name].shape)
                 origin[record.file] = record
-        casts = dict.fromkeys(_CASTABLE, DTYPES[dtype]) if dtype is not None else {}
+        casts = dict.fromkeys(CASTABLE, CAST_TO[dtype]) if dtype is not None else {}
         described: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in sorted(shapes, key=_natural):
             kept = tensors[origin[file].parameter if file in origin else file].dtype

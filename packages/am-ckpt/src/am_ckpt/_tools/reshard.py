@@ -20,12 +20,14 @@ from am_ckpt._copy.mapping import Record
 from am_ckpt._copy.plan import Output, parts_of
 from am_ckpt._copy.publish import Transfer, require_free, transfer
 from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, build_header, element_count, read_header
+from am_ckpt._files.safetensors import Header, build_header, element_count, read_header
 from am_ckpt._files.step import MANIFEST, read_file, read_manifest, seal
 from am_ckpt._io import block_digests, digest
-from am_ckpt._sources import Source, paths_of, whole_sources
-from am_ckpt._tools.inspect import Inventory, inspect, paused_collector
+from am_ckpt._sources import Source, paths_of, paused_collector, whole_sources
+from am_ckpt._tools.inspect import inspect
+from am_ckpt._tools.inventory import Inventory
 from am_ckpt._tools.merge import MergeReport
 from am_ckpt._tools.verify import VerifyReport, check_manifest
 from am_ckpt.errors import ArgumentError

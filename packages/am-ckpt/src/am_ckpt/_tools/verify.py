@@ -14,6 +14,7 @@ import xxhash
 from am_ckpt._boxes import describe
 from am_ckpt._copy.engine import file_pieces
 from am_ckpt._copy.values import TensorReader
+from am_ckpt._dtypes import DTYPES, ITEM_BYTES
 from am_ckpt._files.archive import changed_ranges
 from am_ckpt._files.box_digests import changed_boxes, require_digested
 from am_ckpt._files.cover import cover_problem
@@ -27,11 +28,12 @@ from am_ckpt._files.model_config import (
     tied_embedding,
     uneven_layers,
 )
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, is_sizes, parse_json, read_header
+from am_ckpt._files.safetensors import Header, is_sizes, parse_json, read_header
 from am_ckpt._files.step import MANIFEST, read_file, read_manifest
 from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
 from am_ckpt._sources import Source
-from am_ckpt._tools.inspect import Inventory, inspect, require_recorded_size, step_folder
+from am_ckpt._tools.inspect import inspect, require_recorded_size, step_folder
+from am_ckpt._tools.inventory import Inventory
 from am_ckpt.errors import IncompleteError, exit_code
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -353,7 +355,7 @@ def _check_values(inventory: Inventory, section: str, reader: TensorReader, repo
 
 def _look(name: str, source: Source, reader: TensorReader) -> tuple[str | None, bool]:
     """The first value of a tensor that is NaN or infinite, as a sentence, and whether there are only zeros."""
-    mask, pattern = _NOT_FINITE.get(source.dtype, (0, 1))
+    mask, pattern = DTYPES[source.dtype].not_finite or (0, 1)
     only_zeros = bool(mask) and source.dtype != "F8_E8M0" and bool(source.chunks)
     for box, bits in reader.blocks(name, source):
         # A complex number is two of 32 bits.
@@ -372,18 +374,3 @@ def _look(name: str, source: Source, reader: TensorReader) -> tuple[str | None, 
 def _files(source: Source) -> str:
     names = sorted({chunk.path.name for chunk in source.chunks})
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# A value is NaN or infinite where its bits under the first number are the second.
-_NOT_FINITE = {
-    "F16": (0x7C00, 0x7C00),
-    "BF16": (0x7F80, 0x7F80),
-    "F32": (0x7F800000, 0x7F800000),
-    "F64": (0x7FF0000000000000, 0x7FF0000000000000),
-    "C64": (0x7F800000, 0x7F800000),
-    "F8_E5M2": (0x7C, 0x7C),
-    "F8_E4M3": (0x7F, 0x7F),
-    "F8_E4M3FNUZ": (0xFF, 0x80),
-    "F8_E5M2FNUZ": (0xFF, 0x80),
-    "F8_E8M0": (0xFF, 0xFF),
-}

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from am_ckpt._copy.mapping import records_by_parameter
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import ADAPTER, INDEX, byte_count, weight_index
-from am_ckpt._files.safetensors import ITEM_BYTES, Header, element_count
+from am_ckpt._files.safetensors import Header, element_count
 from am_ckpt._files.step import (
     Best,
     check_step,

@@ -22,6 +22,7 @@ from torch import nn
 
 from am_ckpt._boxes import Box
 from am_ckpt._copy.mapping import Record, records_by_parameter, without_ones
+from am_ckpt._dtypes import CASTABLE
 from am_ckpt._files.hf_folder import INDEX, byte_count, hf_files, weight_index
 from am_ckpt._files.safetensors import Header, read_header
 from am_ckpt._files.step import require_file_name
@@ -40,7 +41,6 @@ from am_ckpt._train.write import create_staging, discard
 _EXPORT_KEY = "am_ckpt_export"
 # In the staging folder, beside its lease.
 _FOLDER = "folder"
-_CASTABLE = {"F16", "BF16", "F32", "F64"}
 
 
 def load_hf(
@@ -214,7 +214,7 @@ def _mismatch(record: Record, source: Source, parameter: torch.Tensor) -> list[s
     name = dtype_name(parameter.dtype, record.parameter)
     if without_ones(record.file_shape) != without_ones(source.shape):
         return [f"{record.parameter}: model {list(record.file_shape)}, file {list(source.shape)} ({record.file})"]
-    if name != source.dtype and not {name, source.dtype} <= _CASTABLE:
+    if name != source.dtype and not {name, source.dtype} <= CASTABLE:
         return [f"{record.parameter}: model {name}, file {source.dtype}; convert or dequantise the file first"]
     return []
 

@@ -19,10 +19,10 @@ import torch
 
 from am_ckpt._boxes import Box, describe, require_exact_cover, split
 from am_ckpt._copy.engine import Buffers, fill
-from am_ckpt._files.safetensors import ITEM_BYTES
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._io import open_for_reading
 from am_ckpt._sources import Source
-from am_ckpt._train.pieces import DTYPES, Piece, as_bytes, cut, is_direct
+from am_ckpt._train.pieces import TORCH_DTYPES, Piece, as_bytes, cut, is_direct
 
 
 def require_readable(name: str, source: Source, boxes: Iterable[Box]) -> None:
@@ -103,7 +103,7 @@ class Reader:
 
     def read(self, source: Source, piece: Piece) -> None:
         """Fill `piece.values` with the box of `source`; values are cast to their dtype block by block."""
-        dtype = DTYPES[source.dtype]
+        dtype = TORCH_DTYPES[source.dtype]
         target = piece.values
         if target.dtype == dtype and is_direct(target):
             self._fill(source, piece.box, as_bytes(target))

@@ -21,7 +21,7 @@ from am_ckpt._sources import Chunk, Source, whole_sources
 from am_ckpt._tools.inspect import inspect
 from am_ckpt._train.module import extra_states, stored_tensors
 from am_ckpt._train.optimizer import apply, joined_groups, match_groups, named_groups, new_slot
-from am_ckpt._train.pieces import DTYPES, Piece, dtype_name, pieces
+from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name, pieces
 from am_ckpt._train.ranks import agree
 from am_ckpt._train.read import Reader, require_readable
 from am_ckpt._train.state import MODEL, Adapter, parameter_names, require_entries
@@ -216,7 +216,7 @@ class _Step:
             with torch.no_grad():
                 for parameter, name, chosen, slots in plan:
                     for slot, source in slots.items():
-                        tensor = new_slot(slot, parameter, source.shape, DTYPES[source.dtype], chosen)
+                        tensor = new_slot(slot, parameter, source.shape, TORCH_DTYPES[source.dtype], chosen)
                         wanted += [(source, piece) for piece in _readable(f"{slot}/{name}", source, tensor)]
                         values.setdefault(name, {})[slot] = tensor
             self._reader.read_all(wanted)
@@ -253,7 +253,7 @@ def read_state(folder: Path, records: Mapping[str, dict[str, Any]], entry: str, 
 def _whole_tensors(path: Path, record: Mapping[str, Any], reader: Reader) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, source in whole_sources(path, checked_header(path, dict(record))).items():
-        tensors[key] = torch.empty(source.shape, dtype=DTYPES[source.dtype])
+        tensors[key] = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
         reader.read(source, Piece(source.chunks[0].box, tensors[key]))
     return tensors
 

@@ -16,8 +16,9 @@ import xxhash
 
 from am_ckpt._boxes import Box, runs, split
 from am_ckpt._copy.mapping import Record, output_shape, records_by_parameter, whole_record, without_ones
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import weight_files
-from am_ckpt._files.safetensors import ITEM_BYTES, Entry, Header, build_header
+from am_ckpt._files.safetensors import Entry, Header, build_header
 from am_ckpt._io import PIECE_BYTES, create, digest, open_file, write_all
 from am_ckpt._train.pieces import DTYPES, Held, Piece, cut, plain_bytes
 

@@ -43,13 +43,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from am_ckpt._boxes import Box, require_exact_cover
+from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.cover import cover_problem
-from am_ckpt._files.safetensors import ITEM_BYTES, element_count
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import STAGING, check_step
 from am_ckpt._io import fsync_directory
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect
-from am_ckpt._train.pieces import DTYPES, Piece, dtype_name
+from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name
 from am_ckpt._train.read import Reader
 from am_ckpt._train.restore import module_sources, read_state
 from am_ckpt._train.state import SECTIONS, encoded_state
@@ -264,7 +265,7 @@ class StorageReader(storage.StorageReader):
                 ChunkStorageMetadata(torch.Size(chunk.box.offset), torch.Size(chunk.box.size))
                 for chunk in source.chunks
             ]
-            properties = TensorProperties(dtype=DTYPES[source.dtype])
+            properties = TensorProperties(dtype=TORCH_DTYPES[source.dtype])
             described[name] = TensorStorageMetadata(properties, torch.Size(source.shape), chunks)
         return Metadata(described, planner_data=paths)
 
