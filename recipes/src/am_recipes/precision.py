@@ -1,9 +1,9 @@
 """In which dtype what trains is kept, and in which it computes.
 
 bfloat16 has 8 bits: added to a weight w, an update below |w| / 512 to |w| / 256 rounds to nothing, and fine-tuning
-takes such steps: at a rate of 1e-5 five of six weights of standard deviation 0.02 never move. So what
-trains of a model in half precision is kept in float32 (master weights, Micikevicius et al. 2018, arXiv:1710.03740), and so
-are its optimizer state and its checkpoints; products are in bfloat16, and an export has the dtype that was there before.
+takes such steps: at a rate of 1e-5 five of six weights of standard deviation 0.02 never move. So what trains of a model
+in half precision is kept in float32 (master weights, Micikevicius et al. 2018, arXiv:1710.03740), and so are its
+optimizer state and its checkpoints; products are in bfloat16, and an export has the dtype that was there before.
 float16 would need its losses scaled, or small gradients vanish: such models compute in bfloat16 too.
 """
 
@@ -78,19 +78,19 @@ def choose(model: nn.Module, config: RunConfig) -> Precision:
 
 @torch.no_grad()
 def measured(precision: Precision, model: nn.Module, dims: am_mesh.ParallelDims) -> Precision:
-    """The same, with `lost` where something trains in half precision. Every rank calls it, with weights."""
-    if not set(precision.trains) & set(_HALF):
+    """The same, with `lost` where something trains in half precision and has values. Every rank calls it."""
+    kept = [value for value in model.parameters() if value.requires_grad and value.dtype in _HALF]
+    if not kept or kept[0].is_meta:
         return precision
     device = dims.row_ranks.device_type
     lost, values = torch.zeros(2, dtype=torch.float64, device=device)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in _HALF:
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            # Numbers of [2^(e-1), 2^e) lie eps * 2^(e-1) apart: what is less than half of that rounds back.
-            exponent = torch.frexp(local.float()).exponent.float()
-            spacing = torch.finfo(parameter.dtype).eps * torch.exp2(exponent - 1)
-            lost += ((spacing / 2 > precision.lr) & (local != 0)).sum()
-            values += local.numel()
+    for parameter in kept:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        # Numbers of [2^(e-1), 2^e) lie eps * 2^(e-1) apart: what is less than half of that rounds back.
+        exponent = torch.frexp(local.float()).exponent.float()
+        spacing = torch.finfo(parameter.dtype).eps * torch.exp2(exponent - 1)
+        lost += ((spacing / 2 > precision.lr) & (local != 0)).sum()
+        values += local.numel()
     lost, values = am_mesh.sum_over(dims.row_ranks, torch.stack([lost, values])).tolist()
     return replace(precision, lost=lost / values)
 

@@ -20,7 +20,7 @@ from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import weight_files
 from am_ckpt._files.safetensors import Entry, Header, build_header
 from am_ckpt._io import PIECE_BYTES, create, digest, open_file, write_all
-from am_ckpt._train.pieces import DTYPES, Held, Piece, cut, plain_bytes
+from am_ckpt._train.pieces import TORCH_DTYPES, Held, Piece, cut, plain_bytes
 
 
 class WeightFiles:
@@ -130,7 +130,7 @@ def _blocks(entry: Entry, part: Piece, descriptor: int | None) -> Iterator[tuple
     shape = without_ones(entry.shape)
     whole = Box((0,) * len(shape), shape)
     for block in split(part.box.size, item):
-        memory = plain_bytes(cut(part.values, block).to(DTYPES[entry.dtype]))
+        memory = plain_bytes(cut(part.values, block).to(TORCH_DTYPES[entry.dtype]))
         region = Box(tuple(a + b for a, b in zip(part.box.offset, block.offset, strict=True)), block.size)
         hasher = xxhash.xxh3_128()
         for outer, inner, count in runs(region, whole, region):
