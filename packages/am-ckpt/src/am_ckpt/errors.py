@@ -26,6 +26,7 @@ class ArgumentError(ValueError):
 _EXIT_CODES = (
     (ArgumentError, 1),
     (MissingTorchError, 1),
+    (NewerError, 8),
     (IncompleteError, 3),
     (UnsafeError, 4),
     (FileNotFoundError, 3),
