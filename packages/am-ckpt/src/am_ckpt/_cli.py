@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from am_ckpt import __version__
 from am_ckpt.errors import ArgumentError, MissingTorchError, exit_code
 
 _EPILOG = (
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser("am-ckpt", description="Look into, check and merge training checkpoints.", epilog=_EPILOG)
     parser.set_defaults(folders=("path",), resumable=False)
+    parser.add_argument("--version", action="version", version=f"am-ckpt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     show = commands.add_parser("inspect", help="what a checkpoint folder holds, from headers alone", epilog=_EPILOG)
     show.add_argument("path", metavar="PATH")
