@@ -68,9 +68,7 @@ def _parser() -> _Parser:
     show.add_argument("--tensors", metavar="GLOB", default=None, help="list the tensors whose names match")
     show.add_argument("--chunks", action="store_true", help="with --tensors or --json: which bytes of which files")
     show.set_defaults(run=_inspect)
-    merge = commands.add_parser(
-        "merge", help="shards to a Hugging Face folder, without a model in memory", epilog=_EPILOG
-    )
+    merge = commands.add_parser("merge", help="shards to a Hugging Face folder, without a model", epilog=_EPILOG)
     merge.add_argument("path", metavar="SOURCE")
     merge.add_argument("destination", metavar="DESTINATION")
     merge.add_argument("--like", metavar="FOLDER", help="take config, tokenizer, template and code from here")
