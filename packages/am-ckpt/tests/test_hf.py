@@ -200,6 +200,36 @@ def test_fused_experts_come_from_and_go_to_per_expert_files(world_size: int, tmp
     assert all(torch.equal(ours[name], value) for name, value in stock.items())
 
 
+def rounded(folder: str, out: str) -> None:
+    model = on_meta("qwen3_moe")
+    records = expert_mapping(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    am_ckpt.load_hf(model, folder, mapping=records)
+    names = [name for name, _ in model.named_parameters() if "norm" not in name]
+    am_ckpt.save_hf(model, out, mapping=records, files_from=folder, dtypes=dict.fromkeys(names, torch.bfloat16))
+    same_tensors(model, transformers.Qwen3MoeForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_files_may_hold_parameters_in_another_dtype(world_size: int, tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "stock")
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    run_distributed(rounded, world_size, str(tmp_path / "stock"), str(tmp_path / "out"))
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == stock.keys()
+    for name, value in stock.items():
+        expected = value if "norm" in name else value.bfloat16()
+        assert ours[name].dtype == expected.dtype
+        assert torch.equal(ours[name], expected)
+
+
+def test_a_dtype_for_no_parameter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtypes: 'wieght' cannot be written as torch\.bfloat16; .*nearest.*weight"):
+        am_ckpt.save_hf(nn.Linear(2, 2), tmp_path / "out", dtypes={"wieght": torch.bfloat16})
+    with pytest.raises(ValueError, match=r"dtypes: 'weight' cannot be written as torch\.int8"):
+        am_ckpt.save_hf(nn.Linear(2, 2), tmp_path / "out", dtypes={"weight": torch.int8})
+
+
 def transposed(folder: str) -> torch.Tensor:
     with torch.device("meta"):
         model = nn.Linear(6, 5, bias=False)
