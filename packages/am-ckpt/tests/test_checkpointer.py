@@ -59,6 +59,7 @@ def test_the_public_names() -> None:
         "MergeReport",
         "MissingTorchError",
         "NewerError",
+        "PerRank",
         "StorageReader",
         "StorageWriter",
         "UnsafeError",

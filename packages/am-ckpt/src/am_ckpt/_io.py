@@ -1,4 +1,4 @@
-"""Durable file operations: exclusive creation, fallocate, complete reads and writes, fsync, leases, two-step deletes.
+"""Durable file operations: exclusive creation, fallocate, complete reads and writes, fsync, two-step deletes.
 
 Nothing here knows about tensors. Every write is checked to the last byte and fsynced before the function returns;
 an fsync error is final, since the kernel may have dropped the pages.
@@ -9,15 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import json
 import os
 import secrets
 import shutil
-import socket
 import stat
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -385,72 +382,3 @@ def remove(path: Path) -> None:
     trash = set_aside(path)
     fsync_directory(path.parent)
     shutil.rmtree(trash)
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        # Not Linux, or /proc is hidden: the caller falls back to what it knows.
-        return ""
-
-
-def _start_time(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
-    # The command name is in parentheses and may hold spaces; the state is field 3, the start time field 22.
-    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    # Of one that has ended, and that its parent has not asked for yet, nothing but this is left.
-    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def own_lease() -> dict[str, Any]:
-    """Who is writing: enough to tell later whether that process is still alive."""
-    return {
-        "host": socket.gethostname(),
-        "boot_id": _read_text("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _pid_namespace(),
-        "pid": os.getpid(),
-        "start_time": _start_time(os.getpid()),
-        "created": time.time(),
-    }
-
-
-def lease_state(path: Path) -> str:
-    """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
-
-    Where the file is missing or no lease, the writer is `unsigned`.
-    """
-    try:
-        lease = json.loads(path.read_bytes())
-        return process_state(lease, own_lease())
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unsigned"
-
-
-def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """`dead`, `alive` or `unknown` (another machine or container) for the process of `lease`, seen from that of `own`.
-
-    The process of `own` itself is `dead`: what it still writes, its caller knows.
-    """
-    pid, start_time = int(lease["pid"]), lease["start_time"]
-    if (lease["boot_id"], lease["pid_namespace"]) != (own["boot_id"], own["pid_namespace"]):
-        return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
-    if pid == own["pid"] and start_time == own["start_time"]:
-        return "dead"
-    if start_time:
-        return "alive" if _start_time(pid) == start_time else "dead"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "dead"
-    except PermissionError:
-        return "alive"
-    return "alive"

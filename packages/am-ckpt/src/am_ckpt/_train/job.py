@@ -13,7 +13,8 @@ import torch
 
 from am_ckpt._files.safetensors import Header, build_header
 from am_ckpt._files.step import STAGING, step_name
-from am_ckpt._io import BlockDigests, process_state, write_file
+from am_ckpt._io import BlockDigests, write_file
+from am_ckpt._train.lease import process_state
 from am_ckpt._train.pieces import byte_blocks, dtype_name
 from am_ckpt._train.shared_files import FileShare
 
