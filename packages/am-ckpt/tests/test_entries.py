@@ -190,6 +190,9 @@ def test_averaged_weights_beside_the_model_are_sharded_and_change_ranks(kind: st
     assert with_average(kind, str(tmp_path / "two"), 1, False) == two[0]
     one = with_average(kind, str(tmp_path / "one"), 0, True)
     assert run_distributed(with_average, 2, kind, str(tmp_path / "one"), 1, False) == [one, one]
+    steps = [tmp_path / folder / "step_000001" for folder in ("one", "two")]
+    compared = am_ckpt.diff(*steps, tensors="ema/*")
+    assert (compared.num_equal, compared.differences) == (4, [])
     # Damage is found there too.
     path = next((tmp_path / "one" / "step_000001" / "ema").iterdir())
     content = bytearray(path.read_bytes())
@@ -247,6 +250,7 @@ def test_tensors_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     first, second = run_distributed(differing, 2, str(tmp_path))
     assert first == second
     assert "'a' [0:40000] has other values on rank 1 than on rank 0" in first
+    assert "am_ckpt.PerRank" in first
 
 
 def test_a_part_of_a_checkpoint_is_loaded_on_request(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class Checkpointer:
         `strict`: the entries of `state` must be in the checkpoint, with the same names of tensors and optimizer groups;
         otherwise one `ValueError` lists the differences, and nothing has been changed. With False, entries and tensors
         that only one side has are left as they are, with a warning that names them; optimizers must match in either
-        case, as must shapes, dtypes and tied weights. Entries of the checkpoint that `state` does not name are left out.
+        case, as must shapes, dtypes and tied weights. What of the checkpoint `state` does not name is left out.
 
         Modules, optimizers, generators, tensors, arrays, dicts and lists are filled in place; other data is replaced in
         `state`. Optimizers that have not stepped yet get their state as torch would have laid it out, and keep what

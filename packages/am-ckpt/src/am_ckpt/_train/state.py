@@ -326,7 +326,8 @@ def make_plan(described: Sequence[Description]) -> Plan:
         try:
             merged[section], shares[section] = assign([description.held[section] for description in described])
         except ValueError as error:
-            raise ValueError(f"{section}: {error}") from error
+            advice = "" if section in SECTIONS else ". State of each rank: am_ckpt.PerRank(...)"
+            raise ValueError(f"{section}: {error}{advice}") from error
     return Plan(merged, shares)
 
 
