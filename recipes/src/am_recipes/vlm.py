@@ -80,9 +80,18 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, built.report, built.precision, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
+
+        def ask(moment: str) -> None:
+            if config.generate.num_rows:
+                asked = (config.generate.num_rows, config.generate.max_new_tokens)
+                answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
+                this.log.images(moment, answers.rows, f"{answers}")
+
+        if this.resumed is None:
+            ask("before")
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
@@ -107,10 +116,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
             return this.preempted()
 
         build.export(config, built, processor)
-        if config.generate.num_rows:
-            asked = (config.generate.num_rows, config.generate.max_new_tokens)
-            answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
-            this.log.images(answers.rows, f"{answers}")
+        ask("after")
         return this.finish()
 
 
