@@ -50,13 +50,18 @@ def names(directory: Path) -> list[str]:
 
 def test_the_public_names() -> None:
     assert am_ckpt.__all__ == [
+        "ArgumentError",
         "Checkpointer",
         "DiffReport",
         "Difference",
+        "IncompleteError",
         "Inventory",
         "MergeReport",
+        "MissingTorchError",
+        "NewerError",
         "StorageReader",
         "StorageWriter",
+        "UnsafeError",
         "VerifyReport",
         "convert",
         "diff",

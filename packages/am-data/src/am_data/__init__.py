@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from am_data._vision import VisionChatDataset
     from am_data._vision_processor import VisionProcessor, vision_processor
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch",
     "ChatDataset",
