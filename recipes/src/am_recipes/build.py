@@ -110,8 +110,8 @@ def build(
         return Built(model, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
-    adapter_files = am_peft.adapter_files(model, base_model_name_or_path=base)
-    adapter_files = {**adapter_files, **reader_files(model, tokenizer, folder)}
+    own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)
+    adapter_files = {**own, **reader_files(model, tokenizer, folder)}
     return Built(model, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
 
 

@@ -129,15 +129,19 @@ def step_size(
     ]
     steps, rest = divmod(samples, global_batch_size)
     if rest and drop_last:
-        lines.append(f"an epoch is {steps} steps; dataloader.drop_last leaves {rest} of {samples} {name} out of each")
+        lines.append(f"an epoch is {_steps(steps)}; dataloader.drop_last leaves {rest} of {samples} {name} out of each")
     elif rest:
-        lines.append(f"an epoch is {steps + 1} steps, the last of {rest} {name}")
+        lines.append(f"an epoch is {_steps(steps + 1)}, the last of {rest} instead of {global_batch_size}")
         if 2 * rest < global_batch_size and steps:
             lines.append("at the same learning rate, so each of them moves the model more than others do;")
             lines.append("dataloader.drop_last leaves such a step out")
     else:
-        lines.append(f"an epoch is {steps} steps")
+        lines.append(f"an epoch is {_steps(steps)}")
     return "\n".join(lines)
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'' if number == 1 else 's'}"
 
 
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:

@@ -65,7 +65,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
         )
     checks.require_embeddings(model, tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
-    stops = ending.follow(model, tokenizer, folder, dataset)
+    facts = [*data.facts(config, dataset, held_out, loader), ending.follow(model, tokenizer, folder, dataset)]
     loss_fn = config.loss_fn.callable()
     built = build.build(
         config,
@@ -90,8 +90,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     weights = built.weights({"teacher": teacher_folder})
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=weights) as this:
-        facts = data.facts(config, dataset, held_out, loader)
-        this.begin(dataset, *facts, stops, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, *facts, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
         asked = (config.generate.prompts, config.generate.max_new_tokens, data.template_variables(dataset))

@@ -54,6 +54,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
+    facts = data.facts(config, dataset, held_out, loader)
     ending.follow(model, tokenizer, folder, dataset)
     loss_fn = config.loss_fn.callable()
     built = build.build(
@@ -74,7 +75,6 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        facts = data.facts(config, dataset, held_out, loader)
         this.begin(dataset, *facts, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))

@@ -60,7 +60,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
-    stops = ending.follow(model, processor, folder, dataset)
+    facts = [*data.facts(config, dataset, held_out, loader), ending.follow(model, processor, folder, dataset)]
     loss_fn = config.loss_fn.callable()
     built = build.build(
         config,
@@ -81,8 +81,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        facts = data.facts(config, dataset, held_out, loader)
-        this.begin(dataset, *facts, stops, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, *facts, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
 
