@@ -75,7 +75,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        this.begin(dataset, *facts, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, *facts, *built.facts(), am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
         asked = (config.generate.prompts, config.generate.max_new_tokens, data.template_variables(dataset))
