@@ -100,8 +100,8 @@ def diff(
     different dtypes are compared by value too. Of two steps of our own the tensors of optimizers and other entries are
     compared as well, as `optim/<name>` or `<entry>/<name>`. A mapping that only one of them carries is applied, so that
     a step compares with what it was merged to; the second name of a tensor that is tied, by config.json too, stands for
-    the first. Where one alone has torchtitan's own names, it is compared as `merge` would write it, by the config.json of
-    the other or its own; where there is none that describes it, by the names as they are, and `notes` say so.
+    the first. Where one alone has torchtitan's own names, it is compared as `merge` would write it, by the config.json
+    of the other or its own; where there is none that describes it, by the names as they are, and `notes` say so.
 
     Memory: headers and less than 64 MiB. Raises as `inspect`, and `ValueError` where one is not whole.
 
