@@ -205,4 +205,12 @@ def _lay_out(
     """Parallel layout, then weights straight into the shards."""
     am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout)
     checks.require_memory(model, device, key)
-    am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
+    am_ckpt.load_hf(
+        model,
+        folder,
+        mapping=mapping,
+        initialise=fresh,
+        initialiser=am_models.initial_value,
+        seed=config.seed,
+        device=device,
+    )

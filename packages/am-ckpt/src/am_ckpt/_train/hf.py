@@ -65,10 +65,13 @@ def load_hf(
             [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
             file}`. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
         initialise: shell-style patterns of parameters that are initialised instead of loaded, by `initialiser` if
-            given, else by the module's own code (`reset_parameters`, transformers' `_init_weights`).
+            given, else by the `reset_parameters` of their module (or of a class of the model's own that it is in).
         device: where tensors on meta get memory; None: the mesh's device for shards, the CPU for the rest.
         ignore: patterns of names in the files that the model does without.
-        initialiser: called with a module, sets the first values of what it holds.
+        initialiser: `initialiser(model, name)` gives the whole first value, on the CPU, of the parameter that `model`
+            holds as `name`; drawn from torch's default CPU generator, which is seeded before. What a transformers model
+            starts from is for its family to say: `am_models.initial_value` does, without one it is an error. It is also
+            asked for buffers that no module recomputes.
         seed: with the parameter's name, all that initialised values depend on.
 
     Raises:
