@@ -81,7 +81,7 @@ class StepScheduler:
     """Batch sizes and the length of the run: the first of max_steps, num_epochs and max_tokens."""
 
     global_batch_size: PositiveInt = 32
-    """Samples of one optimizer step, over all ranks."""
+    """Samples of one optimizer step, over all ranks: rows, or packs of rows with packed_sequence."""
     local_batch_size: PositiveInt = 1
     """Samples of one micro-batch on one rank."""
     max_steps: PositiveInt | None = None
