@@ -181,6 +181,16 @@ def test_rows_once_over_kills_and_changes_of_world_size(tmp_path: Path, uninterr
             assert row[key] == pytest.approx(expected[key], rel=1e-5), (key, row)
 
 
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_an_optimizer_that_is_fused_on_one_process_alone(worlds: tuple[int, int], tmp_path: Path) -> None:
+    """torch knows no fused SGD for sharded tensors: what one process chose for speed is not what the next one takes."""
+    options = {"optimizer___target_": "torch.optim.SGD", "optimizer__momentum": "0.9", "step_scheduler__max_steps": "3"}
+    first, second = worlds
+    kill_when(start(tmp_path, first, **options), tmp_path / "checkpoints" / "step_000001")
+    assert finish(start(tmp_path, second, **options)) == 0
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
+
+
 def test_a_resume_says_what_it_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

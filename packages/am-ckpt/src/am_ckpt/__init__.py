@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from am_ckpt._tools.reshard import reshard
     from am_ckpt._tools.verify import VerifyReport, verify
     from am_ckpt._train.checkpointer import Checkpointer
+    from am_ckpt._train.entries import PerRank
     from am_ckpt._train.hf import load_hf, save_hf
     from am_ckpt._train.torch_storage import StorageReader, StorageWriter
     from am_ckpt.errors import ArgumentError, IncompleteError, MissingTorchError, NewerError, UnsafeError
@@ -37,6 +38,7 @@ __all__ = [
     "MergeReport",
     "MissingTorchError",
     "NewerError",
+    "PerRank",
     "StorageReader",
     "StorageWriter",
     "UnsafeError",
@@ -63,6 +65,7 @@ _MODULES = {
     "MergeReport": "am_ckpt._tools.merge",
     "MissingTorchError": "am_ckpt.errors",
     "NewerError": "am_ckpt.errors",
+    "PerRank": "am_ckpt._train.entries",
     "StorageReader": "am_ckpt._train.torch_storage",
     "StorageWriter": "am_ckpt._train.torch_storage",
     "UnsafeError": "am_ckpt.errors",
