@@ -144,6 +144,20 @@ def test_fewer_steps_than_done_are_refused(uninterrupted: Path) -> None:
     assert metrics(run_dir)[-1]["step"] == 3
 
 
+def test_how_to_lengthen_a_finished_cosine_run_is_said_and_works(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_steps: 10 there, 12 now\n.*style=cosine .* from its export"):
+        sft.main(tiny(uninterrupted, step_scheduler__max_steps="12"))
+    base = {"model__config": "null", "model__name_or_path": str(uninterrupted / "export")}
+    more = {"step_scheduler__max_steps": "2", "lr_scheduler__warmup_steps": "2", "optimizer__lr": "4e-4"}
+    assert sft.main(tiny(tmp_path / "more", **base, **more)) == 0
+    # It begins where the other has ended.
+    first, last = (
+        [row["val_loss"] for row in metrics(folder) if "val_loss" in row]
+        for folder in (tmp_path / "more", uninterrupted)
+    )
+    assert first[0] == pytest.approx(last[-1], rel=1e-5)
+
+
 def test_another_runs_directory_is_refused(uninterrupted: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):

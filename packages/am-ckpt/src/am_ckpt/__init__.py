@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from am_ckpt._torch import require_torch
 
 if TYPE_CHECKING:
-    from am_ckpt._files.hf_folder import hf_files
+    from am_ckpt._files.hf_folder import hf_files, require_replaceable
     from am_ckpt._tools.convert import convert
     from am_ckpt._tools.diff import Difference, DiffReport, diff
     from am_ckpt._tools.inspect import inspect
@@ -49,6 +49,7 @@ __all__ = [
     "inspect",
     "load_hf",
     "merge",
+    "require_replaceable",
     "reshard",
     "save_hf",
     "verify",
@@ -75,6 +76,7 @@ _MODULES = {
     "inspect": "am_ckpt._tools.inspect",
     "load_hf": "am_ckpt._train.hf",
     "merge": "am_ckpt._tools.merge",
+    "require_replaceable": "am_ckpt._files.hf_folder",
     "reshard": "am_ckpt._tools.reshard",
     "save_hf": "am_ckpt._train.hf",
     "verify": "am_ckpt._tools.verify",
