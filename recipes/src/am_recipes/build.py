@@ -103,6 +103,7 @@ def build(
         checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
         checks.require_adapter_alone(model)
+    checks.require_export(config, model)
     chosen = precision.choose(model, config)
     report = _optimize(config, model, losses)
     checks.require_loss(config.loss_fn.callable(), model, device)
@@ -112,6 +113,8 @@ def build(
     fresh = ("*lora_*",) if folder else ("*",)
     layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
     _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
+    # Again: a layer that the layout has wrapped cannot be merged.
+    checks.require_export(config, model)
     chosen = precision.measured(chosen, model, dims)
     if separate_documents:
         am_models.require_separate_documents(model)
