@@ -12,9 +12,9 @@ import xxhash
 from torch import nn
 from torch.optim import Optimizer
 
+from am_ckpt._copy.lease import own_lease
 from am_ckpt._files.safetensors import require_storable
 from am_ckpt._files.step import require_file_name
-from am_ckpt._io import own_lease
 from am_ckpt._train.module import extra_states, mesh_axes, stored_tensors
 from am_ckpt._train.optimizer import OptimizerState, joined_groups, optimizer_contents
 from am_ckpt._train.pieces import Held, Piece, assign, byte_blocks, dtype_name, held, pieces

@@ -3,7 +3,7 @@
 There are no collectives here, so this runs in a background thread, no communicator times out while a disk is slow, and
 a rank that dies is noticed after a time limit. Ranks tell each other through small files::
 
-    STAGING/lease.json           the writer, see am_ckpt._train.lease
+    STAGING/lease.json           the writer, see am_ckpt._copy.lease
     STAGING/step/                what is written; one rename makes it a step
     STAGING/ranks/00001.json     what rank 1 wrote, or why it could not
     STAGING/ranks/outcome.json   how the save ended, from rank 0
@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from am_ckpt import __version__
+from am_ckpt._copy.lease import clean_stale, release, sign
 from am_ckpt._files.box_digests import require_digested
 from am_ckpt._files.safetensors import Header, build_header, parse_json
 from am_ckpt._files.step import FORMAT, MANIFEST, STAGING, VERSION, checked_header, read_file, seal, step_name
 from am_ckpt._io import BlockDigests, fsync_directory, require_space, write_bytes, write_file
-from am_ckpt._train.lease import clean_stale, release, sign
 from am_ckpt._train.pieces import byte_blocks, dtype_name
 from am_ckpt._train.ranks import Failure, describe, rebuild
 from am_ckpt._train.shared_files import FileShare, create_files
@@ -135,7 +135,7 @@ def stage(job: Job, planned_bytes: int) -> None:
 def create_staging(staging: Path, planned_bytes: int, prefix: str, *, held: bool) -> None:
     """Create and sign a folder for `planned_bytes`, beside no live writer's whose name begins with `prefix`.
 
-    `held`: see `am_ckpt._train.lease.sign`.
+    `held`: see `am_ckpt._copy.lease.sign`.
     """
     staging.parent.mkdir(parents=True, exist_ok=True)
     require_space(staging.parent, planned_bytes)

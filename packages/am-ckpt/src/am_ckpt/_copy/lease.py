@@ -1,7 +1,8 @@
 """One writer at a time: whoever writes into a staging folder signs it and keeps the signature fresh.
 
 A writer signs its own folder first and looks at the others' afterwards: of two that start together, at least one sees
-the other. Writers of this machine are known by their process; those of other machines by whether they renew.
+the other. Writers of this machine are known by their process; those of other machines by whether they renew. (A merge's
+staging folder has a lock instead, see `publish.staging_folder`: its writers share a machine.)
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from am_ckpt._io import lease_state, own_lease, remove
+from am_ckpt._copy.publish import remove
 
 LEASE = "lease.json"
-# What am_ckpt._io.remove has set aside.
+# What am_ckpt._copy.publish.remove has set aside.
 _TRASH = re.compile(r"\.trash-.+-[0-9a-f]{8}")
 _RENEW_SECONDS = 15.0
 # A writer on another machine that has not renewed for so long is dead.
@@ -93,3 +96,69 @@ def _watch(theirs: Path, ours: Path) -> str:
             time.sleep(0.5)
     except FileNotFoundError:
         return "unknown"
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        # Not Linux, or /proc is hidden: the caller falls back to what it knows.
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
+    # The command name is in parentheses and may hold spaces; the start time is field 22.
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def own_lease() -> dict[str, Any]:
+    """Who is writing: enough to tell later whether that process is still alive."""
+    return {
+        "host": socket.gethostname(),
+        "boot_id": _read_text("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "start_time": _start_time(os.getpid()),
+        "created": time.time(),
+    }
+
+
+def lease_state(path: Path) -> str:
+    """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
+
+    A missing or half-written lease is `unknown` during its first minute, then `dead`: the writer died before it
+    could sign.
+    """
+    own = own_lease()
+    try:
+        lease = json.loads(path.read_bytes())
+        pid, start_time = int(lease["pid"]), lease["start_time"]
+        place = (lease["boot_id"], lease["pid_namespace"])
+        host = lease["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # The folder holds nothing but an unsigned start. Only our own new folder can be that young.
+        return "dead" if time.time() - path.parent.stat().st_mtime > 60 else "unknown"
+    if place != (own["boot_id"], own["pid_namespace"]):
+        return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+    if pid == own["pid"] and start_time == own["start_time"]:
+        # Folders that this process still writes into, its caller knows: this writer has ended.
+        return "dead"
+    if start_time:
+        return "alive" if _start_time(pid) == start_time else "dead"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "dead"
+    except PermissionError:
+        return "alive"
+    return "alive"
