@@ -19,14 +19,14 @@ from typing import Any
 import ckpt_merge
 import ckpt_save
 
-PARTS = ("merge", "planning", "memory", "save", "direct")
+PARTS = ("merge", "consolidation", "planning", "memory", "save", "direct")
 RESULT = Path(__file__).resolve().parent / "results/ckpt.json"
 
 
 def table(result: dict[str, Any]) -> dict[str, Any]:
     """The numbers that are promised."""
     fsdp, tp, save = result["merge"]["fsdp"], result["merge"]["tp_dim_1"], result["save"]
-    memory = result["memory"]
+    others, memory = result["consolidation"], result["memory"]
     hundred = save["hundred_saves"]
     return {
         "merge FSDP / cp, wall, 1 thread": fsdp["wall: am-ckpt-1 / cp"],
@@ -36,18 +36,17 @@ def table(result: dict[str, Any]) -> dict[str, Any]:
         "merge FSDP with digests / cp, CPU": fsdp["cpu: am-ckpt-1-digest / cp"],
         "merge TP dim 1 / cp, wall, 1 thread": tp["wall: am-ckpt-1 / cp"],
         "merge TP dim 1 / cp, wall, 2 threads": tp["wall: am-ckpt-2 / cp"],
-        "torch's consolidation / merge, TP dim 1, wall": tp["wall: torch-2 / am-ckpt-2"],
-        "torch's consolidation / merge, TP dim 1, CPU": tp["cpu: torch-2 / am-ckpt-2"],
-        "torch's consolidation / merge, FSDP, wall": fsdp["wall: torch-2 / am-ckpt-2"],
-        "torch's consolidation / merge, FSDP, CPU": fsdp["cpu: torch-2 / am-ckpt-2"],
-        "NeMo's consolidation / merge, FSDP": fsdp.get("wall: nemo-2 / am-ckpt-2"),
+        "torch's consolidation / merge, TP dim 1, wall": others["tp_dim_1"]["wall: torch-2 / am-ckpt-2"],
+        "torch's consolidation / merge, TP dim 1, CPU": others["tp_dim_1"]["cpu: torch-2 / am-ckpt-2"],
+        "torch's consolidation / merge, FSDP, wall": others["fsdp"]["wall: torch-2 / am-ckpt-2"],
+        "torch's consolidation / merge, FSDP, CPU": others["fsdp"]["cpu: torch-2 / am-ckpt-2"],
         "peak memory of a merge, 20 GB / 1 GB": round(memory["20 GB"]["peak_bytes"] / memory["1 GB"]["peak_bytes"], 3),
         "growth of memory in a merge of 20 GB, MiB": round(memory["20 GB"]["peak_growth_bytes"] / 2**20, 1),
         "save / FileSystemWriter, CPU": save["ratios"]["save cpu: am-ckpt / dcp"],
         "save / HuggingFaceStorageWriter, CPU": save["ratios"]["save cpu: am-ckpt / dcp-hf"],
         "direct save / sharded save and merge, wall": result["direct"]["direct / sharded and merged"],
         "threads that only pread / load, wall (0.9 or more)": save["ratios"]["load wall: raw / am-ckpt"],
-        "load that verifies / load that does not, wall": save["ratios"]["load wall: am-ckpt-verified / am-ckpt"],
+        "load that verifies / load that does not, wall": save["ratios"].get("load wall: am-ckpt-verified / am-ckpt"),
         ".distcp / load, wall": save["ratios"]["load wall: dcp / am-ckpt"],
         "asynchronous save / async_save, time blocked": save["ratios"]["blocked: am-ckpt / dcp"],
         "memory after 100 saves / after 5": round(hundred["bytes after 100"] / hundred["bytes after 5"], 3),
@@ -69,7 +68,8 @@ def main() -> None:
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     parts = {
-        "merge": lambda: ckpt_merge.run(options.folder, options.rounds, options.nemo_python),
+        "merge": lambda: ckpt_merge.merges(options.folder, options.rounds),
+        "consolidation": lambda: ckpt_merge.consolidations(options.folder, options.rounds, options.nemo_python),
         "planning": lambda: ckpt_merge.plans(options.folder),
         "memory": lambda: ckpt_merge.memory(options.folder),
         "save": lambda: ckpt_save.run(options.folder, options.rounds),

@@ -80,7 +80,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, built.report, built.precision, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
 

@@ -294,8 +294,8 @@ def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
     inventory.exact_shapes = exact
     if not exact:
         inventory.notes.append(
-            "these files do not say how large the whole tensors are: the loss of the files of the last ranks "
-            "shows only in shapes, which config.json or --like give"
+            "these files do not say how large the whole tensors are: that those of the last ranks are missing shows "
+            "only in shapes, which --like and often config.json give"
         )
     return inventory
 

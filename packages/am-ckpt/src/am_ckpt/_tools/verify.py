@@ -68,7 +68,9 @@ class VerifyReport:
         self.exit_code = 4 if 4 in codes else min(codes)
 
 
-def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | None = None) -> VerifyReport:
+def verify(
+    path: str | os.PathLike[str], *, full: bool = False, section: str | None = None, assume_complete: bool = False
+) -> VerifyReport:
     """Check the checkpoint folder `path`; it is only read.
 
     Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
@@ -80,6 +82,8 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     own, of files of `torch.save` (`.distcp` too) against their CRC-32, so that any changed bit is found; and of
     every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
     embedding. What is no tensor in a `.distcp` folder is a pickle and is not read.
+
+    `assume_complete`: see `merge`; without it, shards whose last ranks may be missing are a problem.
 
     Returns what was found. Raises as `inspect` where the folder cannot be read at all.
     """
@@ -112,6 +116,10 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
             _check_pickled(inventory, report)
         for section_name in inventory.sections if not report.problems else ():
             _check_values(inventory, section_name, reader, report)
+    try:
+        inventory.require_shapes(config, assume_complete)
+    except IncompleteError as error:
+        report.add(error)
     return report
 
 
