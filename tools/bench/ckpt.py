@@ -19,7 +19,7 @@ from typing import Any
 import ckpt_merge
 import ckpt_save
 
-PARTS = ("merge", "consolidation", "planning", "memory", "save", "direct")
+PARTS = ("merge", "consolidation", "planning", "memory", "save", "verified", "direct")
 RESULT = Path(__file__).resolve().parent / "results/ckpt.json"
 
 
@@ -45,8 +45,9 @@ def table(result: dict[str, Any]) -> dict[str, Any]:
         "save / FileSystemWriter, CPU": save["ratios"]["save cpu: am-ckpt / dcp"],
         "save / HuggingFaceStorageWriter, CPU": save["ratios"]["save cpu: am-ckpt / dcp-hf"],
         "direct save / sharded save and merge, wall": result["direct"]["direct / sharded and merged"],
+        "load that verifies / one that does not, wall, warm": result["verified"]["warm wall: verified / not"],
+        "load that verifies / one that does not, wall, cold": result["verified"]["cold wall: verified / not"],
         "threads that only pread / load, wall (0.9 or more)": save["ratios"]["load wall: raw / am-ckpt"],
-        "load that verifies / load that does not, wall": save["ratios"].get("load wall: am-ckpt-verified / am-ckpt"),
         ".distcp / load, wall": save["ratios"]["load wall: dcp / am-ckpt"],
         "asynchronous save / async_save, time blocked": save["ratios"]["blocked: am-ckpt / dcp"],
         "memory after 100 saves / after 5": round(hundred["bytes after 100"] / hundred["bytes after 5"], 3),
@@ -73,6 +74,7 @@ def main() -> None:
         "planning": lambda: ckpt_merge.plans(options.folder),
         "memory": lambda: ckpt_merge.memory(options.folder),
         "save": lambda: ckpt_save.run(options.folder, options.rounds),
+        "verified": lambda: ckpt_save.verified(options.folder, options.rounds),
         "direct": lambda: ckpt_save.direct(options.folder, options.rounds),
     }
     result: dict[str, Any] = json.loads(RESULT.read_text()) if options.only is not None else {}

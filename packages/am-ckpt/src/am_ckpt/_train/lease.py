@@ -1,8 +1,7 @@
 """One writer at a time: whoever writes into a staging folder signs it and keeps the signature fresh.
 
 A writer signs its own folder first and looks at the others' afterwards: of two that start together, at least one sees
-the other. Writers of this machine are known by their process; those of other machines by whether they renew. (A merge's
-staging folder has a lock instead, see `publish.staging_folder`: its writers share a machine.)
+the other. Writers of this machine are known by their process; those of other machines by whether they renew.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,17 @@ def sign(folder: Path, *, held: bool) -> None:
     released = _renewing[folder] = threading.Event()
     if held:
         _held.add(folder)
-    # Complete or not there: half of it would make the next writer wait. Not synced, since a power cut ends the writer.
+    # Complete or not there, as others take a folder without it for a dead writer's. Not synced, since a power cut ends
+    # this one.
     unsigned = folder / f"{LEASE}.new"
-    unsigned.write_bytes(json.dumps(own_lease()).encode())
-    os.replace(unsigned, folder / LEASE)
+    try:
+        unsigned.write_bytes(json.dumps(own_lease()).encode())
+        os.replace(unsigned, folder / LEASE)
+    except FileNotFoundError as error:
+        release(folder)
+        raise RuntimeError(
+            f"another process is saving to this directory, and took {folder.name} away; use one directory a run"
+        ) from error
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):
@@ -65,8 +73,9 @@ def release(folder: Path) -> None:
 def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
     """Remove unfinished deletes and the staging folders of dead writers; return the names of live writers' folders.
 
-    `own` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
-    minute, by the file system's clock, unless its signature is older than that.
+    `own` is the staging folder of the caller, already signed. A folder that is not signed goes at once: its writer has
+    died, or finds it gone when it signs. One of another machine is watched for up to a minute, by the file system's
+    clock, unless its signature is older than that.
     """
     alive = []
     for entry in sorted(directory.iterdir()):
@@ -78,13 +87,15 @@ def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
                 state = _watch(entry / LEASE, own / LEASE)
             if state == "alive":
                 alive.append(entry.name)
-            elif state == "dead":
-                remove(entry)
+            elif state in ("dead", "unsigned"):
+                # Gone meanwhile, if its writer has just ended.
+                with suppress(FileNotFoundError):
+                    remove(entry)
     return alive
 
 
 def _watch(theirs: Path, ours: Path) -> str:
-    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` if it is not signed yet."""
+    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` where it goes meanwhile."""
     try:
         signed = theirs.stat().st_mtime
         while True:
@@ -109,9 +120,10 @@ def _read_text(path: str) -> str:
 
 def _start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
-    # The command name is in parentheses and may hold spaces; the start time is field 22.
+    # The command name is in parentheses and may hold spaces; the state is field 3, the start time field 22.
     fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
+    # Of one that has ended, and that its parent has not asked for yet, nothing but this is left.
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 
 
 def _pid_namespace() -> str:
@@ -136,22 +148,24 @@ def own_lease() -> dict[str, Any]:
 def lease_state(path: Path) -> str:
     """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
 
-    A missing or half-written lease is `unknown` during its first minute, then `dead`: the writer died before it
-    could sign.
+    Where the file is missing or no lease, the writer is `unsigned`.
     """
-    own = own_lease()
     try:
         lease = json.loads(path.read_bytes())
-        pid, start_time = int(lease["pid"]), lease["start_time"]
-        place = (lease["boot_id"], lease["pid_namespace"])
-        host = lease["host"]
+        return process_state(lease, own_lease())
     except (OSError, ValueError, KeyError, TypeError):
-        # The folder holds nothing but an unsigned start. Only our own new folder can be that young.
-        return "dead" if time.time() - path.parent.stat().st_mtime > 60 else "unknown"
-    if place != (own["boot_id"], own["pid_namespace"]):
-        return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+        return "unsigned"
+
+
+def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """`dead`, `alive` or `unknown` (another machine or container) for the process of `lease`, seen from that of `own`.
+
+    The process of `own` itself is `dead`: what it still writes, its caller knows.
+    """
+    pid, start_time = int(lease["pid"]), lease["start_time"]
+    if (lease["boot_id"], lease["pid_namespace"]) != (own["boot_id"], own["pid_namespace"]):
+        return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
     if pid == own["pid"] and start_time == own["start_time"]:
-        # Folders that this process still writes into, its caller knows: this writer has ended.
         return "dead"
     if start_time:
         return "alive" if _start_time(pid) == start_time else "dead"
