@@ -87,7 +87,8 @@ def build(
         tokenizer: the tokenizer or processor that is exported with it.
         losses: the loss functions that will be called, by their key in the config.
         freeze: the rules of `am_peft.freeze`, applied once the adapters are there.
-        separate_documents: prove that documents which share a row do not see each other.
+        separate_documents: prove that documents which share a row do not see each other; that nothing sees the future,
+            padding or other rows is always proved.
 
     Raises ValueError for what cannot train, see `am_recipes.checks`.
     """
@@ -109,8 +110,7 @@ def build(
     layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
     _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
     chosen = precision.measured(chosen, model, dims)
-    if separate_documents:
-        am_models.require_separate_documents(model)
+    _require_no_leak(model, separate_documents)
     if peft is None:
         return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
@@ -138,8 +138,13 @@ def build_teacher(
     model.requires_grad_(False).eval()
     fresh = () if folder else ("*",)
     _lay_out(config, model, layout.options(), dims, device, folder, mapping, fresh, "teacher_model")
-    if separate_documents:
-        am_models.require_separate_documents(model)
+    _require_no_leak(model, separate_documents)
+
+
+def _require_no_leak(model: PreTrainedModel, separate_documents: bool) -> None:
+    # Without weights, in a dry run, there is nothing to ask.
+    if model.device.type != "meta":
+        am_models.require_no_leak(model, packed=separate_documents)
 
 
 def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
