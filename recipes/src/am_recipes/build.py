@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import am_ckpt
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import checks, precision, routing, sources
+from am_recipes import checks, ending, precision, routing, sources
 from am_recipes.configs import RunConfig
 from am_recipes.sections import Distributed
 from am_recipes.settings import Target
@@ -57,6 +57,10 @@ class Built(NamedTuple):
     export_files: Mapping[str, bytes]
     base: Path | None
     base_name: str | None
+
+    def facts(self) -> tuple[object, ...]:
+        """What the log says of the model."""
+        return self.report, self.precision
 
     def weights(self, others: Mapping[str, Path | None] | None = None) -> Weights:
         """What a checkpoint says of the weights.
@@ -100,6 +104,7 @@ def build(
         checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
         checks.require_adapter_alone(model)
+    checks.require_export(config, model)
     chosen = precision.choose(model, config)
     report = _optimize(config, model, losses)
     checks.require_loss(config.loss_fn.callable(), model, device)
@@ -109,13 +114,16 @@ def build(
     fresh = ("*lora_*",) if folder else ("*",)
     layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
     _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
+    # Again: a layer that the layout has wrapped cannot be merged.
+    checks.require_export(config, model)
     chosen = precision.measured(chosen, model, dims)
     _require_no_leak(model, separate_documents)
     if peft is None:
         return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
-    adapter_files = am_peft.adapter_files(model, base_model_name_or_path=base)
+    own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)
+    adapter_files = {**own, **reader_files(model, tokenizer, folder)}
     return Built(model, chosen, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
 
 
@@ -155,7 +163,8 @@ def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
     if config.peft is not None and not config.export.merge_adapter:
         am_peft.save_adapter(built.model, folder, base_model_name_or_path=built.base_name)
         if torch.distributed.get_rank() == 0:
-            tokenizer.save_pretrained(folder)
+            for name, content in reader_files(built.model, tokenizer, built.base).items():
+                (folder / name).write_bytes(content)
         return
     if config.peft is not None:
         am_peft.merge_lora(built.model)
@@ -171,12 +180,23 @@ def model_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | Non
     Call it before the layout: FSDP2 renames the class.
     """
     model.config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory() as temporary:
-        for part in (model.config, model.generation_config, tokenizer):
-            part.save_pretrained(temporary)
-        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
     original = am_ckpt.hf_files(folder) if folder is not None else {}
-    return {name: path.read_bytes() for name, path in original.items()} | written
+    read = {name: path.read_bytes() for name, path in original.items()}
+    return read | _written(model.config) | reader_files(model, tokenizer, folder)
+
+
+def reader_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | None) -> dict[str, bytes]:
+    """What a model is asked with, by file name: tokenizer and template, and the generation config that stops it.
+
+    An adapter has them too: no library reads a generation config from there by itself, but its reader can.
+    """
+    return _written(tokenizer) | {ending.GENERATION_CONFIG: ending.generation_config(model, folder)}
+
+
+def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        part.save_pretrained(temporary)
+        return {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
 
 
 def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:

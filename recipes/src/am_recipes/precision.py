@@ -58,18 +58,17 @@ def choose(model: nn.Module, config: RunConfig) -> Precision:
     With `model.dtype: auto` what is in half precision trains in float32. An adapter, and what trains whole beside it,
     has `peft.adapter_dtype`, by default float32 too. What is frozen keeps its dtype.
     """
+    key, kept = "model.dtype", torch.float32 if config.model.dtype == "auto" else None
     if config.peft is not None:
         key, kept = "peft.adapter_dtype", config.peft.dtype() or torch.float32
-    else:
-        key, kept = "model.dtype", torch.float32 if config.model.dtype == "auto" else None
-    exported = {}
+    exported: dict[str, torch.dtype] = {}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         if kept is not None and parameter.dtype in _HALF and parameter.dtype != kept:
             exported[name] = parameter.dtype
             # In place: a tied weight stays one parameter.
             parameter.data = parameter.data.to(kept)
-    param_dtype = config.distributed.options()["param_dtype"]
+    param_dtype: torch.dtype | None = config.distributed.options()["param_dtype"]
     if param_dtype is None and (exported or any(value.dtype == torch.float16 for value in model.parameters())):
         param_dtype = torch.bfloat16
     trains = tuple(dict.fromkeys(parameter.dtype for parameter in trained.values()))

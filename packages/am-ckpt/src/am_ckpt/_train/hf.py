@@ -27,12 +27,12 @@ from am_ckpt._files.safetensors import Header
 from am_ckpt._files.step import MAX_SMALL_BYTES, read_file, require_file_name
 from am_ckpt._io import fsync_directory, is_filled, publish_folder, put_back, write_bytes
 from am_ckpt._sources import Chunk, Source, hf_sources
+from am_ckpt._train.differences import nearest
 from am_ckpt._train.initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
 from am_ckpt._train.module import Stored, stored_tensors, unwrap
 from am_ckpt._train.pieces import Held, Piece, assign, dtype_name, held, pieces
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.read import Reader
-from am_ckpt._train.restore import nearest
 from am_ckpt._train.shared_files import WeightFiles, create_files, file_piece
 from am_ckpt._train.write import create_staging, discard
 
