@@ -353,7 +353,7 @@ def attempt(checkpoint: Path, target: Path) -> str:
     try:
         am_ckpt.inspect(checkpoint)
         am_ckpt.verify(checkpoint, full=True, assume_complete=True)
-        am_ckpt.merge(checkpoint, target, threads=1, fsync=False)
+        am_ckpt.merge(checkpoint, target, threads=1, fsync=False, assume_complete=True)
         return "read"
     except (ValueError, OSError) as error:
         if not str(error).strip():

@@ -19,10 +19,10 @@ class Inventory:
     """What a checkpoint folder holds: see `inspect`.
 
     `kind`: `"am-ckpt"`, `"dcp"` (`.distcp` files), `"dcp-safetensors"` (shards of torch's Hugging Face
-    writer), `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are those of the model
-    by name; `sections` those of every part, `section` the part that is the model. `others`: entries that are no
-    tensors. `files`: small files that belong to the model. `problems`: everything by which the model's tensors are
-    not whole. `notes`: what a reader should know and cannot be checked.
+    writer), `"torch_checkpointing"`, `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are
+    those of the model by name; `sections` those of every part, `section` the part that is the model. `others`: entries
+    that are no tensors. `files`: small files that belong to the model. `problems`: everything by which the model's
+    tensors are not whole. `notes`: what a reader should know and cannot be checked.
     """
 
     path: Path

@@ -112,7 +112,7 @@ def verify(
         config = inventory.files.get("config.json")
         if config is not None and not inventory.adapter:
             _check_config(inventory, read_config(config), reader, report)
-        if full and inventory.kind == "torch":
+        if full and inventory.kind in ("torch", "torch_checkpointing"):
             _check_pickled(inventory, report)
         for section_name in inventory.sections if not report.problems else ():
             _check_values(inventory, section_name, reader, report)
@@ -295,8 +295,8 @@ def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
     inside: dict[Path, list[tuple[int, str]]] = {}
     for section, tensors in inventory.sections.items():
         for name, source in tensors.items():
-            place = source.chunks[0]
-            inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
+            for place in (chunk for chunk in source.chunks if chunk.path.suffix != ".safetensors"):
+                inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
     for path, places in inside.items():
         for begin, end in changed_ranges(linked_file(path), 0, path.stat().st_size, str(path)):
             names = [repr(name) for start, name in places if begin <= start < end]
