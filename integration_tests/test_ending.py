@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from am_recipes import configs, kd, sft, vlm
 from integration_tests import runs
@@ -126,14 +133,15 @@ def test_the_template_of_training_is_exported_and_another_one_of_validation_is_t
 
 
 def test_a_random_model_stops_at_its_tokenizers_end_and_at_what_is_taught(tmp_path: Path) -> None:
-    for recipe, module in (("kd", kd), ("vlm", vlm)):
-        folder = runs.ROOT / "recipes" / "configs" / recipe
+    processor = runs.ROOT / "recipes" / "data" / "vlm" / "processor"
+    own = (processor / "chat_template.jinja").read_text() + "{# as trained #}"
+    for recipe, module, template, reader in (("kd", kd, TEMPLATE, AutoTokenizer), ("vlm", vlm, own, AutoProcessor)):
         run_dir = tmp_path / recipe
-        changes = [("run_dir", str(run_dir)), ("step_scheduler.max_steps", "3"), ("export.enabled", "true")]
-        config = configs.parse(folder / "tiny.yaml", changes)
-        assert module.main(config) == 0
+        changes = {"run_dir": run_dir, "step_scheduler.max_steps": 3, "dataset.chat_template": template}
+        file = runs.ROOT / "recipes" / "configs" / recipe / "tiny.yaml"
+        assert module.main(configs.parse(file, [(key, str(value)) for key, value in changes.items()])) == 0
         export = run_dir / "export"
         end = GenerationConfig.from_pretrained(export).eos_token_id
-        tokenizer = AutoTokenizer.from_pretrained(export)
-        assert tokenizer.eos_token_id in end
+        assert AutoTokenizer.from_pretrained(export).eos_token_id in end
         assert f"({end[0]}); generation stops there" in (run_dir / "run.json").read_text()
+        assert reader.from_pretrained(export).chat_template == template
