@@ -56,7 +56,7 @@ def _asked_for(kind: type[PretrainedConfig]) -> set[str]:
         return set()
     classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     return {
-        node.args[1].value
+        str(node.args[1].value)
         for outer in classes
         if "Rotary" not in outer.name
         for node in ast.walk(outer)
