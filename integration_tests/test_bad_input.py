@@ -250,7 +250,9 @@ def test_tokenizers_that_do_not_fit(run: Runner, tmp_path: Path) -> None:
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     run.refuses(
-        {"tokenizer.name_or_path": str(folder)}, f"tokenizer '{folder}' has no chat template; pass chat_template="
+        {"tokenizer.name_or_path": str(folder)},
+        r"config.yaml:\d+: dataset.chat_template: chat_template=None, and the tokenizer "
+        f"'{folder}' has no chat template; give one: a name .chatml, ",
     )
     (folder / "tokenizer.json").unlink()
     run.refuses(

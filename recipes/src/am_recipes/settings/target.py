@@ -144,7 +144,7 @@ class Target:
         A ValueError or OSError from it becomes an `UnusableError` of the argument that it begins with, or of all.
         """
         function, arguments = self._import(), self.built_arguments() | runtime
-        with unusable(lambda error: self.places.get(first_name(error), self.place)):
+        with unusable(lambda error: self._blamed(function, first_name(error))):
             return function(**arguments)
 
     def built_arguments(self) -> dict[str, Any]:
@@ -155,6 +155,13 @@ class Target:
         """The callable with the configured arguments applied, for whoever passes the rest."""
         function = self._import()
         return functools.partial(function, **self.built_arguments()) if self.arguments else function
+
+    def _blamed(self, function: Callable[..., Any], name: str) -> Place:
+        """The place of the argument `name`, given or left out, if `function` has one; else that of the target."""
+        try:
+            return self._place(name) if name in inspect.signature(function).parameters else self.place
+        except ValueError:
+            return self.places.get(name, self.place) if name else self.place
 
     def _place(self, path: str) -> Place:
         """Where the argument at the dotted `path` was given, by the nearest line that is known."""
