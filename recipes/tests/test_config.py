@@ -403,7 +403,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2(write):
         ("dataset.limit", "3", lambda config: config.dataset.arguments["limit"] == 3),
         ("dataset.path", "other", lambda config: config.dataset.arguments["path"] == "other"),
         ("peft.r", "8", lambda config: config.peft.lora.arguments == {"r": 8}),
-        ("peft.bias", "none", lambda config: config.peft.lora.arguments == {"bias": "none"}),
+        ("peft.bias", '"none"', lambda config: config.peft.lora.arguments == {"bias": "none"}),
         ("validation_dataset_b.path", "v", lambda config: list(config.validation_datasets) == ["val_loss_b"]),
         ("dataset.columns.prompt", "q", lambda config: config.dataset.arguments["columns"] == {"prompt": "q"}),
     ],
@@ -608,6 +608,32 @@ def test_an_inline_model_config_is_held_against_its_class(write):
     assert message == "config.yaml:4: model.config.model_type: unknown 'lama'; did you mean 'llama'?"
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # Not declared by the class, but its attention asks for it.
+        ("{model_type: qwen3_moe, head_dim: 128}", None),
+        ("{model_type: granite, head_dim: 16}", None),
+        # The class makes another field of it.
+        ("{model_type: llama, rope_theta: 10000.0}", None),
+        ("{model_type: qwen2, rope_scaling: {rope_type: linear, factor: 2.0}}", None),
+        ("{model_type: llama, torch_dtype: float32}", None),
+        # Nothing reads it, or nothing but the rotary embedding, whose width would no longer fit the heads.
+        ("{model_type: llama, sliding_window: 64}", "model.config.sliding_window: LlamaConfig has no such field"),
+        ("{model_type: llama, rope_thetta: 1.0}", "model.config.rope_thetta: LlamaConfig has no such field"),
+        ("{model_type: gpt_neox, head_dim: 16}", "model.config.head_dim: GPTNeoXConfig has no such field"),
+        # It belongs to a part.
+        ("{model_type: gemma3, head_dim: 16}", "model.config.head_dim: Gemma3Config has no such field"),
+    ],
+)
+def test_the_keys_of_a_model_config_are_those_that_class_and_attention_take(write, given, message):
+    text = write(MINIMAL.replace("name_or_path: some/folder", f"config: {given}") + "tokenizer: {name_or_path: t}\n")
+    if message is None:
+        check_targets(parse(text))
+    else:
+        assert message in refused(text, targets=True)
+
+
 def test_the_teacher_of_a_kd_run_is_checked_too(write):
     text = MINIMAL.replace("recipe: sft", "recipe: kd")
     text += "teacher_model:\n  config:\n    model_type: llama\n    hidden_size: 64\n"
@@ -797,7 +823,9 @@ def test_environment(write, monkeypatch):
     [
         ("${AM_DTA}", "the environment variable AM_DTA is not set; did you mean 'AM_DATA'?"),
         ("a/${QQ_1}/b", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
-        ("${oc.env:X}", "${oc.env:X} is not a reference; write ${NAME} or ${NAME,default}, and $${ for a plain ${"),
+        ("${oc.env:QQ_1}/b", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
+        ("$QQ_1", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
+        ("${a b}", "${a b} is not a reference; write ${NAME} or ${NAME,default}, and $${ for a plain ${"),
     ],
 )
 def test_a_missing_variable_names_the_line(write, monkeypatch, reference, message):
@@ -805,6 +833,65 @@ def test_a_missing_variable_names_the_line(write, monkeypatch, reference, messag
     path = write(MINIMAL.replace("rows.jsonl", reference))
     assert refused(path) == f"config.yaml:5: dataset.path: {message}"
     assert parse(path, [("dataset.path", "other")]).dataset.arguments == {"path": "other"}
+
+
+def test_references_as_other_tools_write_them(write, monkeypatch):
+    """OmegaConf's `${oc.env:}`, and a shell's `$NAME` where a text begins with it; what has dollars inside stays."""
+    monkeypatch.setenv("AM_DATA", "/data")
+    monkeypatch.setenv("AM_LR", "3e-4")
+    arguments = {
+        "path": "$AM_DATA/rows.jsonl",
+        "limit": "${oc.env:AM_LIMIT,7}",
+        "folder": "${oc.env:AM_DATA}/x",
+        "formula": "$x^2$ costs $AM_DATA",
+        "literal": "$$AM_DATA/x",
+        "more": "$$$AM_DATA",
+        "hf_token": "$AM_DATA",
+    }
+    lines = "".join(f"  {name}: '{text}'\n" for name, text in arguments.items())
+    config = parse(write(MINIMAL.replace("  path: rows.jsonl\n", lines).replace("1e-4", "$AM_LR")))
+    assert config.optimizer.lr == 3e-4
+    expected = {
+        "path": "/data/rows.jsonl",
+        "limit": 7,
+        "folder": "/data/x",
+        "formula": "$x^2$ costs $AM_DATA",
+        "literal": "$AM_DATA/x",
+        "more": "$$AM_DATA",
+        "hf_token": "/data",
+    }
+    assert config.dataset.arguments == expected
+    saved = config.to_yaml()
+    assert "/data" not in saved
+    for reference in ("path: $AM_DATA/rows.jsonl", "limit: ${oc.env:AM_LIMIT,7}", "lr: $AM_LR", "hf_token: $AM_DATA"):
+        assert reference in saved
+    Path("saved.yaml").write_text(saved, encoding="utf-8")
+    assert parse("saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["null", "None", "none", "~"])
+def test_overrides_that_are_no_value(write, text):
+    path = write(MINIMAL + "peft: {r: 8}\n")
+    config = parse(path, [("dataset.path", text), ("peft", text), ("distributed.activation_checkpointing", "none")])
+    assert config.dataset.arguments["path"] is None
+    assert config.peft is None
+    assert config.distributed.activation_checkpointing == "none"
+    assert parse(path, [("dataset.path", f'"{text}"')]).dataset.arguments["path"] == text
+
+
+def test_here_is_the_folder_of_the_config(write, tmp_path, monkeypatch):
+    text = MINIMAL.replace("rows.jsonl", "${here}/../rows.jsonl\n  said: $${here}\n  in: a ${here}")
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "mine.yaml"
+    path.write_text(text)
+    expected = {"path": str(tmp_path / "rows.jsonl"), "said": "${here}", "in": f"a {tmp_path}/configs"}
+    for folder, name in ((tmp_path, "configs/mine.yaml"), (tmp_path / "configs", "mine.yaml"), (Path("/"), path)):
+        monkeypatch.chdir(folder)
+        config = parse(name)
+        assert config.dataset.arguments == expected
+    # What is saved is read from another folder.
+    (tmp_path / "saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert parse(tmp_path / "saved.yaml") == config
 
 
 def test_a_value_from_the_environment_stays_out_of_messages(write, monkeypatch):

@@ -29,11 +29,18 @@ def is_finished(config: RunConfig) -> bool:
     is broken.
     """
     run_dir = config.run_dir
-    _require_writable(run_dir)
+    require_usable(config)
     finished = already_finished(run_dir, config.identity(), config.goal())
     if finished:
         print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
     return finished
+
+
+def require_usable(config: RunConfig) -> None:
+    """Refuse a directory that the run cannot write, or that holds another run; reads only."""
+    with config.at("run_dir"):
+        _require_writable(config.run_dir)
+        already_finished(config.run_dir, config.identity(), config.goal())
 
 
 def _require_writable(run_dir: Path) -> None:
