@@ -20,6 +20,7 @@ from torch import nn
 from torch_processes import torch_processes
 
 import am_ckpt
+from am_ckpt._train.lease import own_lease, process_state
 
 WORLD_SIZE = 3
 
@@ -131,3 +132,11 @@ def test_a_writer_whose_folder_went_before_it_had_signed_gives_up(tmp_path: Path
     finally:
         sys.setprofile(None)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_process_of_another_machine_is_not_called_dead_where_machines_do_not_say_when_they_started() -> None:
+    """No /proc/sys: what its number stands for here says nothing about it there."""
+    ended = own_lease() | {"boot_id": "", "pid_namespace": "", "start_time": "", "pid": 2**22 + 1}
+    own = own_lease() | {"boot_id": "", "pid_namespace": ""}
+    assert process_state(ended, own) == "dead"
+    assert process_state(ended | {"host": "elsewhere"}, own) == "unknown"

@@ -58,6 +58,20 @@ def test_containers_and_tensors_are_filled_in_place(tmp_path: Path) -> None:
     assert numpy.array_equal(weights, array)
 
 
+def test_averages_that_one_side_has_not_begun_are_not_emptied(tmp_path: Path) -> None:
+    empty, begun = am_ckpt.Checkpointer(tmp_path / "empty"), am_ckpt.Checkpointer(tmp_path / "begun")
+    empty.save(1, {"average": {}})
+    begun.save(1, {"average": {"w": torch.ones(2)}})
+    state = {"average": {"w": torch.zeros(2)}}
+    with pytest.raises(ValueError, match=r"state\['average'\] holds tensors by name, in the checkpoint it is empty"):
+        empty.load(state)
+    with pytest.warns(UserWarning, match="loaded a part of step_000001: .*in the checkpoint it is empty"):
+        assert empty.load(state, strict=False) == 1
+    assert state["average"]["w"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"state\['average'\] is {}; in the checkpoint it is 1 tensors by name"):
+        begun.load({"average": {}})
+
+
 @pytest.mark.parametrize(
     "array",
     [

@@ -157,13 +157,18 @@ def lease_state(path: Path) -> str:
         return "unsigned"
 
 
+def machine(lease: Mapping[str, Any]) -> str:
+    """What is equal for processes on one machine; its name where it does not say which start of it this is."""
+    return str(lease["boot_id"] or lease["host"])
+
+
 def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """`dead`, `alive` or `unknown` (another machine or container) for the process of `lease`, seen from that of `own`.
 
     The process of `own` itself is `dead`: what it still writes, its caller knows.
     """
     pid, start_time = int(lease["pid"]), lease["start_time"]
-    if (lease["boot_id"], lease["pid_namespace"]) != (own["boot_id"], own["pid_namespace"]):
+    if (machine(lease), lease["pid_namespace"]) != (machine(own), own["pid_namespace"]):
         return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
     if pid == own["pid"] and start_time == own["start_time"]:
         return "dead"

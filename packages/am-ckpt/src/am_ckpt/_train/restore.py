@@ -152,13 +152,19 @@ class _Step:
                     f"{size} here; resume on as many, or leave {entry!r} out of `state`"
                 )
             data = data.values[rank]
+        elif entry_tensors(value) and data == {}:
+            self._differ(f"state[{entry!r}] holds tensors by name, in the checkpoint it is empty")
+            return lambda: None
         return _put(entry, value, data, state)
 
     def _tensors(self, entry: str, value: Any) -> Callable[[], None]:
         """An entry of nothing but tensors, which are in shards."""
         here, there = entry_tensors(value), self._sections[entry]
         if here is None:
-            raise ValueError(f"state[{entry!r}] is {type(value).__name__}; in the checkpoint it is a dict of tensors")
+            raise ValueError(
+                f"state[{entry!r}] is {value!r:.60}; in the checkpoint it is {len(there)} tensors by name, which are "
+                "filled in place: give a dict of them, or a module"
+            )
         anywhere = {name for rank in self._names for name in rank.entries[entry]}
         self._require_names(
             f"state[{entry!r}]",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from am_ckpt._files.safetensors import require_storable
 from am_ckpt._files.step import require_file_name
 from am_ckpt._train.entries import PerRank, entry_tensors, is_plain
-from am_ckpt._train.lease import own_lease
+from am_ckpt._train.lease import machine, own_lease
 from am_ckpt._train.module import extra_states, mesh_axes, stored_tensors
 from am_ckpt._train.optimizer import OptimizerState, joined_groups, optimizer_contents
 from am_ckpt._train.pieces import Held, Piece, assign, byte_blocks, dtype_name, held, pieces
@@ -87,7 +87,7 @@ class Description:
     @property
     def machine(self) -> str:
         """What is equal for ranks on one machine."""
-        return str(self.lease["boot_id"] or self.lease["host"])
+        return machine(self.lease)
 
 
 @dataclass(frozen=True)
