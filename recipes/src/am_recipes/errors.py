@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from am_recipes import lock
 from am_recipes.settings import ConfigError
 from am_recipes.sinks import record
 
@@ -44,7 +45,8 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
         return 130
     except Exception as error:  # noqa: BLE001 - here the program ends, and every exception is reported
         is_message = isinstance(error, MESSAGES)
-        begun = not is_message or _record(run_dir) != before
+        # The record of a directory that was refused is another run's.
+        begun = not is_message or (_record(run_dir) != before and not isinstance(error, lock.Refused))
         written = file if file is not None and begun and _write(file) else None
         if debug or not is_message:
             traceback.print_exc()

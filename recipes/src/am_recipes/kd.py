@@ -37,13 +37,15 @@ from am_recipes.tokenizer import load_tokenizer
 
 
 def main(config: KdConfig) -> int:
-    """Train as `config` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
+    """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
     if config.kd_ratio > 0 and config.loss_fn != Target(DEFAULT_LOSS):
         raise config.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
-    if run_dir.is_finished(config):
-        return 0
-    with am_mesh.process_group(config.distributed.timeout_minutes) as device, StopSignal() as stop:
-        return train(config, device, stop)
+    with (
+        am_mesh.process_group(config.distributed.timeout_minutes) as device,
+        StopSignal() as stop,
+        run_dir.claim(config) as finished,
+    ):
+        return 0 if finished else train(config, device, stop)
 
 
 def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
@@ -118,6 +120,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
         if this.stopped():
             return this.preempted()
 
+        this.choose_weights()
         build.export(config, built, tokenizer)
         if config.generate.prompts:
             asked = (config.generate.prompts, config.generate.max_new_tokens)
