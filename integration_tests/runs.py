@@ -14,10 +14,12 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import signal
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +123,42 @@ def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size:
     return processes
 
 
-def _run(config: Path, overrides: list[tuple[str, str]], rank: int, world_size: int, port: int) -> None:
-    os.chdir(ROOT)
+def start_file(file: Path, arguments: Sequence[str], folder: Path, output: Path, world_size: int = 1) -> list[Any]:
+    """The processes of `python FILE ARGUMENTS` in `folder`, one a rank, running; rank N prints to `output`/N.txt."""
+    port = _free_port()
+    processes = [
+        SERVER.Process(target=_run_file, args=(file, arguments, folder, output, rank, world_size, port))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _run_file(
+    file: Path, arguments: Sequence[str], folder: Path, output: Path, rank: int, world_size: int, port: int
+) -> None:
+    _be_rank(rank, world_size, port)
+    os.chdir(folder)
+    output.mkdir(exist_ok=True)
+    with (output / f"{rank}.txt").open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.argv = [str(file), *arguments]
+    sys.path.insert(0, str(file.parent))
+    runpy.run_path(str(file), run_name="__main__")
+
+
+def _be_rank(rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _run(config: Path, overrides: list[tuple[str, str]], rank: int, world_size: int, port: int) -> None:
+    os.chdir(ROOT)
+    _be_rank(rank, world_size, port)
     parsed = configs.parse(config, overrides)
     raise SystemExit(importlib.import_module(f"am_recipes.{parsed.recipe}").main(parsed))
 

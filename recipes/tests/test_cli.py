@@ -271,7 +271,7 @@ def test_the_first_rank_reports_a_config_error_before_the_others(folder, capsys,
         monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         began = time.monotonic()
-        assert cli.main_recipe("sft", ["-c", "c.yaml", "--sede", "1"]) == 2
+        assert cli.run_recipe("sft", "sft.py", ["-c", "c.yaml", "--sede", "1"]) == 2
         waited[rank] = time.monotonic() - began
         assert capsys.readouterr().err.count("\n") == 1
     assert waited["0"] < 10 < waited["1"]
@@ -285,13 +285,11 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(folder, capsys):
     assert "\nseed: 7\n" in printed
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
     (folder / "c.yaml").write_text(printed)
-    assert cli.main_recipe("sft", ["-c", "c.yaml", "--dry-run"]) == 0
+    assert cli.run_recipe("sft", "sft.py", ["-c", "c.yaml", "--dry-run"]) == 0
     assert capsys.readouterr().out == printed
 
 
-def test_several_processes_are_asked_of_the_right_command(folder, capsys, monkeypatch):
-    assert cli.main_recipe("sft", ["-c", "c.yaml", "--nproc-per-node", "2"]) == 2
-    assert "python -m am_recipes.sft is one process; use automodel --nproc-per-node 2" in capsys.readouterr().err
+def test_a_worker_is_told_the_number_of_processes_that_it_is_one_of(folder, capsys, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     assert cli.main(["c.yaml", "--nproc-per-node", "2"]) == 2

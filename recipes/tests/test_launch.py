@@ -94,6 +94,7 @@ def test_the_command_line_is_torchruns():
         "-c",
         "x.yaml",
     ]
+    assert launch.torchrun_arguments("/a/b.py", ["-c"], 2) == ["--standalone", "--nproc-per-node=2", "/a/b.py", "-c"]
 
 
 def test_impossible_numbers_of_processes():

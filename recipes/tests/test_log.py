@@ -96,16 +96,15 @@ def test_every_sink_hears_everything_in_order(tmp_path: Path) -> None:
         log.validation(0, {"val_loss": 3.0})
         step(log, 1, loss=math.nan)
         log.answers("after", [("Why?", " Because. ")])
-        log.images([([b"PNG"], "What?", "dog", "cat")], "0 of 1 right")
+        log.images("after", [([b"PNG"], "What?", "dog", "cat")], "0 of 1 right")
         log.finish()
     heard = [
         ("note", "['kernels']"),
         ("validation", {"step": 0, "val_loss": 3.0}),
         ("note", "WARNING step 1: loss is nan; written as null"),
         ("step", 1),
-        ("note", "\n> Why?\nBecause."),
-        ("note", "> What?  dog  (expected: cat)"),
-        ("note", "0 of 1 right"),
+        ("note", "> after: Why?\n  Because."),
+        ("note", "after: 0 of 1 right"),
         ("close", "finished"),
     ]
     assert calls == [(name, *call) for call in heard for name in ("one", "two")]
@@ -196,7 +195,7 @@ def test_other_ranks_do_nothing(tmp_path: Path) -> None:
         log.note("kernels")
         log.samples([[("a", True)]])
         log.answers("before", [("a", "b")])
-        log.images([], "0 of 0")
+        log.images("after", [], "0 of 0")
         step(log, 1)
         log.validation(1, {"val_loss": 1.0})
         log.sync()
@@ -265,7 +264,7 @@ def test_resuming_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     with start(tmp_path, identity={"seed": 1}) as first:
         first.note("of the first launch")
         first.answers("before", [("Why?", "Because.")])
-        first.images([([b"PNG"], "What?", "dog", "cat")], "0 of 1 right")
+        first.images("after", [([b"PNG"], "What?", "dog", "cat")], "0 of 1 right")
         first.validation(0, {"val_loss": 3.0})
         for number in range(1, 6):
             step(first, number, loss=math.nan if number in (2, 5) else float(number))
@@ -279,7 +278,7 @@ def test_resuming_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     found = record(tmp_path)
     assert [launch["resume_step"] for launch in found["launches"]] == [None, 3]
     assert found["answers"] == {"before": [["Why?", "Because."]]}
-    assert found["images"]["summary"] == "0 of 1 right"
+    assert found["image_answers"]["summary"] == {"after": "0 of 1 right"}
     assert found["warnings"] == [[2, "step 2: loss is nan"]]
     assert found["notes"] == []
     assert "val_loss 3.0000 before, 1.5000 after" in output.getvalue()
@@ -287,7 +286,7 @@ def test_resuming_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
         assert rows(tmp_path) == []
     found = record(tmp_path)
     assert [launch["resume_step"] for launch in found["launches"]] == [None]
-    assert (found["answers"], found["images"], found["warnings"]) == ({}, None, [])
+    assert (found["answers"], found["image_answers"], found["warnings"]) == ({}, None, [])
 
 
 def test_run_json_says_what_ran(tmp_path: Path) -> None:

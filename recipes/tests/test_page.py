@@ -138,14 +138,22 @@ def test_numbers_that_were_not_finite_leave_a_gap(tmp_path: Path) -> None:
 
 def test_answers_about_images_are_shown_and_survive(tmp_path: Path) -> None:
     with start(tmp_path) as log:
-        log.images([([b"PNG-1", b"PNG-2"], "What?", HOSTILE, "cat"), ([], "And?", "dog ", "dog")], "1 of 2 right")
+        log.images(
+            "before", [([b"PNG-1", b"PNG-2"], "What?", "fish", "cat"), ([], "And?", "fowl", "dog")], "0 of 2 right"
+        )
         step(log, 1)
     with start(tmp_path, resume_step=1) as log:
+        log.images(
+            "after", [([b"PNG-1", b"PNG-2"], "What?", HOSTILE, "cat"), ([], "And?", "dog ", "dog")], "1 of 2 right"
+        )
         log.finish()
     text = page(tmp_path)
     assert text.count('src="data:image/png;base64,') == 2
-    assert "1 of 2 right" in text
+    assert "before: 0 of 2 right" in text
+    assert "after: 1 of 2 right" in text
     assert "expected: cat" in text
+    assert "before: fish" in text
+    assert "before: fowl" in text
     assert "<script>alert" not in text
     assert Tags(text).open == []
 

@@ -1,4 +1,4 @@
-"""The `automodel` command, and the command line of each recipe module.
+"""The `automodel` command, and the command line of each recipe and of every copy of one.
 
 Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A wrong config,
 value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so does everything
@@ -8,11 +8,13 @@ with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from am_recipes import errors, launch
 from am_recipes.configs import DEFAULT_RUN_DIR, RECIPES, RunConfig, check_targets, parse
@@ -42,6 +44,8 @@ overrides, for any key of the config:
 
 The same command again continues the run from its latest checkpoint. Under torchrun and on several machines:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
+A recipe is one file. Copy and change it; the copy takes the same options:
+  python mysft.py -c CONFIG [--nproc-per-node N]      torchrun --nproc-per-node 8 mysft.py -c CONFIG
 `automodel report RUN` draws RUN/report.html of a run directory, while it runs or later.
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM: run it again to continue"""
@@ -154,42 +158,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As with `python -m`: targets may name the user's own modules beside the place the command is typed.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return _run_command(argv, None)
+    return _run_command(argv)
 
 
-def main_recipe(recipe: str, argv: Sequence[str] | None = None) -> int:
-    """The command line of one recipe module, which runs in this process; returns the exit status."""
-    return _run_command(sys.argv[1:] if argv is None else argv, recipe)
+def run_recipe(recipe: str, file: str, argv: Sequence[str] | None = None) -> int:
+    """The command line of a recipe's own `file`, which may be a copy; returns the exit status.
+
+    `recipe` names the config that it takes. What runs is this very file, in this process or in `--nproc-per-node N`.
+    """
+    # Behind the folder of the file, where Python looks first: as for `automodel`, and as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(1, os.getcwd())
+    # How Python was told to find it: with `-m`, its name also says which package it is part of.
+    spec = sys.modules["__main__"].__spec__
+    program = spec.name if spec is not None and spec.origin == file else str(Path(file).absolute())
+    return _run_command(sys.argv[1:] if argv is None else argv, recipe, program)
 
 
-def _run_command(argv: Sequence[str], module: str | None) -> int:
+def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | None = None) -> int:
+    """`recipe` and `program`, what to run for it, are those of a recipe's own command line."""
     try:
-        if argv[:1] == ["report"] and module is None:
+        if argv[:1] == ["report"] and recipe is None:
             return _report(argv[1:])
         arguments = parse_arguments(argv)
         if arguments.help or not argv:
             print(HELP)
             return 0
         if arguments.keys:
-            return _print_keys(arguments, module)
+            return _print_keys(arguments.recipe or recipe, arguments.path)
         if arguments.path is None:
             raise UsageError("which config? Write automodel CONFIG or -c CONFIG")
-        _check_worker(arguments, module)
+        _check_worker(arguments)
     except UsageError as error:
         print(f"error: {error}\nautomodel --help shows the usage", file=sys.stderr)
         return 2
     path = arguments.path
     debug = arguments.debug or _tracebacks_wanted()
-    return errors.reported(lambda: _run_config(arguments, path, module, debug), debug=debug)
+    return errors.reported(lambda: _run_config(arguments, path, recipe, program, debug), debug=debug)
 
 
 def _tracebacks_wanted() -> bool:
     return os.environ.get("AUTOMODEL_TRACEBACK") == "1"
 
 
-def _print_keys(arguments: Arguments, module: str | None) -> int:
-    recipe = arguments.recipe or module
-    if recipe is None or arguments.path is not None:
+def _print_keys(recipe: str | None, path: Path | None) -> int:
+    if recipe is None or path is not None:
         raise UsageError(f"--keys is about a recipe: automodel RECIPE --keys, with one of {', '.join(RECIPES)}")
     from am_recipes.settings import keys
 
@@ -211,38 +224,46 @@ def _report(arguments: Sequence[str]) -> int:
     return errors.reported(draw, debug=_tracebacks_wanted())
 
 
-def _check_worker(arguments: Arguments, module: str | None) -> None:
-    if arguments.processes is None:
-        return
+def _check_worker(arguments: Arguments) -> None:
     here = os.environ.get("LOCAL_WORLD_SIZE") if _is_worker() else None
-    if here is not None and int(here) != arguments.processes:
+    if arguments.processes is not None and here is not None and int(here) != arguments.processes:
         raise UsageError(f"--nproc-per-node {arguments.processes} inside a torchrun worker that has {here} processes")
-    if here is None and module is not None and arguments.processes > 1:
-        raise UsageError(
-            f"python -m am_recipes.{module} is one process; use automodel --nproc-per-node {arguments.processes} "
-            f"or torchrun --nproc-per-node {arguments.processes} -m am_recipes.{module}"
-        )
 
 
-def _run_config(arguments: Arguments, path: Path, module: str | None, debug: bool) -> int:
+def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: str | None, debug: bool) -> int:
     config = parse(path, arguments.overrides)
-    for demanded in (arguments.recipe, module):
+    for demanded in (arguments.recipe, recipe):
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
     if arguments.dry_run:
         check_targets(config)
         print(config, end="")
         return 0
-    if module is None and not _is_worker():
-        processes = arguments.processes or _default_processes()
+    if not _is_worker():
+        # A recipe's own file is one process, unless it is told otherwise.
+        processes = arguments.processes or (_default_processes() if program is None else 1)
         if processes > 1:
-            return launch.run(f"am_recipes.{config.recipe}", arguments.worker_arguments(), processes)
-    return errors.reported(lambda: _train(config), debug=debug, run_dir=config.run_dir)
+            return launch.run(program or f"am_recipes.{config.recipe}", arguments.worker_arguments(), processes)
+    return errors.reported(lambda: _train(config, program), debug=debug, run_dir=config.run_dir)
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, program: str | None) -> int:
     check_targets(config)
-    return int(importlib.import_module(f"am_recipes.{config.recipe}").main(config))
+    return int(_load(program or f"am_recipes.{config.recipe}").main(config))
+
+
+def _load(program: str) -> ModuleType:
+    """The module of that name, or of the file: as `import` would find it beside itself, and under that name."""
+    if not program.endswith(".py"):
+        return importlib.import_module(program)
+    name = Path(program).stem
+    spec = importlib.util.spec_from_file_location(name, program)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _is_worker() -> bool:

@@ -10,11 +10,11 @@ logits are ever held for more than a chunk of tokens.
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("kd"))
+    raise SystemExit(cli.run_recipe("kd", __file__))
 
 import functools
 from collections.abc import Callable, Mapping
@@ -94,6 +94,9 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
+        asked = (config.generate.prompts, config.generate.max_new_tokens)
+        if this.resumed is None:
+            this.log.answers("before", evaluate.generate_answers(model, tokenizer, *asked))
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
@@ -122,9 +125,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
 
         this.choose_weights()
         build.export(config, built, tokenizer)
-        if config.generate.prompts:
-            asked = (config.generate.prompts, config.generate.max_new_tokens)
-            this.log.answers("after", evaluate.generate_answers(model, tokenizer, *asked))
+        this.log.answers("after", evaluate.generate_answers(model, tokenizer, *asked))
         return this.finish(run_dir.CHAT)
 
 

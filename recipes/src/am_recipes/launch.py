@@ -1,6 +1,7 @@
-"""Runs a module on several local processes through torchrun, and says how that ended in one exit status.
+"""Runs a module or file on several local processes through torchrun, and says how that ended in one exit status.
 
     python -m am_recipes.launch 4 am_recipes.sft -c CONFIG
+    python -m am_recipes.launch 4 mysft.py -c CONFIG
 
 torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and SIGINT
 are passed on to the workers, which get ten minutes to finish their step and commit it.
@@ -16,19 +17,20 @@ from collections.abc import Iterable, Sequence
 PREEMPTED = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
 
-_USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE [ARGUMENT ...]"
+_USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT ...]"
 # How long torchrun waits for workers after a signal, in seconds, before it kills them; its own default of 30 is shorter
 # than a training step and a checkpoint of a large model.
 _STOP_SECONDS = "600"
 
 
-def torchrun_arguments(module: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The torchrun command line that runs `python -m module arguments` on `processes` local ranks."""
-    return ["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments]
+def torchrun_arguments(program: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """The torchrun command line that runs `program` on local ranks: a module, or a file that ends in .py."""
+    run = [program] if program.endswith(".py") else ["-m", program]
+    return ["--standalone", f"--nproc-per-node={processes}", *run, *arguments]
 
 
-def run(module: str, arguments: Sequence[str], processes: int) -> int:
-    """Run `module` on `processes` local ranks and return the exit status of the whole.
+def run(program: str, arguments: Sequence[str], processes: int) -> int:
+    """Run `program`, a module or a file that ends in .py, on `processes` local ranks and return the exit status of all.
 
     0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and
     130 after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
@@ -47,7 +49,7 @@ def run(module: str, arguments: Sequence[str], processes: int) -> int:
     replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in replaced]
     try:
-        torchrun(parse_args(torchrun_arguments(module, arguments, processes)))
+        torchrun(parse_args(torchrun_arguments(program, arguments, processes)))
     except ChildFailedError as error:
         return worst_status(failure.exitcode for failure in error.failures.values())
     except SignalException as error:

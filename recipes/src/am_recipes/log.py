@@ -17,6 +17,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,31 +121,36 @@ class Log:
             self._tell(text.excerpt("".join(f"[[{piece}]]" if counts else piece for piece, counts in sample)))
 
     def answers(self, moment: str, answers: Iterable[tuple[str, str]]) -> None:
-        """Tell and keep (prompt, answer) pairs of a moment such as `before` or `after` training; they survive."""
-        if not self._active:
-            return
+        """Keep (prompt, answer) pairs of a moment such as `before` or `after` training, and tell their first lines.
+
+        They survive a resume.
+        """
         pairs = [(prompt, answer) for prompt, answer in answers]
+        if not self._active or not pairs:
+            return
         self._record.answers[moment] = pairs
         self._record.save(self._run_dir)
         for prompt, answer in pairs:
-            self._tell(f"\n> {prompt}\n{answer.strip()}")
+            self._tell(f"> {moment}: {prompt}\n{text.excerpt(answer.strip())}")
 
-    def images(self, rows: Iterable[tuple[Sequence[bytes], str, str, str]], summary: str) -> None:
-        """Show answers about images on the page, and tell them; they survive.
+    def images(self, moment: str, rows: Iterable[tuple[Sequence[bytes], str, str, str]], summary: str) -> None:
+        """Show answers about images of a moment on the page, and tell their summary; they survive.
 
         Each row is its images as PNG bytes, the prompt, the model's answer and the expected one.
         """
         if not self._active:
             return
-        encoded = [
-            ([base64.b64encode(image).decode() for image in images], prompt, answer, expected)
-            for images, prompt, answer, expected in rows
+        rows = list(rows)
+        kept: record.ImageAnswers = self._record.image_answers or {"rows": [], "answers": {}, "summary": {}}
+        kept["rows"] = [
+            ([base64.b64encode(image).decode() for image in images], prompt, expected)
+            for images, prompt, _, expected in rows
         ]
-        self._record.images = {"summary": summary, "rows": encoded}
+        kept["answers"][moment] = [answer for _, _, answer, _ in rows]
+        kept["summary"][moment] = summary
+        self._record.image_answers = kept
         self._record.save(self._run_dir)
-        for _, prompt, answer, expected in encoded:
-            self._tell(f"> {prompt}  {answer.strip()}  (expected: {expected})")
-        self._tell(summary)
+        self._tell(textwrap.fill(f"{moment}: {summary}", 80, subsequent_indent="  "))
 
     def step(
         self,
@@ -299,7 +305,7 @@ def _begin(run_dir: Path, resume_step: int | None) -> record.Record:
         launches=old.launches,
         warnings=[(step, text) for step, text in old.warnings if step <= resume_step],
         answers=old.answers,
-        images=old.images,
+        image_answers=old.image_answers,
     )
 
 

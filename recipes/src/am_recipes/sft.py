@@ -9,11 +9,11 @@ of targets of the whole optimizer step, so the result does not depend on how a b
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("sft"))
+    raise SystemExit(cli.run_recipe("sft", __file__))
 
 import functools
 
@@ -79,6 +79,9 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
         this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
+        asked = (config.generate.prompts, config.generate.max_new_tokens)
+        if this.resumed is None:
+            this.log.answers("before", evaluate.generate_answers(model, tokenizer, *asked))
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
@@ -104,9 +107,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
 
         this.choose_weights()
         build.export(config, built, tokenizer)
-        if config.generate.prompts:
-            asked = (config.generate.prompts, config.generate.max_new_tokens)
-            this.log.answers("after", evaluate.generate_answers(model, tokenizer, *asked))
+        this.log.answers("after", evaluate.generate_answers(model, tokenizer, *asked))
         return this.finish(run_dir.CHAT)
 
 

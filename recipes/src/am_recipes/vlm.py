@@ -9,11 +9,11 @@ says otherwise. Losses are sums over target tokens, divided once by the number o
 
 from __future__ import annotations
 
-# As a script this file ends here: the command line checks the config before it imports this module, and with it torch.
+# As a script this file ends here: once the command line has checked the config, it imports this very file, and torch.
 if __name__ == "__main__":
     from am_recipes import cli
 
-    raise SystemExit(cli.main_recipe("vlm"))
+    raise SystemExit(cli.run_recipe("vlm", __file__))
 
 import functools
 
@@ -86,6 +86,15 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
 
+        def ask(moment: str) -> None:
+            if config.generate.num_rows:
+                asked = (config.generate.num_rows, config.generate.max_new_tokens)
+                answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
+                this.log.images(moment, answers.rows, f"{answers}")
+
+        if this.resumed is None:
+            ask("before")
+
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
             inputs, targets = am_models.split_batch(model, batch, device=device)
@@ -110,10 +119,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 
         this.choose_weights()
         build.export(config, built, processor)
-        if config.generate.num_rows:
-            asked = (config.generate.num_rows, config.generate.max_new_tokens)
-            answers = vision.answer_rows(model, processor, next(iter(held_out.values())), *asked)
-            this.log.images(answers.rows, f"{answers}")
+        ask("after")
         return this.finish()
 
 

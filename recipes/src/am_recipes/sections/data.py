@@ -32,7 +32,7 @@ class DataLoader:
 
 @dataclass(frozen=True)
 class Generate:
-    """Answers at the end of the run."""
+    """Answers before the first step and at the end of the run."""
 
     prompts: tuple[Text, ...] = ()
     """What is asked; recipe pretrain samples a continuation, the others decode greedily after a chat prompt."""
@@ -42,7 +42,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class GenerateFromRows:
-    """Answers to held-out rows at the end of the run, decoded greedily."""
+    """Answers to held-out rows before the first step and at the end of the run, decoded greedily."""
 
     num_rows: NonNegativeInt = 0
     """How many of the first rows of the validation dataset."""

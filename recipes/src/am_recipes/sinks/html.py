@@ -93,7 +93,7 @@ def render(run: Record, config: str, metrics: Metrics, name: str) -> str:
         _list_section("Warnings", warnings, "warning"),
         _charts(metrics),
         _answers(run.answers),
-        _images(run.images),
+        _images(run.image_answers),
         _samples(run.samples),
         _next_steps(run.next_steps),
         _list_section("Set up", run.notes, "note"),
@@ -195,16 +195,20 @@ def _answers(answers: Mapping[str, Sequence[tuple[str, str]]]) -> str:
 def _images(answers: ImageAnswers | None) -> str:
     if answers is None:
         return ""
+    *earlier, latest = answers["answers"]
     blocks = []
-    for images, prompt, answer, expected in answers["rows"]:
+    for number, (images, prompt, expected) in enumerate(answers["rows"]):
+        answer = answers["answers"][latest][number]
         shown = "".join(f'<img alt="" src="data:image/png;base64,{escape(image)}"/>' for image in images)
         mark = "good" if answer.strip() == expected.strip() else "bad"
-        wanted = "" if mark == "good" else f"<div><small>expected: {escape(expected.strip())}</small></div>"
+        others = [] if mark == "good" else [("expected", expected)]
+        others += [(moment, answers["answers"][moment][number]) for moment in earlier]
+        small = "".join(f"<div><small>{name}: {escape(text.strip())}</small></div>" for name, text in others)
         blocks.append(
-            f'<figure title="{escape(prompt)}">{shown}<figcaption class="{mark}">{escape(answer.strip())}{wanted}'
+            f'<figure title="{escape(prompt)}">{shown}<figcaption class="{mark}">{escape(answer.strip())}{small}'
             "</figcaption></figure>"
         )
-    hint = f'<p class="hint">{escape(answers["summary"])}</p>'
+    hint = "".join(f'<p class="hint">{moment}: {escape(text)}</p>' for moment, text in answers["summary"].items())
     grid = f'<div class="images">{"".join(blocks)}</div>'
     return f'<section class="card"><h2>Answers about images</h2>{hint}{grid}</section>'
 

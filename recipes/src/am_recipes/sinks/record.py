@@ -26,10 +26,14 @@ class Launch(TypedDict):
 
 
 class ImageAnswers(TypedDict):
-    """Answers about images; a row is its images as PNG in base64, the prompt, the answer and the expected answer."""
+    """Answers about images; a row is its images as PNG in base64, the prompt and the expected answer.
 
-    summary: str
-    rows: list[tuple[list[str], str, str, str]]
+    answers: by moment, such as `after`, one for each row. summary: of these, by moment.
+    """
+
+    rows: list[tuple[list[str], str, str]]
+    answers: dict[str, list[str]]
+    summary: dict[str, str]
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Record:
     warnings: list[tuple[int, str]] = field(default_factory=list)
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)
     answers: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    images: ImageAnswers | None = None
+    image_answers: ImageAnswers | None = None
     next_steps: list[str] = field(default_factory=list)
 
     def save(self, run_dir: Path) -> None:
