@@ -37,8 +37,10 @@ def held(run_dir: Path) -> Iterator[None]:
     file = run_dir / NAME
     descriptor = _acquire(file)
     try:
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(_me()).encode())
+        # A lock is one without a name too, on a full disk say; what cannot be written there is the run's to tell.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_me()).encode())
         yield
     finally:
         # While it is locked, so that nobody else has it.

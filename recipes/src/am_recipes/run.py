@@ -64,8 +64,7 @@ class Run:
             keep_best=(self._metric, "min", keep_best) if keep_best is not None else None,
             files=weights.files,
             mapping=weights.mapping,
-            # A checkpoint says whose it is, also where run.json is gone.
-            fingerprints={**weights.fingerprints, **{f"config.{key}": is_ for key, is_ in config.identity().items()}},
+            fingerprints={**weights.fingerprints, **run_dir.identity_texts(config)},
         )
         self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._stopping = self._minutes_are_over = self._is_among_best = False

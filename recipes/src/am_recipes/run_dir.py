@@ -148,6 +148,11 @@ def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
+def identity_texts(config: RunConfig) -> dict[str, str]:
+    """What identifies a run, by section, as a checkpoint keeps it: it says whose it is, also where run.json is gone."""
+    return {f"config.{key}": json.dumps(value, sort_keys=True) for key, value in config.identity().items()}
+
+
 def resume(
     checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], settings: sections.Checkpoint, total_steps: int
 ) -> int | None:
