@@ -190,7 +190,9 @@ def test_data_files_that_hold_nothing(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     run.refuses({"dataset": {"path": str(tmp_path / "empty.jsonl")}}, "empty.jsonl is empty; give .* at least one row")
     (tmp_path / "cut.jsonl").write_text(json.dumps(ROW)[:-5])
-    run.refuses({"dataset": {"path": str(tmp_path / "cut.jsonl")}}, "cut.jsonl.* cannot be read: JSON parse.*mend")
+    run.refuses(
+        {"dataset": {"path": str(tmp_path / "cut.jsonl")}}, "cut.jsonl.* cannot be read: line 1 is not JSON.*mend"
+    )
     run.refuses({"dataset.split": "test"}, "train.jsonl.*split='test'.*Unknown split.*'train'")
     run.refuses({"validation_dataset.split": "train[:0]"}, r"validation.jsonl.*split='train\[:0\]'.*no data; .*another")
 

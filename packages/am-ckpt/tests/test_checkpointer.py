@@ -50,13 +50,18 @@ def names(directory: Path) -> list[str]:
 
 def test_the_public_names() -> None:
     assert am_ckpt.__all__ == [
+        "ArgumentError",
         "Checkpointer",
         "DiffReport",
         "Difference",
+        "IncompleteError",
         "Inventory",
         "MergeReport",
+        "MissingTorchError",
+        "NewerError",
         "StorageReader",
         "StorageWriter",
+        "UnsafeError",
         "VerifyReport",
         "convert",
         "diff",
@@ -462,9 +467,9 @@ def test_a_step_that_is_deleted_while_it_is_loaded(entries: tuple[str, ...], tmp
         if "optimizer" in entries:
             # Its file was not open yet.
             with pytest.raises(FileNotFoundError, match=r"step_000001 was loaded in part, .*optim/shard-00001"):
-                am_ckpt.Checkpointer(tmp_path).load(chosen)
+                am_ckpt.Checkpointer(tmp_path).load(chosen, verify=False)
         else:
-            assert am_ckpt.Checkpointer(tmp_path).load(chosen) == 1
+            assert am_ckpt.Checkpointer(tmp_path).load(chosen, verify=False) == 1
             assert torch.equal(loaded["model"].weight, saved["model"].weight)
     finally:
         threading.setprofile(None)  # type: ignore[arg-type]

@@ -535,4 +535,4 @@ def test_what_is_there_is_a_conflict(tmp_path: Path, capsys: Any) -> None:
     for options in ([], ["--overwrite"]):
         assert main(["merge", str(source), str(tmp_path / "there"), *options]) == 6
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["thesis.txt"]
-    assert "does not look like a model" in capsys.readouterr().err
+    assert f"{tmp_path / 'there'} is not replaced: it holds thesis.txt" in capsys.readouterr().err

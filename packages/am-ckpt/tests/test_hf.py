@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import sys
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,14 +18,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import am_ckpt
+from am_ckpt._cli import main
+from am_ckpt.errors import UnsafeError
 from am_testing import run_distributed
 
 SIZES = {
@@ -500,3 +507,134 @@ def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
     os.utime(left, (time.time() - 120,) * 2)
     am_ckpt.save_hf(nn.Linear(3, 2), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def in_the_cache(cache: Path, original: Path) -> Path:
+    """`original` as huggingface_hub lays it out: a snapshot of links to blobs."""
+    snapshot, blobs = cache / "models--a--b" / "snapshots" / "main", cache / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for path in original.iterdir():
+        (blobs / f"digest-of-{path.name}").write_bytes(path.read_bytes())
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", f"digest-of-{path.name}"))
+    return snapshot
+
+
+def everything_that_reads(folder: Path, out: Path) -> list[tuple[str, Callable[[], Any]]]:
+    """What reads or copies the files of a Hugging Face folder."""
+    model = nn.Linear(4, 3)
+    return [
+        ("hf_files", lambda: am_ckpt.hf_files(folder)),
+        ("load_hf", lambda: am_ckpt.load_hf(nn.Linear(4, 3), folder)),
+        ("save_hf", lambda: am_ckpt.save_hf(model, out / "saved", files_from=folder)),
+        ("merge", lambda: am_ckpt.merge(folder, out / "merged")),
+        ("merge like", lambda: am_ckpt.merge(out / "step_000001", out / "like", like=folder)),
+        ("reshard", lambda: am_ckpt.reshard(folder, out / "resharded", mesh={"dp": 1})),
+        ("convert", lambda: am_ckpt.convert(folder, out / "converted", to="dcp")),
+        ("verify", lambda: am_ckpt.verify(folder, full=True)),
+        ("diff", lambda: am_ckpt.diff(folder, folder)),
+        ("Checkpointer", lambda: am_ckpt.Checkpointer(out / "run", files=am_ckpt.hf_files(folder))),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_links_of_the_cache_are_followed(tmp_path: Path) -> None:
+    files = {"config.json": "{}", "tokenizer.json": "{}", "LICENSE.txt": "free", "chat_template.jinja": ""}
+    model = nn.Linear(4, 3)
+    am_ckpt.save_hf(model, tmp_path / "original", files=files, max_shard_size=16)
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": model})
+    snapshot = in_the_cache(tmp_path / "cache", tmp_path / "original")
+    for what, read in everything_that_reads(snapshot, tmp_path):
+        result = read()
+        assert what != "verify" or result.problems == []
+    for name in ("saved", "merged", "like"):
+        assert (tmp_path / name / "LICENSE.txt").read_text() == "free"
+
+
+@pytest.mark.parametrize("name", ["LICENSE.txt", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["out of a folder", "out of the cache", "blobs elsewhere", "other model"])
+def test_links_elsewhere_are_refused(kind: str, name: str, tmp_path: Path) -> None:
+    """A folder that was downloaded must not carry other files of this machine into what is published."""
+    am_ckpt.save_hf(nn.Linear(4, 3), tmp_path / "folder", files={"config.json": "{}", "LICENSE.txt": "free"})
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": nn.Linear(4, 3)})
+    secret = tmp_path / "secrets" / "blobs" / f"digest-of-{name}"
+    secret.parent.mkdir(parents=True)
+    secret.write_bytes((tmp_path / "folder" / name).read_bytes())
+    folder = tmp_path / "folder"
+    if kind != "out of a folder":
+        folder = in_the_cache(tmp_path / "cache", folder)
+    if kind == "blobs elsewhere":
+        blobs = folder.parent.parent / "blobs"
+        for path in blobs.iterdir():
+            (secret.parent / path.name).write_bytes(path.read_bytes())
+            path.unlink()
+        blobs.rmdir()
+        blobs.symlink_to(secret.parent)
+    else:
+        (folder / name).unlink()
+        (folder / name).symlink_to(secret)
+    for what, read in everything_that_reads(folder, tmp_path):
+        weights = what not in ("hf_files", "save_hf", "Checkpointer")
+        if (
+            kind != "blobs elsewhere"
+            and (what == "load_hf" or not weights)
+            and weights != name.endswith(".safetensors")
+        ):
+            # Which does not open such files.
+            continue
+        with pytest.raises(UnsafeError, match=f"{folder}/.* is a symbolic link to {secret.parent}"):
+            read()
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 4
+    assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == [
+        "folder",
+        "latest",
+        "secrets",
+        "step_000001",
+    ]
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud800"])
+def test_names_that_no_file_can_hold_are_refused_when_saving(name: str, tmp_path: Path) -> None:
+    model = nn.Module()
+    model.register_parameter(name, nn.Parameter(torch.ones(3)))
+    buffered = nn.Linear(2, 2)
+    buffered.register_buffer(name, torch.ones(3))
+    mapping = [{"file": name, "parameter": "weight", "slice": None, "transpose": False}]
+    checkpoints = am_ckpt.Checkpointer(tmp_path / "run")
+    background = am_ckpt.Checkpointer(tmp_path / "run", asynchronous=True)
+    direct = am_ckpt.Checkpointer(tmp_path / "run", layout="direct")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saves: list[Callable[[], Any]] = [
+        lambda: checkpoints.save(1, {"model": model}),
+        lambda: checkpoints.save(1, {"model": buffered}),
+        lambda: checkpoints.save(1, {"model": model, "optimizer": optimizer}),
+        lambda: background.save(1, {"model": model}),
+        lambda: direct.save(1, {"model": model}),
+        lambda: am_ckpt.save_hf(model, tmp_path / "saved"),
+        lambda: am_ckpt.save_hf(nn.Linear(2, 2), tmp_path / "saved", mapping=mapping),
+    ]
+    for save in saves:
+        with pytest.raises(ValueError, match=re.escape(f"cannot hold a tensor named {name!r}")):
+            save()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud800"])
+def test_names_that_no_file_can_hold_are_refused_by_other_writers(name: str, tmp_path: Path) -> None:
+    state = {name: torch.ones(3)}
+    with pytest.raises(CheckpointException, match=re.escape(f"cannot hold a tensor named {name!r}")):
+        dcp.save(state, storage_writer=am_ckpt.StorageWriter(tmp_path / "step"), no_dist=True)
+    if name == "__metadata__":
+        dcp.save(state, storage_writer=FileSystemWriter(tmp_path / "dcp"), no_dist=True)
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        (tmp_path / "dcp").mkdir()
+        (tmp_path / "pytorch_model.bin").rename(tmp_path / "dcp" / "pytorch_model.bin")
+    for write in (
+        lambda: am_ckpt.merge(tmp_path / "dcp", tmp_path / "merged"),
+        lambda: am_ckpt.reshard(tmp_path / "dcp", tmp_path / "merged", mesh={"dp": 2}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"cannot hold a tensor named {name!r}")):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["dcp"]

@@ -622,7 +622,7 @@ def test_an_older_model_is_not_resumed(shards: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "merged", expected_of(state()))
 
 
-def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_a_model(shards: Path, tmp_path: Path) -> None:
+def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_an_export(shards: Path, tmp_path: Path) -> None:
     target = tmp_path / "merged"
     am_ckpt.merge(shards, target, max_shard_size="1MB")
     before = snapshot(target)
@@ -632,16 +632,66 @@ def test_what_is_there_is_replaced_only_on_request_and_only_if_it_is_a_model(sha
     am_ckpt.merge(shards, target, overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
     assert_same(target, expected_of(state()))
-    (target / "optimizer.pt").touch()
-    with pytest.raises(FileExistsError, match=r"does not look like a model \(optimizer.pt in it\)"):
-        am_ckpt.merge(shards, target, overwrite=True)
-    (target / "optimizer.pt").unlink()
+    # What a Hugging Face folder may have too, and a folder: all of it somebody's own.
+    for name in ("optimizer.pt", "notes.txt", "train.py", "embeddings.safetensors", "README.md"):
+        (target / name).write_text("mine")
+        before = snapshot(target)
+        for overwrite in (False, True):
+            with pytest.raises(
+                FileExistsError, match=r"is not replaced: it holds .*, which no export of am_ckpt wrote"
+            ):
+                am_ckpt.merge(shards, target, overwrite=overwrite)
+        assert snapshot(target) == before
+        (target / name).unlink()
     (target / "results").mkdir()
-    with pytest.raises(FileExistsError, match=r"does not look like a model \(results in it\)"):
+    with pytest.raises(FileExistsError, match=r"it holds results, which no export"):
         am_ckpt.merge(shards, target, overwrite=True)
     for place in (shards, shards / "merged", shards.parent):
         with pytest.raises(ValueError, match="contain one another"):
             am_ckpt.merge(shards, place, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["torch's shards", "a step", "another's model", "scripts"])
+def test_swapped_arguments_lose_nothing(kind: str, tmp_path: Path) -> None:
+    """A merge from the export to what it was made of, or to another folder of the user."""
+    theirs = tmp_path / "theirs"
+    if kind == "a step":
+        am_ckpt.Checkpointer(tmp_path).save(1, {"model": nn.Linear(2, 2)})
+        theirs = tmp_path / "step_000001"
+    elif kind == "torch's shards":
+        am_ckpt.Checkpointer(tmp_path / "run").save(1, {"model": nn.Linear(2, 2)})
+        shutil.copytree(tmp_path / "run" / "step_000001" / "model", theirs)
+    else:
+        theirs.mkdir()
+        weights_of = "model.safetensors" if kind != "scripts" else "embeddings.safetensors"
+        save_file({"w": torch.ones(2)}, theirs / weights_of)
+        for name in ("config.json",) if kind != "scripts" else ("train.py", "notes.txt", "results.json"):
+            (theirs / name).write_text("{}")
+    am_ckpt.merge(theirs if kind == "a step" else _a_step(tmp_path / "other"), tmp_path / "hf")
+    before = snapshot(theirs)
+    with pytest.raises(FileExistsError, match=rf"{theirs} is not replaced.*if {tmp_path / 'hf'} was to be replaced"):
+        am_ckpt.merge(tmp_path / "hf", theirs, overwrite=True)
+    for action, options in ((am_ckpt.reshard, {"mesh": {"dp": 2}}), (am_ckpt.convert, {"to": "sharded"})):
+        with pytest.raises(FileExistsError, match=f"{theirs} is not replaced"):
+            action(tmp_path / "hf", theirs, **options)
+    assert snapshot(theirs) == before
+
+
+def _a_step(folder: Path) -> Path:
+    am_ckpt.Checkpointer(folder).save(1, {"model": nn.Linear(2, 2)})
+    return folder / "step_000001"
+
+
+def test_what_is_put_into_the_destination_during_a_merge_is_not_lost(shards: Path, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    am_ckpt.merge(shards, target)
+
+    def put(done: int, total: int) -> None:
+        (target / "notes.txt").write_text("mine")
+
+    with pytest.raises(FileExistsError, match=r"it holds notes\.txt, which no export"):
+        am_ckpt.merge(shards, target, overwrite=True, progress=put)
+    assert (target / "notes.txt").read_text() == "mine"
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

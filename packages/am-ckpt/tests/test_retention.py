@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,86 @@ def test_a_staging_folder_that_is_not_signed_yet_is_left_alone(tmp_path: Path) -
     am_ckpt.Checkpointer(tmp_path).save(2, model_of())
     assert ".staging-step_000007-new" in [path.name for path in tmp_path.iterdir()]
     assert am_ckpt.Checkpointer(tmp_path).load(model_of()) == 2
+
+
+def filled(directory: Path, **keep: Any) -> am_ckpt.Checkpointer:
+    checkpoints = am_ckpt.Checkpointer(directory, **keep)
+    for step in (10, 20, 30):
+        checkpoints.save(step, model_of(step))
+    return checkpoints
+
+
+def test_going_on_from_an_older_step_is_refused_before_anything_is_lost(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path, keep_last=2)
+    state = model_of()
+    assert checkpoints.load(state, 20) == 20
+    for step in (25, 20):
+        with pytest.raises(ValueError, match=rf"step_000030 is newer than step {step} .*discard_newer=True"):
+            checkpoints.save(step, model_of(20))
+    assert steps_in(tmp_path) == [20, 30]
+    # The same of a run that was started anew, in a directory that is in use.
+    with pytest.raises(ValueError, match=r"step_000030 is newer than step 1 \(2 such\)"):
+        am_ckpt.Checkpointer(tmp_path, keep_last=2).save(1, model_of())
+
+
+@pytest.mark.parametrize("which", [20, "step_000020", "best"])
+def test_newer_steps_are_discarded_on_request(which: Any, tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=3, keep_best=("loss", "min", 1))
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0)):
+        checkpoints.save(step, model_of(step), metrics={"loss": loss})
+    state = model_of()
+    assert checkpoints.load(state, which, discard_newer=True) == 20
+    assert steps_in(tmp_path) == [20]
+    checkpoints.save(25, state)
+    checkpoints.save(30, model_of(31))
+    assert checkpoints.load(state) == 30
+    assert state["model"].weight[0, 0] == 31
+
+
+def test_newer_steps_stay_where_discarding_is_not_possible(tmp_path: Path) -> None:
+    checkpoints = filled(tmp_path / "one")
+    checkpoints.pin(30)
+    state = model_of(7.0)
+    with pytest.raises(ValueError, match="would delete step_000030, which is pinned"):
+        checkpoints.load(state, 10, discard_newer=True)
+    with pytest.raises(ValueError, match=r"goes back to a step of .*two"):
+        filled(tmp_path / "two").load(state, tmp_path / "one" / "step_000010", discard_newer=True)
+    assert state["model"].weight[0, 0] == 7
+    # What does not fit deletes nothing.
+    checkpoints.unpin(30)
+    with pytest.raises(ValueError, match="does not match the checkpoint"):
+        checkpoints.load({"model": nn.Linear(2, 2)}, 10, discard_newer=True)
+    assert steps_in(tmp_path / "one") == steps_in(tmp_path / "two") == [10, 20, 30]
+
+
+def test_the_step_that_is_loaded_may_be_deleted_for_a_newer_one(tmp_path: Path) -> None:
+    """A reader beside a run that keeps one step: it sees one, never none, and never one that is gone."""
+    am_ckpt.Checkpointer(tmp_path).save(1, model_of(1))
+
+    def save() -> None:
+        checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1)
+        for step in range(2, 60):
+            checkpoints.save(step, model_of(step))
+
+    loads, last = 0, 0
+    with ThreadPoolExecutor(1) as threads:
+        writer = threads.submit(save)
+        while not writer.done():
+            state = model_of(0)
+            step = am_ckpt.Checkpointer(tmp_path).load(state, verify=loads % 2 == 0)
+            assert step is not None
+            assert step >= last
+            assert state["model"].weight.unique().tolist() == [step]
+            loads, last = loads + 1, step
+        writer.result()
+    assert loads > 10
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_is_not_finite_is_never_the_best(mode: str, tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1, keep_best=("v", mode, 1))
+    for step, value in enumerate([math.inf, 2.0, -math.inf, math.nan, math.inf, -math.inf], start=1):
+        checkpoints.save(step, model_of(step), metrics={"v": value})
+    assert os.readlink(tmp_path / "best") == "step_000002"
+    assert steps_in(tmp_path) == [2, 6]
+    assert checkpoints.load(model_of(), "best") == 2

@@ -40,6 +40,19 @@ def step(tmp_path: Path) -> Path:
     return tmp_path / "step_000003"
 
 
+class Entry:
+    """State with one tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tensor": self.tensor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tensor = state["tensor"]
+
+
 def flip(path: Path, byte: int, bit: int) -> None:
     with open(path, "r+b") as file:
         file.seek(byte)
@@ -129,6 +142,62 @@ def test_a_whole_folder_is_ok_and_warnings_say_what_is_not_there(tmp_path: Path)
     (folder / "config.json").unlink()
     report = am_ckpt.verify(folder)
     assert (report.exit_code, "no config.json" in report.problems[0]) == (3, True)
+
+
+def test_an_export_of_a_module_of_ones_own_is_whole_without_a_config(tmp_path: Path, capsys: Any) -> None:
+    am_ckpt.Checkpointer(tmp_path).save(1, {"model": nn.Linear(4, 3)})
+    am_ckpt.merge(tmp_path / "step_000001", tmp_path / "merged", max_shard_size=16)
+    am_ckpt.save_hf(nn.Linear(4, 3), tmp_path / "saved")
+    for name in ("merged", "saved"):
+        report = am_ckpt.verify(tmp_path / name, full=True)
+        assert (report.exit_code, report.problems) == (0, [])
+        assert "has no config.json; transformers cannot open it: it was exported without one" in report.warnings[0]
+    # A file that was exported is missed, a config too.
+    am_ckpt.save_hf(nn.Linear(4, 3), tmp_path / "with", files={"config.json": "{}", "tokenizer.json": "{}"})
+    for name in ("config.json", "tokenizer.json"):
+        assert am_ckpt.verify(tmp_path / "with").exit_code == 0
+        content = (tmp_path / "with" / name).read_bytes()
+        (tmp_path / "with" / name).unlink()
+        assert main(["verify", str(tmp_path / "with")]) == 3
+        assert f"lacks {name}, which was exported with the rest" in capsys.readouterr().out
+        (tmp_path / "with" / name).write_bytes(content)
+
+
+def test_without_full_what_a_load_refuses_is_found(tmp_path: Path, capsys: Any) -> None:
+    """All of a step but the values of weights: its state, down to the bits of tensors, and its number."""
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    state = {"model": nn.Linear(4, 3), "data": Entry(torch.arange(50))}
+    checkpoints.save(2, state)
+    step = tmp_path / "step_000002"
+    path = step / "state" / "data.safetensors"
+    flip(path, path.stat().st_size - 3, 2)
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoints.load(state, step)
+    assert main(["verify", str(step)]) == 2
+    assert f"{path} is damaged: bytes " in capsys.readouterr().out
+    flip(path, path.stat().st_size - 3, 2)
+    assert main(["verify", str(step)]) == 0
+    assert "ok (headers, sizes and state read; --full reads all tensors)" in capsys.readouterr().out
+    step.rename(tmp_path / "step_000050")
+    for command in (["verify"], ["verify", "--full"], ["inspect"]):
+        assert main([*command, str(tmp_path / "step_000050")]) == 2
+        assert "step_000050 holds step 2, not the one that it is named after" in capsys.readouterr().err
+    checkpoints.save(3, state)
+    with pytest.warns(UserWarning, match="SKIPPED a damaged checkpoint, going back to step_000003: .* holds step 2"):
+        assert checkpoints.load(state) == 3
+    # Under any other name it is what it was.
+    (tmp_path / "step_000050").rename(tmp_path / "kept")
+    assert checkpoints.load(state, tmp_path / "kept") == 2
+    with pytest.raises(ValueError, match="step_000050 holds step 2"):
+        am_ckpt.reshard(tmp_path / "kept", tmp_path / "step_000050", mesh={"dp": 2})
+
+
+def test_a_step_of_a_newer_release_is_not_called_damaged(step: Path, capsys: Any) -> None:
+    manifest = step / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+    for command in (["verify"], ["verify", "--full"], ["inspect"]):
+        assert main([*command, str(step)]) == 8
+        assert "was written by a newer am_ckpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

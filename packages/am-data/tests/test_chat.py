@@ -114,7 +114,11 @@ def test_sources_that_cannot_be_read(tokenizer, tmp_path):
     unreadable = {
         "empty.jsonl": ("", "train", "empty.jsonl is empty; give a file with at least one row"),
         "blank.jsonl": ("\n\n", "train", r"blank.jsonl' \(split='train'\) cannot be read: .*no data; mend the file"),
-        "cut.jsonl": (json.dumps(ROW)[:-3], "train", r"cut.jsonl' \(split='train'\) cannot be read: JSON parse error"),
+        "cut.jsonl": (
+            json.dumps(ROW)[:-3],
+            "train",
+            r"cut.jsonl' \(split='train'\) cannot be read: line 1 is not JSON: Expecting",
+        ),
         "whole.jsonl": (json.dumps(ROW), "test", "cannot be read: Unknown split \"test\".*'train'"),
         "sliced.jsonl": (json.dumps(ROW), "train[:x]", r"cannot be read: .*train\[:x\]"),
         "text.parquet": ("text", "train", "text.parquet.* cannot be read: Parquet file size is 4 bytes"),
@@ -147,6 +151,100 @@ def test_the_formats_of_the_readme_are_those_that_are_told_and_taken(tokenizer):
         rows = [dict.fromkeys(columns.replace("`", "").split(", "), turns)]
         named, told = (am_data.ChatDataset(rows, tokenizer, format=format) for format in (name, "auto"))
         assert named.fingerprint == told.fingerprint
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW,
+        {"conversations": MESSAGES},
+        {
+            "conversations": [
+                {"from": "human", "value": MESSAGES[0]["content"]},
+                {"from": "gpt", "value": "It is four."},
+            ]
+        },
+        {"instruction": "What is two plus two?", "output": "It is four."},
+        {"prompt": "What is two plus two?", "completion": "It is four."},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    ],
+)
+def test_a_system_column_is_the_first_turn_in_every_layout(tokenizer, row, column):
+    expected = example(am_data.ChatDataset([{"messages": [SYSTEM, *MESSAGES]}], tokenizer))
+    dataset = am_data.ChatDataset([{**row, column: SYSTEM["content"]}], tokenizer)
+    assert example(dataset) == expected
+    assert dataset.report.ignored_columns == ()
+    assert example(am_data.ChatDataset([{**row, column: " "}], tokenizer)) == example(
+        am_data.ChatDataset([ROW], tokenizer)
+    )
+
+
+def test_two_system_prompts_are_refused_unless_they_are_one(tokenizer):
+    same = {"messages": [SYSTEM, *MESSAGES], "system": SYSTEM["content"]}
+    assert example(am_data.ChatDataset([same], tokenizer)) == example(
+        am_data.ChatDataset([{"messages": same["messages"]}], tokenizer)
+    )
+    others = [same | {"system": "Be slow."}, {**ROW, "system": "Be slow.", "system_prompt": "Be quick."}]
+    report = am_data.ChatDataset([same, *others], tokenizer).report
+    assert {reason: entry.count for reason, entry in report.dropped.items()} == {
+        "a system prompt in a column and another among the messages": 1,
+        "two system prompts": 1,
+    }
+
+
+def test_columns_that_nothing_reads_are_reported(tokenizer, tmp_path):
+    rows = [ROW | {"id": "one", "tools": None, "score": 0.5}, ROW | {"id": "two", "images": [], "score": 0.1}]
+    report = am_data.ChatDataset(rows, tokenizer).report
+    assert report.ignored_columns == ("score", "images")
+    assert "columns that nothing reads: score, images" in str(report)
+    datasets.Dataset.from_list([ROW | {"score": 1}]).to_json(tmp_path / "rows.jsonl")
+    assert am_data.ChatDataset(tmp_path / "rows.jsonl", tokenizer).report.ignored_columns == ("score",)
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}])
+def test_an_answer_that_is_not_to_be_learned_is_context(tokenizer, key):
+    learned = [{"weight": 1}, {"train": True}, {"weight": None}]
+    for other in learned:
+        messages = [HISTORY[0], HISTORY[1] | key, MESSAGES[0], MESSAGES[1] | other]
+        dataset = am_data.ChatDataset([{"messages": messages}], tokenizer)
+        assert [text for text, supervised in dataset.report.samples[0] if supervised] == ["It is four.<|im_end|>"]
+        whole = am_data.ChatDataset([{"messages": [*HISTORY, *MESSAGES]}], tokenizer)
+        assert dataset[0]["input_ids"].tolist() == whole[0]["input_ids"].tolist()
+        assert dataset.fingerprint != whole.fingerprint
+        _, labels = am_data.render_and_mask(tokenizer, messages)
+        assert labels.tolist() == dataset[0]["labels"].tolist()
+    turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "I am fine"} | key]
+    turns += [{"from": "human", "value": "What is two plus two?"}, {"from": "gpt", "value": "It is four."}]
+    assert example(am_data.ChatDataset([{"conversations": turns}], tokenizer)) == example(dataset)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([MESSAGES[0], MESSAGES[1] | {"weight": 0.5}], "a weight that is neither 0 nor 1"),
+        ([MESSAGES[0], MESSAGES[1] | {"train": "no"}], "a train that is neither 0 nor 1"),
+        ([MESSAGES[0], MESSAGES[1] | {"train_detail": [{"begin_offset": 0}]}], "train_detail"),
+        ([MESSAGES[0] | {"weight": 1}, MESSAGES[1]], "a turn that is to be learned and is no answer"),
+        ([MESSAGES[0], MESSAGES[1] | {"weight": 0}], "no answer is to be learned"),
+    ],
+)
+def test_weights_that_cannot_be_honoured_are_refused(tokenizer, messages, reason):
+    assert am_data.ChatDataset([ROW, {"messages": messages}], tokenizer).report.dropped[reason].count == 1
+
+
+def test_a_dataset_says_with_what_it_was_rendered_and_where_answers_end(tokenizer, templates):
+    dataset = am_data.ChatDataset([ROW], tokenizer)
+    assert isinstance(dataset, am_data.Rendered)
+    assert (dataset.chat_template, dataset.chat_template_kwargs) == (None, {})
+    assert dataset.end_token_ids == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    options = {"chat_template": templates["llama3"], "chat_template_kwargs": {"date_string": "today"}}
+    dataset = am_data.ChatDataset([ROW], tokenizer, **options)
+    assert (dataset.chat_template, dataset.chat_template_kwargs) == tuple(options.values())
+    assert dataset.end_token_ids == (tokenizer.convert_tokens_to_ids("<|eot_id|>"),)
+    cut = am_data.ChatDataset([ROW], tokenizer, max_length=len(dataset[0]["input_ids"]) - 6, truncation=True)
+    assert cut.report.rows_truncated == 1
+    assert cut.end_token_ids == ()
 
 
 BAD = {"id": "seven", "messages": [{"role": "critic", "content": "x"}]}

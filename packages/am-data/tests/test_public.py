@@ -20,6 +20,7 @@ def test_public_names():
         "DatasetReport",
         "Example",
         "PackedDataset",
+        "Rendered",
         "Report",
         "Reported",
         "Sample",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from am_recipes import errors, launch
+from am_recipes import __version__, errors, launch
 from am_recipes.configs import DEFAULT_RUN_DIR, RECIPES, RunConfig, check_targets, parse
 from am_recipes.settings import did_you_mean
 
@@ -178,6 +178,9 @@ def run_recipe(recipe: str, file: str, argv: Sequence[str] | None = None) -> int
 def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | None = None) -> int:
     """`recipe` and `program`, what to run for it, are those of a recipe's own command line."""
     try:
+        if list(argv) == ["--version"]:
+            print(f"automodel {__version__}")
+            return 0
         if argv[:1] == ["report"] and recipe is None:
             return _report(argv[1:])
         arguments = parse_arguments(argv)

@@ -23,15 +23,23 @@ if TYPE_CHECKING:
     from am_ckpt._train.checkpointer import Checkpointer
     from am_ckpt._train.hf import load_hf, save_hf
     from am_ckpt._train.torch_storage import StorageReader, StorageWriter
+    from am_ckpt.errors import ArgumentError, IncompleteError, MissingTorchError, NewerError, UnsafeError
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "Checkpointer",
     "DiffReport",
     "Difference",
+    "IncompleteError",
     "Inventory",
     "MergeReport",
+    "MissingTorchError",
+    "NewerError",
     "StorageReader",
     "StorageWriter",
+    "UnsafeError",
     "VerifyReport",
     "convert",
     "diff",
@@ -45,13 +53,18 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ArgumentError": "am_ckpt.errors",
     "Checkpointer": "am_ckpt._train.checkpointer",
     "DiffReport": "am_ckpt._tools.diff",
     "Difference": "am_ckpt._tools.diff",
+    "IncompleteError": "am_ckpt.errors",
     "Inventory": "am_ckpt._tools.inventory",
     "MergeReport": "am_ckpt._tools.merge",
+    "MissingTorchError": "am_ckpt.errors",
+    "NewerError": "am_ckpt.errors",
     "StorageReader": "am_ckpt._train.torch_storage",
     "StorageWriter": "am_ckpt._train.torch_storage",
+    "UnsafeError": "am_ckpt.errors",
     "VerifyReport": "am_ckpt._tools.verify",
     "convert": "am_ckpt._tools.convert",
     "diff": "am_ckpt._tools.diff",

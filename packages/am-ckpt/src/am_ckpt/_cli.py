@@ -1,7 +1,7 @@
 """The command `am-ckpt`: what is in a checkpoint, and a plain Hugging Face folder out of it.
 
 Exit codes: 0 ok, 1 wrong usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 input or output error, 6 conflict
-with what is there, 7 different, 130 interrupted.
+with what is there, 7 different, 8 of a newer am-ckpt, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from am_ckpt import __version__
 from am_ckpt.errors import ArgumentError, MissingTorchError, exit_code
 
 _EPILOG = (
     "exit codes: 0 ok, 1 usage, 2 damaged, 3 incomplete, 4 unsafe input refused, 5 I/O error, 6 conflict with what is "
-    "there, 7 different, 130 interrupted"
+    "there, 7 different, 8 of a newer am-ckpt, 130 interrupted"
 )
 
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> _Parser:
     parser = _Parser("am-ckpt", description="Look into, check and merge training checkpoints.", epilog=_EPILOG)
     parser.set_defaults(folders=("path",), resumable=False)
+    parser.add_argument("--version", action="version", version=f"am-ckpt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     show = commands.add_parser("inspect", help="what a checkpoint folder holds, from headers alone", epilog=_EPILOG)
     show.add_argument("path", metavar="PATH")
@@ -76,7 +78,7 @@ def _parser() -> _Parser:
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
     merge.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
-    merge.add_argument("--overwrite", action="store_true", help="replace a model that is at DESTINATION")
+    merge.add_argument("--overwrite", action="store_true", help="replace an export that is at DESTINATION")
     merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     merge.add_argument("--digest", action="store_true", help="add am_ckpt_digests.json, which verify --full checks")
     merge.set_defaults(run=_merge, resumable=True)
@@ -264,7 +266,8 @@ def _verify(options: argparse.Namespace) -> int:
         for warning in report.warnings:
             print(f"warning: {warning}")
         state = f"{len(report.problems)} problems" if report.problems else "ok"
-        depth = "headers and sizes read; --full reads all tensors"
+        more = " and state" if report.kind == "am-ckpt" else ""
+        depth = f"headers, sizes{more} read; --full reads all tensors"
         if options.full:
             left = f"; {report.num_not_read} entries that are no tensors were not" if report.num_not_read else ""
             depth = f"all {'data' if report.kind == 'am-ckpt' else 'tensors'} read{left}"

@@ -62,15 +62,13 @@ def file_digest(path: Path) -> str:
 
 
 def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
-    """A descriptor of a regular file; a symbolic link, FIFO or device raises `ValueError` instead of being followed.
+    """A descriptor of a regular file; a symbolic link, FIFO or device raises `UnsafeError` instead of being followed.
 
-    `follow_symlinks=True` is for folders in the layout of the Hugging Face cache, whose files are links.
+    `follow_symlinks=True` follows the links of `linked_file`, and no others.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    if not follow_symlinks:
-        flags |= os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(linked_file(path) if follow_symlinks else path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UnsafeError(
@@ -81,6 +79,23 @@ def open_for_reading(path: Path, *, follow_symlinks: bool = False) -> int:
         os.close(descriptor)
         raise UnsafeError(f"{path} is not a regular file; put the file itself there")
     return descriptor
+
+
+def linked_file(path: Path) -> Path:
+    """`path`, or where that is a link of the Hugging Face cache, the file in `blobs/` of the same model it leads to.
+
+    Any other link raises `UnsafeError`: a checkpoint that comes from elsewhere could publish files of this machine.
+    """
+    if not path.is_symlink():
+        return path
+    target, folder = (Path(os.path.realpath(place)) for place in (path, path.parent))
+    # MODEL/snapshots/REVISION/NAME; as realpath leaves no links, blobs/ is none either.
+    if target.parent not in [place.parent / "blobs" for place in folder.parents if place.name == "snapshots"]:
+        raise UnsafeError(
+            f"{path} is a symbolic link to {target}; only those of the Hugging Face cache are followed, into its own "
+            "blobs/: put the file itself there (cp -L)"
+        )
+    return target
 
 
 def read_exactly(descriptor: int, buffer: bytearray | memoryview, offset: int, path: Path) -> None:

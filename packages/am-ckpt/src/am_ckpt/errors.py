@@ -1,4 +1,8 @@
-"""What can be wrong with a checkpoint, told apart for exit codes. All of those are `ValueError` to callers."""
+"""The errors of am-ckpt that a caller may want to tell apart; all of them are names of `am_ckpt` too.
+
+What is wrong with a checkpoint or an argument is a `ValueError`: one of these, or a plain one where bytes are damaged.
+What the system refuses stays an `OSError`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,7 @@ class ArgumentError(ValueError):
 _EXIT_CODES = (
     (ArgumentError, 1),
     (MissingTorchError, 1),
+    (NewerError, 8),
     (IncompleteError, 3),
     (UnsafeError, 4),
     (FileNotFoundError, 3),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from am_data._batch import collate
     from am_data._chat import ChatDataset
-    from am_data._contracts import Batch, Collate, Dataset, Example, Report, Reported, Sample, Stream
+    from am_data._contracts import Batch, Collate, Dataset, Example, Rendered, Report, Reported, Sample, Stream
     from am_data._loader import DataLoader
     from am_data._pack import PackedDataset, pack
     from am_data._render import render_and_mask
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from am_data._vision import VisionChatDataset
     from am_data._vision_processor import VisionProcessor, vision_processor
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch",
     "ChatDataset",
@@ -31,6 +33,7 @@ __all__ = [
     "DatasetReport",
     "Example",
     "PackedDataset",
+    "Rendered",
     "Report",
     "Reported",
     "Sample",
@@ -56,6 +59,7 @@ _MODULES = {
     "DatasetReport": "am_data._report",
     "Example": "am_data._contracts",
     "PackedDataset": "am_data._pack",
+    "Rendered": "am_data._contracts",
     "Report": "am_data._contracts",
     "Reported": "am_data._contracts",
     "Sample": "am_data._contracts",

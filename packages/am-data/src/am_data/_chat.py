@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,30 +12,40 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Row, RowRefusedError, normalise
+from am_data._messages import Format, Row, RowRefusedError, ignored_columns, normalise
 from am_data._render import Renderer, TrainOn
 from am_data._report import DatasetReport
-from am_data._row_filter import NUM_SAMPLES, Refused, check_options, collect, cut, digest_of, layout_of, segments
-from am_data._rows import Rows, read_rows
+from am_data._row_filter import (
+    NUM_SAMPLES,
+    Refused,
+    check_options,
+    collect,
+    cut,
+    digest_of,
+    ends_of,
+    layout_of,
+    segments,
+)
+from am_data._rows import Rows, Source, columns_of, read_rows
 from am_data._tokens import TextExample, TokenDataset
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 
 class ChatDataset:
     """A map-style dataset of conversations: `dataset[i]` is `{"input_ids": int64 [S], "labels": int64 [S]}`.
 
-    `path`: a JSON, JSONL, Parquet, CSV or Arrow file, a folder, a hub id (`name` its configuration), or rows in memory:
-    a `datasets.Dataset` or a list of dicts. `format`: "messages" (role and content, `tools` column optional),
-    "sharegpt" (`conversations` of from and value), "alpaca" (instruction, input, output), "prompt_completion", or
-    "auto" by the columns. `chat_template` and `chat_template_kwargs` override the tokenizer's template and reach it as
-    variables.
+    `path`: a JSON, JSONL, Parquet, CSV or Arrow file, compressed or not; a pattern, or a list of files and patterns; a
+    folder; a hub id (`name` its configuration); or rows in memory: a `datasets.Dataset` or a list of dicts. `format`:
+    "messages" (role and content), "sharegpt" (`conversations` of from and value), "alpaca" (instruction, input,
+    output), "prompt_completion", or "auto" by the columns; columns `system` and `tools` are read in each.
+    `chat_template` and `chat_template_kwargs` override the tokenizer's template and reach it as variables.
 
     Labels are not shifted and are -100 but for what the model must write (`render_and_mask` says what that is):
-    every assistant turn, or the last one with `train_on="last"`. A row longer than `max_length` tokens is refused, or
-    cut at the end with `truncation=True`; it is refused too where the cut leaves nothing under loss.
+    every assistant turn, or the last one with `train_on="last"`, but for those with `"weight": 0`. A row longer than
+    `max_length` tokens is refused, or cut at the end with `truncation=True`; it is refused too where the cut leaves
+    nothing under loss.
 
     A refused row is left out and counted in `report` (`on_bad_row="drop"`) or ends the build with a ValueError that
     names it ("raise"). ValueError also where no row is left. Every rank reads all rows, with `num_proc` processes (more
@@ -76,12 +86,30 @@ class ChatDataset:
             num_tokens=self._tokens.num_tokens,
             num_supervised_tokens=self._tokens.num_supervised_tokens,
             samples=[segments(row.example, renderer.decode) for row in kept[:NUM_SAMPLES]],
+            ignored_columns=ignored_columns(columns_of(source), layout),
         )
+        self._renderer = renderer
+        self._end_token_ids = tuple(sorted(frozenset().union(*(row.ends for row in kept))))
 
     @property
     def report(self) -> DatasetReport:
         """Rows read, kept and dropped with reasons, token counts, and three samples that mark what is under loss."""
         return self._report
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template (Jinja) that replaced the tokenizer's own; None where rows are rendered with that."""
+        return self._renderer.chat_template
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """The variables that the template was given."""
+        return self._renderer.template_kwargs
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end the turns under loss: where a model that has learned them stops."""
+        return self._end_token_ids
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -105,6 +133,7 @@ class _Kept:
     example: TextExample
     truncated: bool
     digest: bytes
+    ends: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -121,15 +150,16 @@ class _Masker:
         try:
             messages, tools = normalise(row, self.layout)
             ids, labels = self.renderer.mask(messages, tools=tools, train_on=self.train_on)
-            full_length = len(ids)
+            full_length, ends = len(ids), ends_of(labels)
             ids, labels = cut(ids, labels, self.max_length, self.truncation)
         except RowRefusedError as refusal:
             return Refused(refusal.reason, refusal.detail, str(refusal))
         digest = digest_of(messages, tools, labels)
-        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest)
+        taught = frozenset(ids[ends[ends < len(ids)]].tolist())
+        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, taught)
 
 
-def _outcomes(masker: _Masker, source: Sequence[Row] | datasets.Dataset, num_proc: int) -> Iterator[_Kept | Refused]:
+def _outcomes(masker: _Masker, source: Source, num_proc: int) -> Iterator[_Kept | Refused]:
     if num_proc == 1:
         yield from map(masker, source)
         return

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from am_data import __version__
+
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _EXIT_STATUS = """\
 exit status: 0 the shards are written; 1 the data, the tokenizer or the folder will not do (nothing is written);
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="am-data", description="Data for language-model training.")
+    parser.add_argument("--version", action="version", version=f"am-data {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     prepare = commands.add_parser(
         "prepare",

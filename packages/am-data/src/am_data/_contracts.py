@@ -73,6 +73,23 @@ class Reported(Protocol):
     def report(self) -> Report: ...
 
 
+@runtime_checkable
+class Rendered(Protocol):
+    """A dataset of rows that a chat template rendered: what a model trained on it has to be asked with."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template (Jinja) that replaced the tokenizer's own; None where rows are rendered with that."""
+
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]:
+        """The variables that the template was given."""
+
+    @property
+    def end_token_ids(self) -> Sequence[int]:
+        """The tokens that end the turns under loss: where a model that has learned them stops."""
+
+
 class Collate(Protocol):
     """The samples of a micro-batch become the tensors of one forward pass."""
 

@@ -18,6 +18,12 @@ ReadContent: TypeAlias = "Callable[[object, int], str | list[dict[str, Any]]]"
 Format: TypeAlias = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# In which a row may have its system prompt, in whatever layout.
+_SYSTEM = ("system", "system_prompt")
+# Read in every layout; `id` is what reports call the row.
+COLUMNS = (*_SYSTEM, "tools", "id")
+# By which a message says whether it is to be learned, 0 or 1: OpenAI's fine-tuning files; Axolotl's; ms-swift's.
+_WEIGHTS = ("weight", "train", "training", "loss")
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -76,13 +82,29 @@ def read_text(content: object, turn: int) -> str:
 def normalise(
     row: Row, layout: Format, read_content: ReadContent = read_text
 ) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """`(messages, tools)` of one row, checked; raises RowRefusedError. `tools` is None where the row has none."""
-    messages = [
-        check_message(message, turn, read_content) for turn, message in enumerate(ROW_FORMATS[layout].read(row))
-    ]
-    if not messages:
+    """`(messages, tools)` of one row, checked; raises RowRefusedError. `tools` is None where the row has none.
+
+    The prompt of a column `system` (or `system_prompt`) is the first turn; a row that has one among its messages too is
+    refused, unless it is the same.
+    """
+    read = ROW_FORMATS[layout].read(row)
+    system = _system(row)
+    messages = [check_message(message, turn, read_content) for turn, message in enumerate([*system, *read])]
+    if len(messages) == len(system):
         raise RowRefusedError("no messages", "the list is empty")
+    if system and messages[1]["role"] in ("system", "developer"):
+        if messages[1]["content"] != messages[0]["content"]:
+            raise RowRefusedError(
+                "a system prompt in a column and another among the messages", f"the column has {system[0]['content']!r}"
+            )
+        del messages[0]
     return messages, _tools(row.get("tools"))
+
+
+def ignored_columns(columns: Sequence[str], layout: Format, others: Sequence[str] = ()) -> tuple[str, ...]:
+    """Those of `columns` that nothing reads in rows of `layout`; `others` are read beside them."""
+    known = ROW_FORMATS[layout]
+    return tuple(column for column in columns if column not in {*known.columns, *known.further, *COLUMNS, *others})
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -94,7 +116,10 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def check_message(message: Mapping[str, Any], turn: int, read_content: ReadContent = read_text) -> Message:
-    """One message with a known role and the content that is read; keys whose value is None are left out."""
+    """One message with a known role and the content that is read; keys whose value is None are left out.
+
+    An answer that says that it is not to be learned (`"weight": 0`, `"train": false`) has `"train": False`.
+    """
     if not isinstance(message, Mapping):
         raise RowRefusedError("a message is not a mapping", f"turn {turn} is a {type(message).__name__}")
     checked = {key: value for key, value in message.items() if value is not None}
@@ -109,7 +134,23 @@ def check_message(message: Mapping[str, Any], turn: int, read_content: ReadConte
     spoken = _says_something(checked["content"]) or "tool_calls" in checked
     if role in ("user", "assistant") and not spoken:
         raise RowRefusedError("empty turn", f"turn {turn} ({role}) has no content")
-    return checked
+    return _with_weight(checked, turn)
+
+
+def _with_weight(message: Message, turn: int) -> Message:
+    given = {name: message.pop(name) for name in _WEIGHTS if name in message}
+    if "train_detail" in message:
+        raise RowRefusedError("train_detail", f"turn {turn}; parts of an answer cannot be left out, give `train` alone")
+    for name, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RowRefusedError(f"a {name} that is neither 0 nor 1", f"turn {turn} has {name}={value!r}")
+        if value and message["role"] != "assistant":
+            raise RowRefusedError(
+                "a turn that is to be learned and is no answer", f"turn {turn} ({message['role']}) has {name}={value!r}"
+            )
+    if message["role"] != "assistant" or all(given.values()):
+        return message
+    return message | {"train": False}
 
 
 def _says_something(content: str | list[dict[str, Any]]) -> bool:
@@ -179,8 +220,11 @@ def _required(row: Row, column: str) -> str:
 
 
 def _system(row: Row) -> list[Message]:
-    system = row.get("system")
-    return [{"role": "system", "content": system}] if system else []
+    given = {column: row[column] for column in _SYSTEM if str(row.get(column) or "").strip()}
+    prompts = list(given.values())
+    if len(prompts) > 1 and prompts[0] != prompts[1]:
+        raise RowRefusedError("two system prompts", f"the columns {' and '.join(given)} differ")
+    return [{"role": "system", "content": prompts[0]}] if prompts else []
 
 
 def _from_messages(row: Row) -> list[Message]:
@@ -188,7 +232,7 @@ def _from_messages(row: Row) -> list[Message]:
 
 
 def _from_alpaca(row: Row) -> list[Message]:
-    messages = _system(row)
+    messages: list[Message] = []
     for question, answer in row.get("history") or []:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question = _required(row, "instruction") + (f"\n\n{row['input']}" if row.get("input") else "")
@@ -200,15 +244,16 @@ def _from_sharegpt(row: Row) -> list[Message]:
     turns = _turns(row, "conversations")
     if turns and isinstance(turns[0], Mapping) and turns[0].get("role") is not None:
         return list(turns)
-    messages = _system(row)
+    messages = []
     for turn, entry in enumerate(turns):
         speaker = entry.get("from") if isinstance(entry, Mapping) else None
+        weights = {key: entry[key] for key in (*_WEIGHTS, "train_detail") if key in entry} if speaker else {}
         if speaker == "function_call":
             calls = _decoded(entry["value"], "function_call")
             calls = [calls] if isinstance(calls, Mapping) else calls
-            messages.append({"role": "assistant", "tool_calls": calls})
+            messages.append({"role": "assistant", "tool_calls": calls, **weights})
         elif speaker in _SHAREGPT_ROLES:
-            messages.append({"role": _SHAREGPT_ROLES[speaker], "content": entry.get("value")})
+            messages.append({"role": _SHAREGPT_ROLES[speaker], "content": entry.get("value"), **weights})
         else:
             known = ", ".join([*_SHAREGPT_ROLES, "function_call"])
             raise RowRefusedError("unknown role", f"turn {turn} is from={speaker!r}; choose one of {known}")
@@ -222,22 +267,23 @@ def _from_prompt_completion(row: Row) -> list[Message]:
             raise RowRefusedError("completion is not a list", "prompt is a list of messages, so completion must be one")
         return [*prompt, *completion]
     question, answer = _required(row, "prompt"), _required(row, "completion")
-    return [*_system(row), {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A layout of rows: the columns that tell it (it may have others), and how its messages are read, unchecked."""
+    """A layout of rows: the columns that tell it, how its messages are read, unchecked, and of what other columns."""
 
     columns: tuple[str, ...]
     read: Callable[[Row], list[Message]]
+    further: tuple[str, ...] = ()
 
 
 # In the order in which format="auto" looks for them.
 ROW_FORMATS: dict[Format, RowFormat] = {
     "messages": RowFormat(("messages",), _from_messages),
     "sharegpt": RowFormat(("conversations",), _from_sharegpt),
-    "alpaca": RowFormat(("instruction", "output"), _from_alpaca),
+    "alpaca": RowFormat(("instruction", "output"), _from_alpaca, ("input", "history")),
     "prompt_completion": RowFormat(("prompt", "completion"), _from_prompt_completion),
 }
 # A type checker does not read tables, so the names stand in `Format` as well.

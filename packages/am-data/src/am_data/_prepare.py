@@ -10,6 +10,7 @@ can forge the start of a document. `tokenizers` encodes in batches, on threads o
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -19,19 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from am_data._files import COMPRESSIONS, expand, is_pattern, kind, open_binary
+from am_data._rows import stream_file
 from am_data._shard_files import ShardWriter, TokenType
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 VALIDATION = "validation"
-_BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-_SUFFIXES = (".txt", *_BUILDERS)
+_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 2**20
 _SECONDS_BETWEEN_LINES = 10
@@ -169,52 +171,46 @@ def _input_files(inputs: Sequence[Path]) -> list[Path]:
     files = []
     for path in (path.expanduser() for path in inputs):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+            found = sorted(file for file in path.rglob("*") if kind(file) in _SUFFIXES and file.is_file())
             if not found:
                 raise FileNotFoundError(f"{path} holds none of {', '.join(_SUFFIXES)} files; give a folder that does")
             files += found
+        elif is_pattern(path):
+            files += expand(path)
         elif not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give files of {', '.join(_SUFFIXES)}, or folders")
-        elif path.suffix.lower() not in _SUFFIXES:
-            raise ValueError(f"{path} has suffix {path.suffix!r}; choose one of {', '.join(_SUFFIXES)}")
         else:
             files.append(path)
+    for path in files:
+        if kind(path) not in _SUFFIXES:
+            raise ValueError(
+                f"{path} has suffix {kind(path)!r}; choose one of {', '.join(_SUFFIXES)}, as it is or compressed "
+                f"({', '.join(COMPRESSIONS)})"
+            )
     return files
 
 
 def _texts(files: list[Path], text_key: str, split_on_blank_lines: bool) -> Iterator[str]:
     for path in files:
-        if path.suffix.lower() != ".txt":
+        if kind(path) != ".txt":
             yield from _column(path, text_key)
             continue
         try:
-            text = path.read_text(encoding="utf-8")
+            with open_binary(path) as stream, io.TextIOWrapper(stream, encoding="utf-8") as reader:
+                text = reader.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
         yield from re.split(r"\n(?:[ \t]*\n)+", text.strip()) if split_on_blank_lines else [text]
 
 
 def _column(path: Path, text_key: str) -> Iterator[str]:
-    for number, row in enumerate(_rows(path)):
+    for number, row in enumerate(stream_file(path)):
         if text_key not in row:
             raise ValueError(f"{path}, row {number}: no {text_key!r} among {', '.join(row)}; name it with --text-key")
         text = row[text_key]
         if text is not None and not isinstance(text, str):
             raise ValueError(f"{path}, row {number}: {text_key!r} is {type(text).__name__}, not text; mend the row")
         yield text or ""
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows streamed by `datasets`, whose complaints do not name the file."""
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(
-            _BUILDERS[path.suffix.lower()], data_files=str(path), split="train", streaming=True
-        )
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read: {reason}; mend the file") from error
 
 
 def _encoded(encoder: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, list[int]]]:

@@ -45,9 +45,10 @@ def render_and_mask(
     """`(input_ids, labels)` of one conversation, both int64 `[S]`; labels are not shifted, -100 where there is no loss.
 
     `input_ids` are those of `tokenizer.apply_chat_template`. `train_on` is "assistant" for every assistant turn or
-    "last" for the last one. `chat_template_kwargs` reach the template (`enable_thinking`, `date_string`).
-    Raises ValueError with the reason where the conversation cannot be masked with certainty: an unknown role, no
-    assistant turn, a template that drops or changes a turn, refuses it, or writes no end-of-turn token.
+    "last" for the last one; one with `"weight": 0` or `"train": False` is context alone. `chat_template_kwargs` reach
+    the template (`enable_thinking`, `date_string`). Raises ValueError with the reason where the conversation cannot be
+    masked with certainty: an unknown role, no assistant turn, a template that drops or changes a turn, refuses it, or
+    writes no end-of-turn token.
     """
     renderer = Renderer(tokenizer, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
     return renderer.mask(check_messages(messages), tools=tools, train_on=train_on)
@@ -70,8 +71,8 @@ class Renderer:
                 f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template= (Jinja text)"
             )
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
-        self._template_kwargs = dict(chat_template_kwargs or {})
+        self.chat_template = chat_template
+        self.template_kwargs = dict(chat_template_kwargs or {})
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {token for token, value in added if value.special} | set(tokenizer.all_special_ids)
         self._skeletons: dict[tuple[Any, ...], Skeleton] = {}
@@ -81,6 +82,7 @@ class Renderer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`(input_ids, labels)` of checked messages, int64 `[S]`; raises RowRefusedError."""
         trained = _trained_turns(messages, train_on)
+        messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         text = self.render(messages, tools)
         encoding = self._encode(text, offsets=True)
         ids: list[int] = encoding["input_ids"]
@@ -108,10 +110,10 @@ class Renderer:
             text = self._tokenizer.apply_chat_template(
                 messages,
                 tools=None if tools is None else list(tools),
-                chat_template=self._chat_template,
+                chat_template=self.chat_template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
-                **self._template_kwargs,
+                **self.template_kwargs,
             )
         # A template is somebody's program: whatever it raises means that it does not take this conversation.
         except Exception as error:
@@ -291,7 +293,10 @@ def _trained_turns(messages: list[Message], train_on: TrainOn) -> list[int]:
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise RowRefusedError("no assistant turn", f"the roles are {[message['role'] for message in messages]}")
-    return turns if train_on == "assistant" else turns[-1:]
+    trained = [turn for turn in (turns if train_on == "assistant" else turns[-1:]) if messages[turn].get("train", True)]
+    if not trained:
+        raise RowRefusedError("no answer is to be learned", "the row says so of each (weight 0, train false)")
+    return trained
 
 
 def _first_token(offsets: NDArray[np.int64], begin: int, turn: int) -> int:

@@ -22,7 +22,8 @@ class DatasetReport:
 
     `dropped` is keyed by reason. `num_tokens` and `num_supervised_tokens` count the kept rows. `samples` are up to
     three rows, each a list of `(text, supervised)` segments whose texts join to the decoded row; there a run of image
-    tokens is `<image x 64>`. `num_images` and `num_image_tokens` are those of the kept rows.
+    tokens is `<image x 64>`. `num_images` and `num_image_tokens` are those of the kept rows. `ignored_columns` are
+    those of the rows that nothing reads.
     """
 
     rows_read: int
@@ -34,6 +35,7 @@ class DatasetReport:
     samples: list[list[Segment]]
     num_images: int = 0
     num_image_tokens: int = 0
+    ignored_columns: tuple[str, ...] = ()
 
     @property
     def supervised_share(self) -> float:
@@ -48,7 +50,10 @@ class DatasetReport:
         ]
         if self.num_images:
             lines.append(f"{self.num_images} images, {self.num_image_tokens} image tokens")
-        return "\n".join([*lines, *describe_dropped(self.dropped)])
+        lines += describe_dropped(self.dropped)
+        if self.ignored_columns:
+            lines.append(f"columns that nothing reads: {', '.join(self.ignored_columns)}")
+        return "\n".join(lines)
 
     def full(self) -> str:
         """The same with every sample, what is under loss between [[ and ]]."""

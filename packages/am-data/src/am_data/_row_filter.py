@@ -8,21 +8,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Message, Row, RowRefusedError, check_format, detect_format
+from am_data._messages import Format, Message, RowRefusedError, check_format, detect_format
 from am_data._render import IGNORE_INDEX
 from am_data._report import Dropped, Segment, describe_dropped
-from am_data._rows import Rows
+from am_data._rows import FileRows, Rows, Source
 from am_data._tokens import TextExample
-
-if TYPE_CHECKING:
-    import datasets
 
 NUM_SAMPLES = 3
 _NUM_EXAMPLE_IDS = 5
@@ -51,16 +48,24 @@ def check_options(format: Format, on_bad_row: str, max_length: int | None, trunc
         raise ValueError("truncation=True needs max_length, the tokens to cut to")
 
 
-def layout_of(source: Sequence[Row] | datasets.Dataset, format: Format, rows: Rows, split: str) -> Format:
-    """`format`, or that of the first row's columns; ValueError where there is no row."""
+def layout_of(source: Source, format: Format, rows: Rows, split: str) -> Format:
+    """`format`, or that of the first row's columns; ValueError where there is no row, or files differ in it."""
     if len(source) == 0:
         raise ValueError(f"0 rows were read from {_describe(rows)} (split={split!r}); give at least one")
-    return detect_format(list(source[0])) if format == "auto" else format
+    if format != "auto":
+        return format
+    if not isinstance(source, FileRows):
+        return detect_format(list(source[0]))
+    formats = {detect_format(list(part.rows[0])): part.file for part in source.parts if len(part.rows)}
+    if len(formats) > 1:
+        found = ", ".join(f"{name} in {file}" for name, file in formats.items())
+        raise ValueError(f"the files have rows of different formats ({found}); give files of one format")
+    return next(iter(formats))
 
 
 def collect(
     outcomes: Iterable[KeptRow | Refused],
-    source: Sequence[Row] | datasets.Dataset,
+    source: Source,
     rows: Rows,
     on_bad_row: str,
 ) -> tuple[list[int], list[KeptRow], dict[str, Dropped]]:
@@ -73,7 +78,7 @@ def collect(
             indices.append(index)
             kept.append(outcome)
             continue
-        identity = row_id(source[index], index)
+        identity = row_id(source, index)
         if on_bad_row == "raise":
             raise ValueError(f"row {identity}: {outcome.text}; mend it, or pass on_bad_row='drop'")
         _note(dropped, outcome, identity)
@@ -106,9 +111,12 @@ def digest_of(messages: list[Message], tools: list[dict[str, Any]] | None, label
     return hashlib.blake2b(content + targets, digest_size=16).digest()
 
 
-def row_id(row: Row, index: int) -> str:
-    """What reports and errors call the row: its column `id`, else its place."""
-    return str(row["id"]) if row.get("id") is not None else str(index)
+def row_id(source: Source, index: int) -> str:
+    """What reports and errors call the row: its column `id`, else its place, in its file where there are several."""
+    named = source[index].get("id")
+    if named is not None:
+        return str(named)
+    return source.place(index) if isinstance(source, FileRows) else str(index)
 
 
 def _note(dropped: dict[str, Dropped], refusal: Refused, row_id: str) -> None:
@@ -116,6 +124,12 @@ def _note(dropped: dict[str, Dropped], refusal: Refused, row_id: str) -> None:
     entry.count += 1
     if len(entry.examples) < _NUM_EXAMPLE_IDS:
         entry.examples.append(row_id)
+
+
+def ends_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of the last token of each turn under loss, of a rendering that is not cut."""
+    supervised = labels != IGNORE_INDEX
+    return np.flatnonzero(supervised & ~np.append(supervised[1:], False))
 
 
 def segments(example: TextExample, decode: Callable[[NDArray[np.int64]], str]) -> list[Segment]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Message, Row, RowRefusedError, normalise
+from am_data._files import expand, is_pattern, paths_of
+from am_data._messages import Format, Message, Row, RowRefusedError, ignored_columns, normalise
 from am_data._render import IGNORE_INDEX, Renderer, TrainOn
 from am_data._report import DatasetReport
 from am_data._row_filter import (
@@ -28,17 +29,17 @@ from am_data._row_filter import (
     collect,
     cut,
     digest_of,
+    ends_of,
     layout_of,
     row_id,
     segments,
 )
-from am_data._rows import Rows, read_rows
+from am_data._rows import Rows, columns_of, read_rows
 from am_data._tokens import TextExample, TokenDataset
-from am_data._vision_images import load_image, require_pillow
+from am_data._vision_images import load_image, require_pillow, undecoded
 from am_data._vision_processor import VisionProcessor, vision_processor
 
 if TYPE_CHECKING:
-    import datasets
     from PIL import Image
     from transformers import ProcessorMixin
 
@@ -83,7 +84,8 @@ class VisionChatDataset:
         require_pillow()
         check_options(format, on_bad_row, max_length, truncation)
         adapter = processor if isinstance(processor, VisionProcessor) else vision_processor(processor)
-        source = _undecoded(read_rows(path, split=split, name=name))
+        read = read_rows(path, split=split, name=name)
+        source = undecoded(read)
         layout = layout_of(source, format, path, split)
         tokenizer = adapter.processor.tokenizer
         template = chat_template or adapter.processor.chat_template
@@ -115,7 +117,9 @@ class VisionChatDataset:
             samples=[segments(row.example, masker.decode) for row in kept[:NUM_SAMPLES]],
             num_images=sum(len(row.images) for row in kept),
             num_image_tokens=sum(int((row.example["input_ids"] == adapter.image_token_id).sum()) for row in kept),
+            ignored_columns=ignored_columns(columns_of(read), layout, ("images", "image")),
         )
+        self._end_token_ids = tuple(sorted(frozenset().union(*(row.ends for row in kept))))
 
     @property
     def report(self) -> DatasetReport:
@@ -126,6 +130,21 @@ class VisionChatDataset:
     def processor_adapter(self) -> VisionProcessor:
         """The adapter in use: its `join` is for the loader, its `image_token_id` to compare with a model's config."""
         return self._adapter
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template (Jinja) that rows are rendered with."""
+        return self._masker.renderer.chat_template
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """The variables that the template was given."""
+        return self._masker.renderer.template_kwargs
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """As `ChatDataset.end_token_ids`."""
+        return self._end_token_ids
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -160,7 +179,7 @@ class VisionChatDataset:
             if [digest for _, digest in loaded] != self._images[index]:
                 raise ValueError("an image is not the one that was there when the dataset was made; make it anew")
         except ValueError as error:
-            raise ValueError(f"row {row_id(row, place)}: {error}") from error
+            raise ValueError(f"row {row_id(self._source, place)}: {error}") from error
         return [image for image, _ in loaded]
 
 
@@ -170,6 +189,7 @@ class _Kept:
     truncated: bool
     digest: bytes
     images: list[bytes]
+    ends: frozenset[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +214,7 @@ class _Masker:
             loaded = [load_image(source, self.folder) for source in sources]
             text = self.renderer.render(messages, tools)
             ids, labels, last_image = self._expand(text, ids, labels, [image for image, _ in loaded])
-            full_length = len(ids)
+            full_length, ends = len(ids), ends_of(labels)
             ids, labels = cut(ids, labels, self.max_length, self.truncation)
             if len(ids) < last_image:
                 detail = f"the last image ends at token {last_image}, max_length={self.max_length}"
@@ -203,7 +223,8 @@ class _Masker:
             return Refused(refusal.reason, refusal.detail, str(refusal))
         digest = digest_of(messages, tools, labels)
         images = [digest for _, digest in loaded]
-        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, images)
+        taught = frozenset(ids[ends[ends < len(ids)]].tolist())
+        return _Kept({"input_ids": ids, "labels": labels}, len(ids) < full_length, digest, images, taught)
 
     def decode(self, ids: NDArray[np.int64]) -> str:
         """The text of `ids`, with every run of image tokens as `<image x 64>`."""
@@ -328,44 +349,16 @@ def _folder(images: str | Path | None, rows: Rows) -> Path:
         if not folder.is_dir():
             raise FileNotFoundError(f"images={str(images)!r} is not a folder; give the one that paths start from")
         return folder
-    if isinstance(rows, str | Path):
-        path = Path(rows).expanduser()
-        if path.is_dir():
-            return path
-        if path.is_file():
-            return path.parent
+    paths = paths_of(rows) or []
+    if len(paths) == 1 and paths[0].is_dir():
+        return paths[0]
+    files = [file for path in paths for file in (expand(path) if is_pattern(path) else [path])]
+    folders = sorted({file.parent for file in files if file.is_file()})
+    if len(folders) > 1:
+        raise ValueError(
+            f"the files of rows are in {len(folders)} folders ({', '.join(map(str, folders[:3]))}); give images=, the "
+            "folder that the paths of images start from"
+        )
+    if folders:
+        return folders[0]
     return Path()
-
-
-class _UndecodedRows(Sequence[Row]):
-    """Rows of a `datasets.Dataset` with images as bytes: decoding them, it fails for the whole row."""
-
-    def __init__(self, dataset: datasets.Dataset) -> None:
-        self._rows = dataset.with_format("arrow")
-        self._features = copy.deepcopy(dataset.features)
-        _keep_bytes(self._features)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._features.decode_example(self._rows[index].to_pylist()[0])
-
-
-def _keep_bytes(feature: object) -> None:
-    import datasets
-
-    if isinstance(feature, datasets.Image):
-        feature.decode = False
-    elif isinstance(feature, Mapping):
-        for inner in feature.values():
-            _keep_bytes(inner)
-    elif isinstance(feature, datasets.List | datasets.LargeList):
-        _keep_bytes(feature.feature)
-
-
-def _undecoded(source: Sequence[Row] | datasets.Dataset) -> Sequence[Row] | datasets.Dataset:
-    # A transform of the user's makes the rows that they want to be read.
-    if isinstance(source, Sequence) or source.format["type"] == "custom":
-        return source
-    return _UndecodedRows(source)

@@ -5,16 +5,19 @@ An image is decoded whole when it is checked: a header says nothing about a file
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from am_data._messages import RowRefusedError
+from am_data._messages import Row, RowRefusedError
+from am_data._rows import FileRows, Source
 
 if TYPE_CHECKING:
+    import datasets
     from PIL import Image
 
 # What Pillow's decoders raise at files that are cut or broken.
@@ -99,3 +102,40 @@ def _has_second_frame(image: Image.Image) -> bool:
         return False
     image.seek(0)
     return True
+
+
+class _UndecodedRows(Sequence[Row]):
+    """Rows of a `datasets.Dataset` with images as bytes: decoding them, it fails for the whole row."""
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self._rows = dataset.with_format("arrow")
+        self._features = copy.deepcopy(dataset.features)
+        _keep_bytes(self._features)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._features.decode_example(self._rows[index].to_pylist()[0])
+
+
+def _keep_bytes(feature: object) -> None:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        feature.decode = False
+    elif isinstance(feature, Mapping):
+        for inner in feature.values():
+            _keep_bytes(inner)
+    elif isinstance(feature, datasets.List | datasets.LargeList):
+        _keep_bytes(feature.feature)
+
+
+def undecoded(source: Source) -> Source:
+    """Rows whose images stay the bytes of their files."""
+    if isinstance(source, FileRows):
+        return source.each(undecoded)
+    # A transform of the user's makes the rows that they want to be read.
+    if isinstance(source, Sequence) or source.format["type"] == "custom":
+        return source
+    return _UndecodedRows(source)

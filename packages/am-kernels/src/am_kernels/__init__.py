@@ -10,6 +10,8 @@ from am_kernels._gated import swiglu
 from am_kernels._norm import add_rms_norm, rms_norm
 from am_kernels._rope import rope
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Backend",
     "BackendReport",

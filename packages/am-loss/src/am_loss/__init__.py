@@ -8,6 +8,8 @@ from am_loss._distillation import DistillationLoss, distillation, linear_distill
 from am_loss._head import Head
 from am_loss._linear_cross_entropy import linear_cross_entropy
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ChunkLoss",
     "DistillationLoss",

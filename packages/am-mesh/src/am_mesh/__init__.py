@@ -9,6 +9,8 @@ from am_mesh._reduce import sum_over
 from am_mesh._shard import fully_shard, gradient_sync, replicate
 from am_mesh._step import forward_backward
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ParallelDims",
     "clip_grad_norm_",

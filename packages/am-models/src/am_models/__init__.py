@@ -10,6 +10,8 @@ from am_models._optimize import OptimizeReport, optimize
 from am_models._separate import require_separate_documents
 from am_models._weight_map import weight_map
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FAMILIES",
     "VISION_FAMILIES",

@@ -10,6 +10,8 @@ from am_moe._moe import LocalDispatch, MoE
 from am_moe._permute import Permutation, permute, unpermute
 from am_moe._router import Router, route
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GroupedExperts",
     "LocalDispatch",

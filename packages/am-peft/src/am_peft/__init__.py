@@ -8,6 +8,8 @@ from am_peft._freeze import freeze
 from am_peft._layer import AppliedLora, LoraFactor, LoraLayer, LoraLinear, LoraOptions, Wrapper
 from am_peft._report import ReportRow, TrainableReport, trainable_report
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Adapter",
     "AppliedLora",

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from am_ckpt._copy.engine import Copier
 from am_ckpt._copy.plan import Job, Jobs, Output, plan_jobs
-from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX, hf_files
+from am_ckpt._files.hf_folder import DIGESTS, require_replaceable
 from am_ckpt._files.safetensors import Header
 from am_ckpt._files.step import read_file
 from am_ckpt._io import (
@@ -75,7 +75,7 @@ class Transfer:
 
 
 def require_free(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse destinations that would change the source or lose something."""
+    """Refuse destinations that would change the source or lose something; `overwrite`: but for an export of ours."""
     here, there = target.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ArgumentError(f"{target} and the source {source} contain one another; choose a folder beside it")
@@ -89,32 +89,20 @@ def require_free(target: Path, source: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} exists and is not a folder; choose another name")
     if not is_filled(target):
         return
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists and is not empty; choose another folder, or overwrite it with overwrite=True "
-            "(--overwrite)"
-        )
     while True:
         before = os.stat(target)
-        found = _not_of_a_model(target)
-        if found is None:
-            return
-        # Another merge may have replaced the folder while it was listed.
-        if os.path.samestat(before, os.stat(target)):
-            raise FileExistsError(
-                f"{target} does not look like a model ({found} in it) and is not overwritten; move it away or choose "
-                "another folder"
-            )
-
-
-def _not_of_a_model(folder: Path) -> str | None:
-    """What in a folder keeps it from being overwritten."""
-    with os.scandir(folder) as entries:
-        files = {entry.name: entry.is_file() for entry in entries}
-    weights = {name for name, is_file in files.items() if is_file and name.endswith(".safetensors")}
-    strangers = set(files) - weights
-    strangers -= {*hf_files(folder), INDEX, ADAPTER_CONFIG, DIGESTS, ".gitattributes", "README.md"}
-    return min(strangers) if strangers else None if weights else "no safetensors files"
+        try:
+            require_replaceable(target, source)
+            break
+        except FileExistsError:
+            # Another merge may have replaced the folder while it was listed.
+            if os.path.samestat(before, os.stat(target)):
+                raise
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} exists and is not empty; choose another folder, or let merge replace it with overwrite=True "
+            "(--overwrite)"
+        )
 
 
 def transfer(
@@ -434,6 +422,8 @@ def _publish(staging: Path, target: Path, fsync: bool, *, replace: bool) -> None
             raise FileExistsError(
                 f"{target} was made by someone else in the meantime; what was to be there is in {folder}"
             )
+        # Something may have been put there while this was copied.
+        require_replaceable(target)
         if fsync:
             # The older model is in the folder soon, and must not be taken for what the journal speaks of.
             (staging / _JOURNAL).unlink()

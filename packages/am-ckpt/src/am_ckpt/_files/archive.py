@@ -197,7 +197,7 @@ def read_pickled_weights(folder: Path) -> StateDict | None:
 
 
 def _read_state_dict(path: Path) -> StateDict:
-    """The tensors of a file that `torch.save` wrote of (nested) dicts; links are followed, no data is read.
+    """The tensors of a file that `torch.save` wrote of (nested) dicts; no data is read.
 
     Raises `UnsafeError` for pickles that refer to anything but tensors and for files of torch before 1.6,
     `ValueError` where it is damaged.

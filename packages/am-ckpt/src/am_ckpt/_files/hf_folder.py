@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from am_ckpt._dtypes import ITEM_BYTES
-from am_ckpt._files.safetensors import Header, element_count
+from am_ckpt._files.safetensors import Header, element_count, read_header
+from am_ckpt._io import linked_file
 from am_ckpt.errors import ArgumentError
 
 SINGLE = "model.safetensors"
@@ -19,6 +20,8 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # What the bytes of the other files are: written by merge(digest=True), checked by verify.
 DIGESTS = "am_ckpt_digests.json"
+# In the metadata of the weight files of an export, of `save_hf` and `merge`: the names of all its files.
+EXPORT_KEY = "am_ckpt_export"
 # What wrappers of modules put into the names of parameters.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _COPIED = ("*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -28,14 +31,50 @@ _NOT_COPIED = ("*.index.json", "adapter_config.json", "trainer_state.json", "fqn
 def hf_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The small files of a Hugging Face folder by name: config, tokenizer, chat template, code, licence; no weights.
 
-    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`.
+    What `save_hf` copies from `files_from`; also fit for `Checkpointer(files=)`. Raises `ValueError` where one is a
+    link, unless it is one of the Hugging Face cache, into its own `blobs/`.
     """
     found = {}
     for path in sorted(Path(folder).iterdir()):
         wanted = any(fnmatchcase(path.name, pattern) for pattern in _COPIED)
         if wanted and path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _NOT_COPIED):
+            linked_file(path)
             found[path.name] = path
     return found
+
+
+def exported_files(folder: Path) -> set[str]:
+    """The files of which an export consisted, as all weight files of `folder` say; none where they do not."""
+    said: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        try:
+            said.add(read_header(path).metadata.get(EXPORT_KEY, "[]"))
+        except ValueError:
+            # Damaged, or a link: not what was exported.
+            return set()
+    try:
+        names = json.loads(said.pop()) if len(said) == 1 else []
+    except (ValueError, RecursionError):
+        return set()
+    return set(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else set()
+
+
+def require_replaceable(target: Path, source: Path | None = None) -> None:
+    """Raise `FileExistsError` unless a folder holds nothing but what an export wrote there, all of which may be lost.
+
+    `source`: what was to be written there, for the message.
+    """
+    with os.scandir(target) as entries:
+        there = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    listed = exported_files(target)
+    others = sorted(name for name, is_file in there.items() if not is_file or name not in listed)
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        swapped = f" (if {source} was to be replaced, the two are swapped: the source comes first)" if source else ""
+        raise FileExistsError(
+            f"{target} is not replaced: it holds {', '.join(others[:5])}{more}, which no export of am_ckpt wrote; move "
+            f"the folder away or choose another{swapped}"
+        )
 
 
 def byte_count(size: int | str) -> int:

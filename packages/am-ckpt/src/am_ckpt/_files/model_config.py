@@ -27,12 +27,12 @@ HEAD = "lm_head.weight"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dict; links are followed, as in the folders of the Hugging Face cache.
+    """config.json as a dict; links of the Hugging Face cache are followed.
 
     As lenient as transformers, which writes and reads `Infinity` and `NaN`.
     """
     try:
-        config = json.loads(read_file(path.resolve(), _MAX_CONFIG_BYTES).decode())
+        config = json.loads(read_file(path, _MAX_CONFIG_BYTES, follow_symlinks=True).decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error or 'nested too deeply'}") from error
     if not isinstance(config, dict):

@@ -302,6 +302,22 @@ def read_header(path: Path, *, follow_symlinks: bool = False, like: Header | Non
         os.close(descriptor)
 
 
+def require_storable(names: Iterable[str]) -> None:
+    """Raise `ValueError` for a name that no tensor of a safetensors file can have."""
+    for name in names:
+        if name == "__metadata__":
+            raise ValueError(
+                f"a safetensors file cannot hold a tensor named {name!r}, its own entry; name it otherwise"
+            )
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"a safetensors file cannot hold a tensor named {name!r}: half a surrogate pair has no UTF-8; name it "
+                "otherwise"
+            ) from error
+
+
 def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
     """The header of a file that will hold `tensors` (name -> safetensors dtype, shape); data starts aligned.
 
@@ -309,6 +325,7 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
     so that every tensor starts on a multiple of its item size.
     """
     names = sorted(tensors)
+    require_storable(names)
     dtypes, shapes = [tensors[name][0] for name in names], [tensors[name][1] for name in names]
     items = numpy.array([ITEM_BYTES[dtype] for dtype in dtypes], numpy.int64)
     sizes = numpy.array([math.prod(shape) for shape in shapes], numpy.int64) * items

@@ -23,6 +23,8 @@ FORMAT = "am-ckpt"
 VERSION = 1
 MANIFEST = "manifest.json"
 STAGING = ".staging-"
+# Of a config, a tokenizer or code.
+MAX_SMALL_BYTES = 2**28
 # Of one manifest: room for a million tensors, and a bound on what a damaged file can make us allocate.
 _MAX_MANIFEST_BYTES = 256 * 2**20
 
@@ -95,7 +97,18 @@ def read_manifest(step: Path) -> dict[str, Any]:
             f"{path} is damaged: its content does not have the digest it carries; copy it again or take another step"
         )
     require_manifest(manifest, str(path))
+    if "dcp" not in manifest:
+        require_own_number(step, manifest["step"])
     return manifest
+
+
+def require_own_number(folder: Path, step: int) -> None:
+    """Raise `ValueError` for a folder that is named as another step than the one that it holds."""
+    if _STEP.fullmatch(folder.name) and folder.name != step_name(step):
+        raise ValueError(
+            f"{folder} holds step {step}, not the one that it is named after: it was renamed; call it "
+            f"{step_name(step)} again, or anything that is no name of a step"
+        )
 
 
 def read_complete(step: Path) -> dict[str, Any]:
@@ -163,9 +176,9 @@ class Best:
     count: int
 
     def order(self, metrics: dict[str, float]) -> float:
-        """Sort key of a step, the best first; steps without the metric, or with NaN, come last as infinity."""
+        """Sort key of a step, the best first; steps without the metric, or where it is not finite, are infinity."""
         value = metrics.get(self.metric, math.nan)
-        if math.isnan(value):
+        if not math.isfinite(value):
             return math.inf
         return value if self.mode == "min" else -value
 

@@ -24,6 +24,7 @@ from am_ckpt._files.safetensors import Header, parse_json, read_header
 from am_ckpt._files.step import (
     FORMAT,
     MANIFEST,
+    MAX_SMALL_BYTES,
     checked_header,
     read_file,
     read_manifest,
@@ -31,7 +32,7 @@ from am_ckpt._files.step import (
 )
 from am_ckpt._files.torchtitan import OWN_NAMES, is_torchtitan
 from am_ckpt._sources import Source, hf_sources, paths_of, paused_collector, share_tables, whole_sources
-from am_ckpt._tools.inventory import MAX_SMALL_BYTES, Inventory
+from am_ckpt._tools.inventory import Inventory
 from am_ckpt.errors import ArgumentError, IncompleteError, UnsafeError
 
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")

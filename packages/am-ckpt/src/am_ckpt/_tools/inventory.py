@@ -8,11 +8,8 @@ from typing import Any
 
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.safetensors import element_count
-from am_ckpt._files.step import read_file
+from am_ckpt._files.step import MAX_SMALL_BYTES, read_file
 from am_ckpt._sources import Source
-
-# Of a config, a tokenizer or code.
-MAX_SMALL_BYTES = 2**28
 
 
 @dataclass

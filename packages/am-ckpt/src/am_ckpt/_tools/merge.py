@@ -26,6 +26,7 @@ from am_ckpt._files.hf_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
     DIGESTS,
+    EXPORT_KEY,
     INDEX,
     SINGLE,
     byte_count,
@@ -35,6 +36,7 @@ from am_ckpt._files.hf_folder import (
 )
 from am_ckpt._files.model_config import HEAD, config_problems, read_config, tied_embedding
 from am_ckpt._files.safetensors import Header, build_header, read_header
+from am_ckpt._files.step import MAX_SMALL_BYTES, read_file
 from am_ckpt._files.torchtitan import OWN_NAMES, as_published, is_torchtitan, published_aliases
 from am_ckpt._sources import Source, hf_sources, paused_collector, whole_sources
 from am_ckpt._tools.inspect import inspect
@@ -96,7 +98,7 @@ def merge(
         threads: None: the number of cores, at most 8.
         resume: after an interruption, go on where the last merge to the destination stopped; if source or arguments
             have changed since, start from zero and say so.
-        overwrite: replace a destination that holds nothing but a model's files.
+        overwrite: replace a destination that holds an export of `merge` or `save_hf` and nothing else.
         fsync: False does not wait for the disk: a power cut may lose the result, and nothing can be resumed.
         digest: hash what is written and add `am_ckpt_digests.json`, by which `verify` finds a flipped bit wherever the
             folder goes.
@@ -117,7 +119,7 @@ def merge(
     require_free(target, inventory.path, overwrite)
     inventory.require_whole()
     with paused_collector():
-        plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype)
+        plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype, digest)
     resumed = transfer(
         plan.transfer, target, threads=threads, resume=resume, fsync=fsync, progress=progress, digests=digest
     )
@@ -129,7 +131,7 @@ def merge(
         plan.transfer.num_bytes,
         resumed,
         time.monotonic() - started,
-        sorted([*plan.headers, *plan.small, *([DIGESTS] if digest else [])]),
+        plan.files,
         plan.notes,
     )
 
@@ -146,12 +148,14 @@ def _require_arguments(dtype: str | None, resume: bool, fsync: bool) -> None:
 class _Plan:
     """Everything about a merge that is decided before the first write."""
 
-    def __init__(self, inventory: Inventory, like: Path | None, limit: int, dtype: str | None) -> None:
+    def __init__(self, inventory: Inventory, like: Path | None, limit: int, dtype: str | None, digest: bool) -> None:
         self.inventory = inventory
         self.notes = list(inventory.notes)
         like_files = _like_files(like, inventory.adapter) if like is not None else {}
         files = {**inventory.files, **like_files}
-        self.small = inventory.small_files() | {name: path.read_bytes() for name, path in like_files.items()}
+        self.small = inventory.small_files()
+        for name, path in like_files.items():
+            self.small[name] = read_file(path, MAX_SMALL_BYTES, follow_symlinks=True)
         tensors = dict(inventory.tensors)
         self.aliases = inventory.aliases
         # A mapping says itself how the tensors are published.
@@ -189,7 +193,7 @@ class _Plan:
             described[file] = (casts.get(kept, kept), shapes[file])
         if like is not None:
             self._compare(like, described)
-        self._build(tensors, described, origin, limit)
+        self._build(tensors, described, origin, limit, digest)
         if dtype is not None and "config.json" in self.small and not inventory.adapter:
             self._note_dtype(dtype)
         self.transfer = Transfer(self.headers, self.small, self.outputs, self.notes, inventory.follow_symlinks)
@@ -200,12 +204,15 @@ class _Plan:
         described: Mapping[str, tuple[str, tuple[int, ...]]],
         origin: Mapping[str, Record],
         limit: int,
+        digest: bool,
     ) -> None:
         groups = {ADAPTER: dict(described)} if self.inventory.adapter else weight_files(described, limit)
-        self.headers: dict[str, Header] = {
-            name: build_header(group, {"format": "pt"}) for name, group in groups.items()
-        }
-        if list(groups) != [SINGLE] and not self.inventory.adapter:
+        indexed = list(groups) != [SINGLE] and not self.inventory.adapter
+        beside = [*self.small, *([INDEX] if indexed else []), *([DIGESTS] if digest else [])]
+        self.files = sorted([*groups, *beside])
+        metadata = {"format": "pt", EXPORT_KEY: json.dumps(self.files)}
+        self.headers: dict[str, Header] = {name: build_header(group, metadata) for name, group in groups.items()}
+        if indexed:
             self.small[INDEX] = weight_index(self.headers)
         with TensorReader(follow_symlinks=self.inventory.follow_symlinks) as reader:
             located = reader.all_located(tensors)

@@ -23,7 +23,7 @@ from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX
 from am_ckpt._files.safetensors import Header, build_header, element_count, read_header
-from am_ckpt._files.step import MANIFEST, read_file, read_manifest, seal
+from am_ckpt._files.step import MANIFEST, read_file, read_manifest, require_own_number, seal
 from am_ckpt._io import block_digests, digest
 from am_ckpt._sources import Source, paths_of, paused_collector, whole_sources
 from am_ckpt._tools.inspect import inspect
@@ -83,7 +83,7 @@ def reshard(
     layout = _Layout(dp, tp, dict(placements or {}))
     with paused_collector():
         whole = inventory.kind == "am-ckpt" and not model_only
-        plan = _step(inventory, layout) if whole else _folder(inventory, layout)
+        plan = _step(inventory, layout, target) if whole else _folder(inventory, layout)
     resumed = transfer(plan, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
     return MergeReport(
         str(inventory.path),
@@ -200,7 +200,7 @@ def _folder(inventory: Inventory, layout: _Layout) -> Transfer:
     return Transfer(headers, small, outputs, list(inventory.notes), inventory.follow_symlinks)
 
 
-def _step(inventory: Inventory, layout: _Layout) -> Transfer:
+def _step(inventory: Inventory, layout: _Layout, target: Path) -> Transfer:
     """A step with the same content in other shards, and a manifest of its own."""
     folder = inventory.path
     # New digests must not vouch for old damage.
@@ -209,6 +209,7 @@ def _step(inventory: Inventory, layout: _Layout) -> Transfer:
     if report.problems:
         raise ValueError(report.problems[0])
     old = read_manifest(folder)
+    require_own_number(target, old["step"])
     metadata = _metadata(inventory, layout)
     model = inventory.sections["model"]
 

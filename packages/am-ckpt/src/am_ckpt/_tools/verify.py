@@ -16,9 +16,10 @@ from am_ckpt._copy.engine import file_pieces
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import DTYPES, ITEM_BYTES
 from am_ckpt._files.archive import changed_ranges
+from am_ckpt._files.block_digests import changed_blocks, changed_bytes
 from am_ckpt._files.box_digests import changed_boxes, require_digested
 from am_ckpt._files.cover import cover_problem
-from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX
+from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX, exported_files
 from am_ckpt._files.model_config import (
     HEAD,
     config_doubts,
@@ -28,24 +29,22 @@ from am_ckpt._files.model_config import (
     tied_embedding,
     uneven_layers,
 )
-from am_ckpt._files.safetensors import Header, is_sizes, parse_json, read_header
-from am_ckpt._files.step import MANIFEST, read_file, read_manifest
-from am_ckpt._io import BLOCK_BYTES, block_digests, digest, file_digest
+from am_ckpt._files.safetensors import is_sizes, parse_json, read_header
+from am_ckpt._files.step import MANIFEST, MAX_SMALL_BYTES, read_file, read_manifest
+from am_ckpt._io import digest, file_digest, linked_file
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect, require_recorded_size, step_folder
 from am_ckpt._tools.inventory import Inventory
-from am_ckpt.errors import IncompleteError, exit_code
+from am_ckpt.errors import IncompleteError, NewerError, exit_code
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 _MAX_DIGESTS_BYTES = 256 * 2**20
-# Of a config, a tokenizer, an index or code.
-_MAX_SMALL_BYTES = 256 * 2**20
 
 
 @dataclass
 class VerifyReport:
     """`problems` make a checkpoint unfit, `warnings` may be meant. `exit_code`: 0, or that of the gravest: 4
-    unsafe, 2 damaged, 3 incomplete, 5 could not be read.
+    unsafe, 2 damaged, 3 incomplete, 5 could not be read, 8 of a newer release.
 
     `num_not_read`: entries of a `.distcp` folder that are pickles.
     """
@@ -117,7 +116,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
 
 
 def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
-    """Hold the files of a step against its manifest, all of their content if `full`."""
+    """Hold the files of a step against its manifest; all of their content if `full`, otherwise that of its state."""
     manifest = read_manifest(folder)
     paths = {record["path"] for record in manifest["files"]}
     for entry in manifest["state"]:
@@ -137,25 +136,14 @@ def check_manifest(folder: Path, full: bool, report: VerifyReport) -> None:
                     require_digested(path, header, record["boxes_xxh3_128"])
                     for problem in changed_boxes(path, header, record["boxes_xxh3_128"]) if full else ():
                         report.add(ValueError(problem))
-                elif full:
-                    _check_blocks(path, header, record, report)
+                elif full or record["path"].startswith("state/"):
+                    blocks = record["blocks_xxh3_128"]
+                    for problem in changed_blocks(path, header, blocks, range(len(blocks))):
+                        report.add(ValueError(problem))
             elif (full or record["path"].startswith("state/")) and file_digest(path) != record["xxh3_128"]:
                 raise ValueError(f"{path} is damaged: its content is not what was written; copy it again")
         except (ValueError, FileNotFoundError) as error:
             report.add(error)
-
-
-def _check_blocks(path: Path, header: Header, record: Mapping[str, Any], report: VerifyReport) -> None:
-    """Compare the data of a safetensors file with its digests, and say which tensors a changed block belongs to."""
-    blocks = record["blocks_xxh3_128"]
-    starts = range(header.data_start, record["bytes"], BLOCK_BYTES)
-    if len(blocks) != len(starts):
-        report.add(ValueError(f"{path}: the manifest has {len(blocks)} digests for {len(starts)} blocks"))
-        return
-    for start, expected, found in zip(starts, blocks, block_digests(path, header.data_start), strict=True):
-        end = min(start + BLOCK_BYTES, record["bytes"])
-        if found != expected:
-            report.add(_changed(path, header, start, end, found, expected))
 
 
 def _check_files(inventory: Inventory, report: VerifyReport) -> None:
@@ -163,13 +151,19 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
     files = inventory.files
     if inventory.kind == "huggingface":
         _check_index(inventory, report)
-    if inventory.adapter:
-        if ADAPTER_CONFIG not in files:
-            report.add(IncompleteError(f"{inventory.path} has no {ADAPTER_CONFIG}; peft cannot open it"))
+    exported = exported_files(inventory.path) if inventory.kind in ("huggingface", "adapter") else set()
+    for name in sorted(name for name in exported if not os.path.lexists(inventory.path / name)):
+        report.add(IncompleteError(f"{inventory.path} lacks {name}, which was exported with the rest; copy it again"))
+    config, program = (ADAPTER_CONFIG, "peft") if inventory.adapter else ("config.json", "transformers")
+    if config not in files:
+        problem = f"{inventory.path} has no {config}; {program} cannot open it"
+        if exported and config not in exported:
+            # As of a module of one's own, which is loaded with load_hf.
+            report.warnings.append(f"{problem}: it was exported without one")
+        elif config not in exported and (inventory.adapter or inventory.kind == "huggingface"):
+            report.add(IncompleteError(problem))
         return
-    if "config.json" not in files:
-        if inventory.kind == "huggingface":
-            report.add(IncompleteError(f"{inventory.path} has no config.json; transformers cannot open it"))
+    if inventory.adapter:
         return
     if not any(name in files for name in _TOKENIZERS):
         report.warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS[:3])}, ...) was found")
@@ -181,10 +175,13 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
     """Hold files against what `merge(digest=True)` wrote, all data of weight files with `full`."""
     where = inventory.path / DIGESTS
     said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
-    known = isinstance(said, dict) and (said.get("format"), said.get("version")) == ("am-ckpt digests", 1)
+    known = isinstance(said, dict) and said.get("format") == "am-ckpt digests" and type(said.get("version")) is int
+    if known and said["version"] > 1:
+        raise NewerError(f"{where} was written by a newer am_ckpt; take the release that wrote it to verify the folder")
+    known = known and said["version"] == 1
     files, small = (said.get("files"), said.get("small_xxh3_128")) if known else (None, None)
     if not isinstance(files, dict) or not isinstance(small, dict) or not all(map(_is_digested, files.values())):
-        raise ValueError(f"{where} is damaged or of another release; copy it again, or remove it to do without")
+        raise ValueError(f"{where} is damaged; copy it again, or remove it to do without")
     used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
     for name in sorted(files.keys() - used.keys()):
         report.add(IncompleteError(f"{where} has digests of {name!r}, which is not there or not used; copy it again"))
@@ -196,7 +193,7 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
             report.add(
                 IncompleteError(f"{inventory.path} lacks {name!r}, which {DIGESTS} has a digest of; copy it again")
             )
-        elif digest(read_file(there[name], _MAX_SMALL_BYTES, follow_symlinks=inventory.follow_symlinks)) != expected:
+        elif digest(read_file(there[name], MAX_SMALL_BYTES, follow_symlinks=inventory.follow_symlinks)) != expected:
             report.add(
                 ValueError(f"{there[name]} is not what merge wrote: it is damaged, or was edited since; copy it again")
             )
@@ -212,27 +209,16 @@ def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
             continue
         for begin, end, expected in ranges if report.full else ():
             hasher = xxhash.xxh3_64()
-            # The target of a link, as in the Hugging Face cache.
-            for piece in file_pieces(used[name].resolve(), begin, end):
+            for piece in file_pieces(linked_file(used[name]), begin, end):
                 hasher.update(piece)
             if hasher.hexdigest() != expected:
-                report.add(_changed(used[name], header, begin, end, hasher.hexdigest(), expected))
+                report.add(ValueError(changed_bytes(used[name], header, begin, end, hasher.hexdigest(), expected)))
 
 
 def _is_digested(record: Any) -> bool:
     rows = record.get("ranges_xxh3_64") if isinstance(record, dict) else None
     return isinstance(rows, list) and all(
         isinstance(row, list) and len(row) == 3 and is_sizes(row[:2]) and isinstance(row[2], str) for row in rows
-    )
-
-
-def _changed(path: Path, header: Header, begin: int, end: int, found: str, expected: str) -> ValueError:
-    """What to say of bytes that are not those that were written."""
-    inside = [name for name, entry in header.entries.items() if entry.begin < end and begin < entry.end]
-    named = ", ".join(repr(name) for name in inside[:5]) + (" and more" if len(inside) > 5 else "")
-    return ValueError(
-        f"{path} is damaged: bytes {begin} to {end} have digest {found} instead of {expected}; they hold {named}: copy "
-        "the file again or take another step"
     )
 
 
@@ -304,7 +290,7 @@ def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
             place = source.chunks[0]
             inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
     for path, places in inside.items():
-        for begin, end in changed_ranges(path.resolve(), 0, path.stat().st_size, str(path)):
+        for begin, end in changed_ranges(linked_file(path), 0, path.stat().st_size, str(path)):
             names = [repr(name) for start, name in places if begin <= start < end]
             report.add(_not_as_noted(path, begin, end, ", ".join(names[:5]) or "what describes the tensors"))
 

@@ -13,35 +13,44 @@ import math
 import os
 import secrets
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.optim import Optimizer
+
 from am_ckpt._copy.mapping import records_by_parameter
 from am_ckpt._dtypes import ITEM_BYTES
-from am_ckpt._files.hf_folder import ADAPTER, INDEX, byte_count, weight_index
-from am_ckpt._files.safetensors import Header, element_count
+from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
+from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import (
     Best,
     check_step,
-    rank_best,
     read_manifest,
     require_file_name,
     step_name,
     steps,
 )
-from am_ckpt._io import digest, fsync_directory
+from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
+from am_ckpt._train.choose import changed_files, choose, is_searched, warn_of_skipped, was_deleted
 from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchanged, versions
-from am_ckpt._train.pieces import Piece
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.restore import restore
-from am_ckpt._train.retention import Keep, manifests_of, pin_path, tidy
-from am_ckpt._train.shared_files import FileShare, WeightFiles
+from am_ckpt._train.retention import (
+    Keep,
+    discard_newer_steps,
+    newer_steps,
+    pin_path,
+    require_disposable,
+    set_damaged_aside,
+    tidy,
+)
+from am_ckpt._train.shared_files import WeightFiles
 from am_ckpt._train.state import (
+    MODEL,
     SECTIONS,
     Contents,
     Description,
@@ -51,9 +60,9 @@ from am_ckpt._train.state import (
     join_extra_states,
     join_optimizers,
     make_plan,
-    owned_pieces,
 )
-from am_ckpt._train.write import Job, TensorFile, discard, file_metadata, join_records, new_manifest, run, stage
+from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
+from am_ckpt._train.write import Job, discard, file_metadata, join_records, new_manifest, run, stage
 from am_ckpt.errors import NewerError
 
 # What of a manifest says what was saved, beside the bytes.
@@ -119,6 +128,8 @@ class Checkpointer:
         self._background = Background() if asynchronous else None
         self._memory = StagingMemory()
         self._stop = threading.Event()
+        # Steps whose bytes are not those that were written, by name: found by the last load.
+        self._changed: dict[str, str] = {}
         self._files = dict(files or {})
         for name in self._files:
             require_file_name(name, "files:")
@@ -161,14 +172,15 @@ class Checkpointer:
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
         plan, weights = compute(context, lambda: self._plan(contents, described))
-        exists, save_id = rank_zero(context, lambda: (self._exists(step), secrets.token_hex(8)))
+        exists = self._is_there(step, context)
+        save_id = rank_zero(context, lambda: secrets.token_hex(8))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)
         headers = weights.headers({name: metadata[name] for name in ("format", "am_ckpt_save_id")}) if weights else {}
-        files = list(_tensor_files(contents, plan, rank, metadata, weights, headers))
+        files = list(tensor_files(contents, plan, rank, metadata, weights, headers))
         manifest = self._manifest(step, save_id, scores, contents, described, plan, weights) if rank == 0 else {}
         if exists:
-            found = agree(context, lambda: _data_records(files, contents, rank))
+            found = agree(context, lambda: data_records(files, contents, rank))
             rank_zero(context, lambda: self._require_same(step, manifest, found))
             return
         texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
@@ -188,13 +200,28 @@ class Checkpointer:
             unchanged = partial(require_unchanged, before, contents.tensors)
             run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
 
-    def load(self, state: Mapping[str, Any], which: int | str | os.PathLike[str] = "latest") -> int | None:
+    def load(
+        self,
+        state: Mapping[str, Any],
+        which: int | str | os.PathLike[str] = "latest",
+        *,
+        verify: bool = True,
+        discard_newer: bool = False,
+    ) -> int | None:
         """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
 
         `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. Damaged
         steps are skipped with a warning where the newest or best is looked for; a named one raises `ValueError`, as
         does any that a newer release wrote. Where every step is damaged: `ValueError`. The number of ranks and the
-        layout may differ from those that saved.
+        layout may differ from those that saved. A step that another process deletes meanwhile, as it has saved a newer
+        one, is not missed: the newest or best is looked for again.
+
+        `verify`: hold all that is read against the digests in the manifest first, divided among the ranks; a step with
+        a changed byte is damaged. It reads everything once more. Without it, manifest, headers, sizes and what is no
+        tensor are still checked.
+
+        `discard_newer`: go back: once the step is restored, delete all that are newer, so that training goes on from
+        here. Without it, a `save` beside a newer step is refused.
 
         Strict: the entries of `state` must be in the checkpoint, with the same parameter names, shapes, dtypes,
         tied weights and optimizer groups; otherwise one `ValueError` lists the differences, and nothing has been
@@ -202,8 +229,28 @@ class Checkpointer:
         yet get their state as torch would have laid it out.
         """
         self.wait()
-        found = rank_zero(f"no checkpoint was loaded from {self.directory}", lambda: self._choose(which))
-        return None if found is None else restore(found, state, self._fingerprints)
+        lost: Exception | None = None
+        while True:
+            choice = choose(self.directory, which, self._keep.best, _sections(state), verify=verify)
+            path, self._changed = choice.path, choice.changed
+            if path is None:
+                if lost is not None:
+                    raise lost
+                return None
+            warn_of_skipped(choice)
+            if discard_newer:
+                rank_zero(f"{path} was not loaded", partial(require_disposable, self.directory, path))
+            try:
+                step = restore(path, state, self._fingerprints)
+            except (ValueError, OSError) as error:
+                context = f"{path} was not loaded"
+                if not is_searched(which) or not rank_zero(context, partial(was_deleted, path)):
+                    raise
+                lost = error
+                continue
+            if discard_newer:
+                rank_zero(f"step {step} is loaded", partial(discard_newer_steps, self.directory, step))
+            return step
 
     def digest(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """What this rank would save of `state`, in a line: `tensors`, `bytes` and `xxh3_128`. Collective.
@@ -259,9 +306,19 @@ class Checkpointer:
         self.wait()
         return collect(state, contents)
 
-    def _exists(self, step: int) -> bool:
-        """Whether the step is there and whole; a damaged one is moved aside."""
+    def _make_way(self, step: int) -> bool:
+        """Set aside what is damaged and in the way of `step`; whether it is there already, as far as sizes tell."""
+        for name, problem in self._changed.items():
+            if (self.directory / name).is_dir():
+                set_damaged_aside(self.directory / name, problem)
         path = self.directory / step_name(step)
+        newer = newer_steps(self.directory, step)
+        if newer:
+            raise ValueError(
+                f"{newer[0].name} is newer than step {step} ({len(newer)} such): the next load would take it, and "
+                "retention keep it in place of this one. To go on from an older step, load it with "
+                "load(state, step, discard_newer=True); or use another directory"
+            )
         if not os.path.lexists(path):
             return False
         try:
@@ -269,18 +326,26 @@ class Checkpointer:
         except NewerError:
             raise
         except ValueError as error:
-            aside = self.directory / f".damaged-{path.name}-{secrets.token_hex(4)}"
-            os.rename(path, aside)
-            warnings.warn(f"set a damaged checkpoint aside as {aside.name}: {error}", stacklevel=2)
+            set_damaged_aside(path, str(error))
             return False
         return True
+
+    def _is_there(self, step: int, context: str) -> bool:
+        """`_make_way`, and whether the bytes of a step that is there are those that were written. Collective."""
+        path = self.directory / step_name(step)
+        if not rank_zero(context, lambda: self._make_way(step)):
+            return False
+        changed = changed_files(path, SECTIONS)
+        if changed:
+            rank_zero(context, lambda: set_damaged_aside(path, changed[0]))
+        return not changed
 
     def _require_same(self, step: int, manifest: dict[str, Any], found: list[list[dict[str, Any]]]) -> None:
         path = self.directory / step_name(step)
         saved = read_manifest(path)
         copied = {f"model/{name}" for name in (*self._files, INDEX)}
-        there = [_content_of(record) for record in saved["files"] if record["path"] not in copied]
-        here = [_content_of(record) for record in join_records(record for part in found for record in part)]
+        there = [content_of(record) for record in saved["files"] if record["path"] not in copied]
+        here = [content_of(record) for record in join_records(record for part in found for record in part)]
         keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] else [])]
         # As JSON gives it back.
         described = json.loads(json.dumps({key: manifest.get(key) for key in keys}))
@@ -341,7 +406,7 @@ class Checkpointer:
     def _texts(self, contents: Contents) -> dict[str, bytes]:
         """The files of the step that hold no tensors."""
         texts = {f"state/{entry}.json": text for entry, (text, _) in contents.state.items()}
-        return texts | {f"model/{name}": _file_bytes(source) for name, source in self._files.items()}
+        return texts | {f"model/{name}": file_bytes(source) for name, source in self._files.items()}
 
     def _manifest(
         self,
@@ -378,115 +443,13 @@ class Checkpointer:
         }
         return new_manifest(step, save_id, len(described), tensors, own)
 
-    def _choose(self, which: int | str | os.PathLike[str]) -> Path | None:
-        if isinstance(which, int):
-            return self._named(step_name(which))
-        if which not in ("latest", "best"):
-            return self._named(which)
-        if which == "best" and self._keep.best is None:
-            raise ValueError("which='best' needs keep_best=(metric, 'min' or 'max', count) to say what is best")
-        found = steps(self.directory)
-        if which == "best" and self._keep.best is not None:
-            ranked = rank_best(list(manifests_of(self.directory, read_manifest).values()), self._keep.best)
-            if found and not ranked:
-                raise ValueError(f"no step in {self.directory} has the metric {self._keep.best.metric!r}")
-            found = [(step, self.directory / step_name(step)) for step in ranked]
-        problems = []
-        for _, path in found:
-            try:
-                check_step(path)
-            except NewerError:
-                raise
-            except (ValueError, OSError) as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                warnings.warn(f"SKIPPED a damaged checkpoint, going back to {path.name}: {problem}", stacklevel=2)
-            return path
-        if problems:
-            raise ValueError(
-                f"none of the {len(problems)} checkpoints is whole: {'; '.join(problems[:3])}. Starting over must be "
-                "your decision: move them away or use another directory"
-            )
-        return None
 
-    def _named(self, which: str | os.PathLike[str]) -> Path:
-        # Of a name that is in both, this directory's step and not that of the folder where the process runs.
-        path = self.directory / which
-        if not path.is_dir():
-            path = Path(which)
-        if not path.is_dir():
-            there = ", ".join(entry.name for _, entry in steps(self.directory)[:10]) or "none"
-            raise FileNotFoundError(f"{which} is not a checkpoint folder; steps in {self.directory}: {there}")
-        path = path.resolve()
-        check_step(path)
-        return path
+def _sections(state: Mapping[str, Any]) -> set[str]:
+    """The parts of a step that `state` is loaded from."""
+    optim = {"optim"} if any(isinstance(value, Optimizer) for value in state.values()) else set()
+    return {*optim, *([MODEL] if MODEL in state else [])}
 
 
 def _is_best(value: Any) -> bool:
     fits = isinstance(value, tuple | list) and len(value) == 3
     return fits and isinstance(value[0], str) and value[1] in ("min", "max") and type(value[2]) is int and value[2] > 0
-
-
-def _tensor_files(
-    contents: Contents,
-    plan: Plan,
-    rank: int,
-    metadata: Mapping[str, str],
-    weights: WeightFiles | None,
-    headers: Mapping[str, Header],
-) -> Iterator[TensorFile | FileShare]:
-    """What `rank` writes to safetensors files."""
-    for section in SECTIONS:
-        owned = owned_pieces(contents, plan, section, rank)
-        if section == "model" and weights is not None:
-            for share in weights.shares(headers, ((name, piece) for name, parts in owned for piece in parts)):
-                yield replace(share, path=f"model/{share.path}")
-            continue
-        # One dict per file: a name occurs once in a safetensors file.
-        groups: list[dict[str, Piece]] = []
-        for name, parts in owned:
-            groups += [{} for _ in range(len(groups), len(parts))]
-            for group, piece in zip(groups, parts, strict=False):
-                group[name] = piece
-        for index, group in enumerate(groups, start=1):
-            yield TensorFile(
-                f"{section}/shard-{rank + 1:05d}-model-{index:05d}-of-{len(groups):05d}.safetensors",
-                metadata,
-                {name: piece.values for name, piece in group.items()},
-                {
-                    name: {
-                        "saved_offsets": list(piece.box.offset),
-                        "global_shape": list(plan.merged[section][name].shape),
-                    }
-                    for name, piece in group.items()
-                },
-            )
-    if rank == 0:
-        if contents.adapter is not None:
-            yield TensorFile(f"model/{ADAPTER}", metadata, contents.adapter, None)
-        for entry, (_, tensors) in contents.state.items():
-            if tensors:
-                yield TensorFile(f"state/{entry}.safetensors", metadata, tensors, None)
-
-
-def _data_records(files: list[TensorFile | FileShare], contents: Contents, rank: int) -> list[dict[str, Any]]:
-    """What this rank would write, by file: digests of the data after the headers."""
-    records = [{"path": file.path, "rank": rank, **file.digests()} for file in files]
-    if rank == 0:
-        for entry, (text, _) in contents.state.items():
-            records.append({"path": f"state/{entry}.json", "rank": rank, "xxh3_128": digest(text)})
-    return records
-
-
-def _content_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record is equal for equal content."""
-    keys = ("path", "blocks_xxh3_128", "boxes_xxh3_128", "xxh3_128")
-    return {key: record[key] for key in keys if key in record}
-
-
-def _file_bytes(source: str | bytes | os.PathLike[str]) -> bytes:
-    """Text and bytes as they are, a path by its content."""
-    if isinstance(source, bytes):
-        return source
-    return source.encode() if isinstance(source, str) else Path(source).read_bytes()

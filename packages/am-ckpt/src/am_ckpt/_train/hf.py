@@ -11,7 +11,6 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from torch import nn
 from am_ckpt._boxes import Box
 from am_ckpt._copy.mapping import Record, records_by_parameter, without_ones
 from am_ckpt._dtypes import CASTABLE
-from am_ckpt._files.hf_folder import INDEX, byte_count, hf_files, weight_index
-from am_ckpt._files.safetensors import Header, read_header
-from am_ckpt._files.step import require_file_name
-from am_ckpt._io import fsync_directory, publish_folder, put_back, write_bytes
+from am_ckpt._files.hf_folder import EXPORT_KEY, INDEX, byte_count, hf_files, require_replaceable, weight_index
+from am_ckpt._files.safetensors import Header
+from am_ckpt._files.step import MAX_SMALL_BYTES, read_file, require_file_name
+from am_ckpt._io import fsync_directory, is_filled, publish_folder, put_back, write_bytes
 from am_ckpt._sources import Chunk, Source, hf_sources
 from am_ckpt._train.initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
 from am_ckpt._train.module import Stored, stored_tensors, unwrap
@@ -36,8 +35,6 @@ from am_ckpt._train.restore import nearest
 from am_ckpt._train.shared_files import WeightFiles, create_files, file_piece
 from am_ckpt._train.write import create_staging, discard
 
-# In the metadata of an export's weight files: the names of all its files. Only such a folder is replaced.
-_EXPORT_KEY = "am_ckpt_export"
 # In the staging folder, beside its lease.
 _FOLDER = "folder"
 
@@ -259,7 +256,7 @@ def save_hf(
     weights = compute(context, lambda: WeightFiles(merged, mapping, byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
     listed = sorted([*weights.files, *extra, *([INDEX] if len(weights.files) > 1 else [])])
-    headers = weights.headers({"format": "pt", _EXPORT_KEY: json.dumps(listed)})
+    headers = weights.headers({"format": "pt", EXPORT_KEY: json.dumps(listed)})
     if len(headers) > 1:
         extra[INDEX] = weight_index(headers)
     export_id = rank_zero(context, lambda: secrets.token_hex(8))
@@ -295,7 +292,9 @@ def _extra_files(
     extra: dict[str, bytes] = {}
     transformers = sys.modules.get("transformers.modeling_utils")
     if files_from is not None:
-        extra = {name: path.read_bytes() for name, path in hf_files(files_from).items()}
+        extra = {
+            name: read_file(path, MAX_SMALL_BYTES, follow_symlinks=True) for name, path in hf_files(files_from).items()
+        }
         if "config.json" not in extra:
             raise FileNotFoundError(f"files_from={files_from} has no config.json")
     for name, content in (files or {}).items():
@@ -329,7 +328,10 @@ def _stage(target: Path, staging: Path, prefix: str, headers: Mapping[str, Heade
     total = sum(header.file_bytes for header in headers.values())
     create_staging(staging, total + sum(map(len, extra.values())), prefix, held=True)
     put_back(target)
-    _require_replaceable(target)
+    if target.exists():
+        if not target.is_dir():
+            raise FileExistsError(f"{target} exists and is not a folder")
+        require_replaceable(target)
     os.mkdir(staging / _FOLDER)
     for name, content in extra.items():
         write_bytes(staging / _FOLDER / name, content)
@@ -342,29 +344,11 @@ def _owned(tensors: Mapping[str, Stored], share: Mapping[str, Sequence[Box]]) ->
         yield from ((name, here[box]) for box in boxes)
 
 
-def _require_replaceable(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} exists and is not a folder")
-    there = {path.name for path in target.iterdir()}
-    if not there:
-        return
-    listed: set[str] = set()
-    for name in sorted(there):
-        if name.endswith(".safetensors"):
-            with suppress(ValueError):
-                listed = set(json.loads(read_header(target / name).metadata.get(_EXPORT_KEY, "[]")))
-            break
-    if not there <= listed:
-        raise FileExistsError(
-            f"{target} holds files that this function did not write ({', '.join(sorted(there - listed)[:5])}); "
-            "move them away or choose another folder"
-        )
-
-
 def _publish(folder: Path, target: Path) -> None:
     fsync_directory(folder)
+    if is_filled(target):
+        # Something may have been put there while this was written.
+        require_replaceable(target)
     # What was there is then in the staging folder, and goes with it.
     publish_folder(folder, target)
     fsync_directory(target.parent)

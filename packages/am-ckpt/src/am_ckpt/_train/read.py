@@ -40,6 +40,12 @@ def _place(pair: tuple[Source, Piece]) -> tuple[str, int]:
     return str(first.path), first.begin
 
 
+def num_threads() -> int:
+    """How many threads read at once: the cores that the other ranks of this machine leave, up to four."""
+    cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return max(1, min(4, cores))
+
+
 class _OwnBuffers(threading.local):
     """Each thread has its own."""
 
@@ -77,7 +83,6 @@ class Reader:
 
         Cut small, so that a large tensor is not left to one thread.
         """
-        cores = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         # Of threads, each has its own.
         inference = torch.is_inference_mode_enabled()
 
@@ -88,7 +93,7 @@ class Reader:
                 self.read(source, Piece(Box(offset, part.size), cut(piece.values, part)))
 
         ordered = sorted((pair for pair in wanted if pair[1].box.count), key=_place)
-        with ThreadPoolExecutor(max(1, min(4, cores))) as threads:
+        with ThreadPoolExecutor(num_threads()) as threads:
             parts = [
                 threads.submit(read, (source, piece, part))
                 for source, piece in ordered

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._files.step import Best, rank_best, read_complete, step_name, steps
+from am_ckpt._files.step import Best, rank_best, read_complete, read_manifest, step_name, steps
 from am_ckpt._io import point, remove
 
 
@@ -42,16 +44,50 @@ def pin_path(directory: Path, step: int) -> Path:
     return directory / f"{step_name(step)}.pin"
 
 
-def manifests_of(directory: Path, read: Callable[[Path], dict[str, Any]] = read_complete) -> dict[int, dict[str, Any]]:
-    """Manifests of the steps that `read` accepts (default: those whose files are all there), newest first."""
+def manifests_of(
+    directory: Path, read: Callable[[Path], dict[str, Any]] = read_complete, *, after: int = -1
+) -> dict[int, dict[str, Any]]:
+    """Manifests of the steps after `after` that `read` accepts (default: whose files are all there), newest first."""
     manifests = {}
     for step, path in steps(directory):
         try:
-            manifests[step] = read(path)
+            if step > after:
+                manifests[step] = read(path)
         except (ValueError, OSError):
             # Not counted and not deleted: a person may want to look at it.
             continue
     return manifests
+
+
+def set_damaged_aside(path: Path, problem: str) -> None:
+    """Rename a step so that it is neither loaded nor counted, and say so."""
+    aside = path.with_name(f".damaged-{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    warnings.warn(f"set a damaged checkpoint aside as {aside.name}: {problem}", stacklevel=2)
+
+
+def newer_steps(directory: Path, step: int) -> list[Path]:
+    """Complete steps of a higher number than `step`, the newest first."""
+    return [directory / step_name(number) for number in manifests_of(directory, after=step)]
+
+
+def require_disposable(directory: Path, path: Path) -> None:
+    """Raise `ValueError` where the steps of `directory` that are newer than the one in `path` may not be deleted."""
+    if path.resolve().parent != directory.resolve():
+        raise ValueError(f"discard_newer=True goes back to a step of {directory}; {path} is elsewhere")
+    step = int(read_manifest(path)["step"])
+    pinned = [newer.name for newer in newer_steps(directory, step) if newer.with_name(f"{newer.name}.pin").exists()]
+    if pinned:
+        raise ValueError(f"discard_newer=True would delete {', '.join(pinned)}, which is pinned: unpin it first")
+
+
+def discard_newer_steps(directory: Path, step: int) -> None:
+    """Delete the complete steps after `step`; of one that is a link, the link."""
+    for path in newer_steps(directory, step):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            remove(path)
 
 
 def tidy(directory: Path, keep: Keep, saved: int) -> None:

@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 from torch.optim import Optimizer
 
+from am_ckpt._files.safetensors import require_storable
 from am_ckpt._files.step import require_file_name
 from am_ckpt._io import own_lease
 from am_ckpt._train.module import extra_states, mesh_axes, stored_tensors
@@ -157,6 +158,7 @@ def _adapter_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
                 f"state['model'].state_dict()[{name!r}] must be a full plain tensor, it is {type(tensor).__name__}"
             )
         dtype_name(tensor.dtype, name)
+    require_storable(state)
     return state
 
 
@@ -167,6 +169,7 @@ def _describe(contents: Contents) -> Description:
         for name, tensor in tensors.items():
             if tensor.is_meta:
                 raise ValueError(f"{section} tensor {name!r} is on the meta device and has no values to store")
+            require_storable([name])
             described[section][name] = held(tensor, f"{section} tensor {name!r}")
     digests = {}
     size = sum(tensor.nbytes for tensor in (contents.adapter or {}).values())

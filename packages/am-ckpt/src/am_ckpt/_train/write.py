@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from am_ckpt import __version__
 from am_ckpt._files.box_digests import require_digested
 from am_ckpt._files.safetensors import Header, build_header, parse_json
 from am_ckpt._files.step import FORMAT, MANIFEST, STAGING, VERSION, checked_header, read_file, seal, step_name
@@ -160,7 +160,7 @@ def new_manifest(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "world_size": world_size,
         "axes": {},
-        "versions": {"am_ckpt": version("am-ckpt"), "torch": str(torch.__version__)},
+        "versions": {"am_ckpt": __version__, "torch": str(torch.__version__)},
         "metrics": {},
         "fingerprints": {},
         "mapping": None,

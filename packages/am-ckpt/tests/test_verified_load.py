@@ -1,0 +1,181 @@
+"""A load holds what it reads against the digests of the step: any flipped bit is found, wherever it is."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import am_ckpt
+from am_testing import run_distributed
+
+
+class Holder:
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def state_of(value: float, *, sharded: bool = False) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    nn.init.constant_(model[0].weight, value)
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=value)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "data": Holder([value, torch.tensor([value])])}
+
+
+def checkpointer(directory: Path | str, layout: Any) -> am_ckpt.Checkpointer:
+    return am_ckpt.Checkpointer(directory, layout=layout, max_shard_size=60, files={"config.json": '{"a": 1}\n'})
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("layout", ["sharded", "direct"])
+def test_a_flipped_bit_in_any_file_is_found(layout: str, tmp_path: Path) -> None:
+    checkpoints = checkpointer(tmp_path, layout)
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    checkpoints.pin(1)
+    files = sorted(path for path in (tmp_path / "step_000002").rglob("*") if path.is_file())
+    assert {path.parent.name for path in files} == {"step_000002", "model", "optim", "state"}
+    assert len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        # In the header, where there is one, and in the last byte of the data.
+        for position in (len(whole) // 3, -1):
+            flip(path, position)
+            before, state = checkpoints.digest(state_of(9)), state_of(9)
+            with pytest.raises(ValueError, match=f"step_000002/.*{path.name}"):
+                checkpoints.load(state, 2)
+            assert checkpoints.digest(state) == before, f"{path} was found too late"
+            with pytest.warns(UserWarning, match=rf"SKIPPED .* going back to step_000001: .*{path.name}"):
+                assert checkpoints.load(state) == 1
+            assert checkpoints.digest(state) == checkpoints.digest(state_of(1))
+            path.write_bytes(whole)
+    # What is not in the step decides nothing.
+    (tmp_path / "step_000001.pin").write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoints.load(state_of(9)) == 2
+
+
+def test_only_what_is_loaded_is_verified_and_not_without_being_asked(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    checkpoints.save(1, state_of(1))
+    weights = next((tmp_path / "step_000001" / "optim").iterdir())
+    flip(weights, -1)
+    state = state_of(9)
+    assert checkpoints.load({"model": state["model"]}) == 1
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints is whole: .*they hold 'exp_avg"):
+        checkpoints.load(state)
+    assert checkpoints.load(state, verify=False) == 1
+
+
+def test_an_adapter_is_verified(tmp_path: Path) -> None:
+    class Adapter:
+        def __init__(self, value: float) -> None:
+            self.weight = nn.Parameter(torch.full((3,), value))
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"a.weight": self.weight.detach()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.weight.data.copy_(state["a.weight"])
+
+        def named_parameters(self) -> Any:
+            yield "a.weight", self.weight
+
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    checkpoints.save(1, {"model": Adapter(1.0)})
+    flip(tmp_path / "step_000001" / "model" / "adapter_model.safetensors", -2)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged: .*they hold 'a\.weight'"):
+        checkpoints.load({"model": Adapter(2.0)}, 1)
+
+
+def on_two_ranks(directory: str, layout: str) -> list[str]:
+    """Every file of the newest step damaged in turn: what each rank hears, and what it has then."""
+    heard = []
+    checkpoints = checkpointer(directory, layout)
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step, sharded=True))
+    rank = torch.distributed.get_rank()
+    expected = checkpoints.digest(state_of(1, sharded=True))
+    for path in sorted((Path(directory) / "step_000002").glob("*/*.safetensors")):
+        torch.distributed.barrier()
+        if rank == 0:
+            flip(path, -1)
+        torch.distributed.barrier()
+        state = state_of(9, sharded=True)
+        try:
+            checkpoints.load(state, 2)
+        except ValueError as error:
+            heard.append(str(error))
+            assert path.name in heard[-1]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert checkpoints.load(state) == 1
+        assert sum("SKIPPED" in str(warning.message) for warning in caught) == (rank == 0)
+        assert checkpoints.digest(state) == expected
+        torch.distributed.barrier()
+        if rank == 0:
+            flip(path, -1)
+    return heard
+
+
+@pytest.mark.parametrize("layout", ["sharded", "direct"])
+def test_all_ranks_agree_on_what_is_damaged(layout: str, tmp_path: Path) -> None:
+    first, second = run_distributed(on_two_ranks, 2, str(tmp_path), layout)
+    assert first == second
+    assert len(first) >= 5
+    # On another number of ranks.
+    flip(sorted(tmp_path.glob("step_000002/optim/*.safetensors"))[-1], -1)
+    with pytest.warns(UserWarning, match="going back to step_000001"):
+        assert checkpointer(tmp_path, layout).load(state_of(9)) == 1
+
+
+def test_saving_over_a_step_whose_bytes_have_changed_writes_it_anew(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    checkpoints.save(1, state_of(1))
+    flip(next((tmp_path / "step_000001" / "model").iterdir()), -1)
+    with pytest.warns(UserWarning, match=r"set a damaged checkpoint aside as \.damaged-step_000001"):
+        checkpoints.save(1, state_of(1))
+    state = state_of(9)
+    assert checkpoints.load(state) == 1
+    assert checkpoints.digest(state) == checkpoints.digest(state_of(1))
+
+
+def test_retention_does_not_count_a_step_that_was_skipped(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1)
+    checkpoints.save(1, state_of(1))
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "kept")
+    checkpoints.save(5, state_of(5))
+    shutil.move(tmp_path / "kept", tmp_path / "step_000001")
+    flip(next((tmp_path / "step_000005" / "model").iterdir()), -1)
+    with pytest.warns(UserWarning, match="going back to step_000001"):
+        assert checkpoints.load(state_of(9)) == 1
+    with pytest.warns(UserWarning, match=r"set a damaged checkpoint aside as \.damaged-step_000005"):
+        checkpoints.save(2, state_of(2))
+    checkpoints.save(3, state_of(3))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003"]
+    assert checkpoints.load(state_of(9)) == 3
