@@ -40,11 +40,8 @@ def main(config: KdConfig) -> int:
     """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
     if config.kd_ratio > 0 and config.loss_fn != Target(DEFAULT_LOSS):
         raise config.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
-    with (
-        am_mesh.process_group(config.distributed.timeout_minutes) as device,
-        StopSignal() as stop,
-        run_dir.claim(config) as finished,
-    ):
+    minutes = config.distributed.timeout_minutes
+    with am_mesh.process_group(minutes) as device, StopSignal() as stop, run_dir.claim(config) as finished:
         return 0 if finished else train(config, device, stop)
 
 

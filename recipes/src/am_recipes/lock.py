@@ -1,7 +1,7 @@
 """One run at a time owns a run directory.
 
-The lock is `flock` on RUN/run.lock, so the system releases it when its process dies, however that happens. The file says
-who holds it, and is there only while somebody does; one that a killed process left is taken over.
+The lock is `flock` on RUN/run.lock, so the system releases it when its process dies, however that happens. The file
+says who holds it, and is there only while somebody does; one that a killed process left is taken over.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _acquire(file: Path) -> int:
-    """The descriptor of the locked file; a holder that ends removes file and folder, so look whether it is still that."""
+    """The descriptor of the locked file. A holder that ends removes it: what was locked may not be there any more."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -224,7 +224,8 @@ class Log:
         """End the log, once.
 
         `goal` is how long the run was asked to train, written to run.json as `finished`, with what else decided its
-        `ending`; leave them out where the run was stopped before. `next_steps` are shell commands to show, with `# ...` lines for comments.
+        `ending`; leave them out where the run was stopped before. `next_steps` are shell commands to show, with
+        `# ...` lines for comments.
         """
         if not self._active:
             return

@@ -31,11 +31,8 @@ from am_recipes.tokenizer import load_tokenizer
 
 def main(config: PretrainConfig) -> int:
     """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
-    with (
-        am_mesh.process_group(config.distributed.timeout_minutes) as device,
-        StopSignal() as stop,
-        run_dir.claim(config) as finished,
-    ):
+    minutes = config.distributed.timeout_minutes
+    with am_mesh.process_group(minutes) as device, StopSignal() as stop, run_dir.claim(config) as finished:
         return 0 if finished else train(config, device, stop)
 
 

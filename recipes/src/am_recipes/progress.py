@@ -17,8 +17,7 @@ import torch
 import am_mesh
 from am_recipes.launch import PREEMPTED
 
-
-_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 # A terminal gives one Ctrl-C to every process of a job, and torchrun passes it on to its workers once more.
 _SECONDS_OF_ONE_INTERRUPT = 1.0
 

@@ -88,7 +88,20 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.log.__exit__(kind, error, trace)
+        lost = error if isinstance(error, RuntimeError) and self._is_loss_of_a_rank(error) else None
+        if lost is None:
+            return self.log.__exit__(kind, error, trace)
+        told = ConnectionError(
+            f"another rank is gone or cannot be reached: what ended it is above, or in its own log; the same command "
+            f"continues from the latest checkpoint ({str(lost).splitlines()[0]})"
+        )
+        self.log.__exit__(ConnectionError, told, trace)
+        raise told from lost
+
+    def _is_loss_of_a_rank(self, error: RuntimeError) -> bool:
+        """Whether communication failed; gloo has no class of its own for that."""
+        failed = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+        return failed and self._dims.world_size > 1
 
     def begin(self, dataset: object, *facts: object) -> None:
         """Log what is known before the first step: what the dataset reports, where it does, and `facts`."""

@@ -182,7 +182,11 @@ def resume(
             "lengthen the run in step_scheduler, or choose another run_dir"
         )
     if step is not None and torch.distributed.get_rank() == 0:
-        verified = "all that was read has the digests it was saved with" if settings.verify else "not verified"
+        verified = (
+            "all that was read has the digests it was saved with"
+            if settings.verify
+            else "not verified (checkpoint.verify)"
+        )
         print(f"resumed from step {step} in {checkpoints.directory}: {verified}", flush=True)
     return step
 
