@@ -5,12 +5,14 @@ A new capability is a new row; a new recipe is a new column, and has to answer e
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from am_recipes.configs import RECIPES
@@ -84,6 +86,18 @@ def tokens_of_three_steps(recipe: str, folder: Path) -> dict[str, Any]:
     return {"step_scheduler": {"max_steps": None, "max_tokens": sum(tokens[:2]) + 1}}
 
 
+def trained_in_float32(run_dir: Path) -> None:
+    """What trains has float32 weights and optimizer state in the checkpoint; the export has the model's own dtype."""
+    state = runs.tensors(run_dir / "checkpoints" / "latest" / "optim")
+    moments = {name.removeprefix("optim/exp_avg/"): value for name, value in state.items() if "/exp_avg/" in name}
+    assert moments
+    assert {value.dtype for value in moments.values()} == {torch.float32}
+    weights = runs.tensors(run_dir / "checkpoints" / "latest" / "model")
+    assert {weights[f"model/{name}"].dtype for name in moments} == {torch.float32}
+    assert {value.dtype for value in runs.tensors(run_dir / "export").values()} == {torch.bfloat16}
+    assert json.loads((run_dir / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 Works = Callable[[Path], None]
 # By capability and recipe: what is changed in the tiny config, and what shows that it works or the refusal.
 ALL = tuple(RECIPES)
@@ -141,6 +155,13 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
         {"model": {"config": {"text_config": HUGE | {"num_key_value_heads": 64}}}},
         r"model needs \d{4}\.\d GiB",
     ),
+    **{
+        ("a model in half precision", recipe): (
+            {"model": {"dtype": None, "config": {"dtype": "bfloat16"}}},
+            trained_in_float32,
+        )
+        for recipe in ALL
+    },
     **{("length in tokens", recipe): (tokens_of_three_steps, three_steps) for recipe in ALL},
     **{
         ("a loss that is no sum", recipe): (

@@ -109,8 +109,8 @@ def test_a_users_collate_and_family_are_used(tmp_path: Path) -> None:
     run_dir = finished(tmp_path, **family, **collate, **loss)
     reference = finished(tmp_path, "reference", **loss)
     notes = "\n".join(json.loads((run_dir / "run.json").read_text())["notes"])
-    assert "norm       stock: no norm of llama" in notes
-    assert "rope       am_kernels (2 modules)" in notes
+    assert "stock: norm: no norm of llama" in notes
+    assert "rope: am_kernels (2 modules)" in notes
     assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
 
 

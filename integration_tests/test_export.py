@@ -83,6 +83,23 @@ def test_an_adapter_without_a_base_is_refused() -> None:
         configs.parse(CONFIG, LORA)
 
 
+@pytest.mark.parametrize("recipe", ["tiny.yaml", "pretrain/tiny.yaml", "kd/tiny.yaml"])
+def test_a_merge_that_would_fail_at_the_end_is_refused_at_the_start(recipe: str, tmp_path: Path) -> None:
+    options = ["--peft.r", "2", "--peft.target_modules", "[lm_head]", "--export.merge_adapter", "true"]
+    file, run_dir = f"recipes/configs/{recipe}", tmp_path / "run"
+    outcome = runs.command(file, "--run_dir", str(run_dir), "--model.config.tie_word_embeddings", "true", *options)
+    runs.require_refusal(outcome, 2, r"export\.merge_adapter", "cannot merge 'lm_head': its weight is shared as model")
+    assert not run_dir.exists()
+
+
+def test_an_export_folder_with_other_files_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "notes.txt").touch()
+    outcome = runs.command(str(CONFIG), "--run_dir", str(tmp_path / "run"))
+    runs.require_refusal(outcome, 1, r"export is not replaced: it holds notes\.txt")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def launched(run_dir: Path) -> None:
     """Two ranks of FSDP2 by the command that a user types."""
     command = [sys.executable, "-m", "am_recipes.cli", "finetune", "llm", "-c", str(CONFIG), "--nproc-per-node", "2"]

@@ -145,6 +145,20 @@ def test_fewer_steps_than_done_are_refused(uninterrupted: Path) -> None:
     assert metrics(run_dir)[-1]["step"] == 3
 
 
+def test_how_to_lengthen_a_finished_cosine_run_is_said_and_works(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"max_steps: 10 there, 12 now\n.*style=cosine .* from its export"):
+        sft.main(tiny(uninterrupted, step_scheduler__max_steps="12"))
+    base = {"model__config": "null", "model__name_or_path": str(uninterrupted / "export")}
+    more = {"step_scheduler__max_steps": "2", "lr_scheduler__warmup_steps": "2", "optimizer__lr": "4e-4"}
+    assert sft.main(tiny(tmp_path / "more", **base, **more)) == 0
+    # It begins where the other has ended.
+    first, last = (
+        [row["val_loss"] for row in metrics(folder) if "val_loss" in row]
+        for folder in (tmp_path / "more", uninterrupted)
+    )
+    assert first[0] == pytest.approx(last[-1], rel=1e-5)
+
+
 def test_another_runs_directory_is_refused(uninterrupted: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
     with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.002 there, 0\.5 now"):
@@ -166,6 +180,16 @@ def test_rows_once_over_kills_and_changes_of_world_size(tmp_path: Path, uninterr
         assert row.keys() == expected.keys()
         for key in row:
             assert row[key] == pytest.approx(expected[key], rel=1e-5), (key, row)
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_an_optimizer_that_is_fused_on_one_process_alone(worlds: tuple[int, int], tmp_path: Path) -> None:
+    """torch knows no fused SGD for sharded tensors: what one process chose for speed is not what the next one takes."""
+    options = {"optimizer___target_": "torch.optim.SGD", "optimizer__momentum": "0.9", "step_scheduler__max_steps": "3"}
+    first, second = worlds
+    kill_when(start(tmp_path, first, **options), tmp_path / "checkpoints" / "step_000001")
+    assert finish(start(tmp_path, second, **options)) == 0
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
 
 
 def test_a_resume_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from am_recipes.optim import build_optimizer, describe, schedule
-from am_recipes.schedules import NEEDS_TOTAL_STEPS, STYLES
+from am_recipes.schedules import DECAY_TYPES, NEEDS_TOTAL_STEPS, STYLES
 from am_testing import run_distributed
 
 
@@ -181,6 +181,30 @@ def test_wsd_that_decays_at_once_is_linear() -> None:
     )
 
 
+@pytest.mark.parametrize("decay_type", DECAY_TYPES)
+def test_the_decays_of_wsd(decay_type: str) -> None:
+    got = rate_of_every_step(
+        12, style="wsd", warmup_steps=3, total_steps=10, decay_steps=4, min_lr=0.5, decay_type=decay_type
+    )
+    shares = {
+        "linear": [3 / 4, 2 / 4, 1 / 4],
+        "cosine": [(1 + math.cos(math.pi * p / 4)) / 2 for p in (1, 2, 3)],
+        "1-sqrt": [1 - math.sqrt(p / 4) for p in (1, 2, 3)],
+    }
+    decay = [0.5 + 1.5 * share for share in shares[decay_type]]
+    assert got == pytest.approx([2 / 3, 4 / 3, 2.0, 2.0, 2.0, 2.0, *decay, 0.5, 0.5, 0.5], abs=1e-12)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_warmup_begins_where_it_is_told(style: str) -> None:
+    arguments = {"style": style, "warmup_steps": 5, "total_steps": 9}
+    got = rate_of_every_step(9, init_lr=0.4, **arguments)
+    assert got[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0], abs=1e-12)
+    assert got[5:] == rate_of_every_step(9, **arguments)[5:]
+    assert rate_of_every_step(9, init_lr=2.0 / 5, **arguments) == pytest.approx(rate_of_every_step(9, **arguments))
+    assert rate_of_every_step(2, init_lr=0.0, warmup_steps=2) == [0.0, 2.0]
+
+
 def test_inverse_sqrt() -> None:
     got = rate_of_every_step(16, style="inverse_sqrt", warmup_steps=4, total_steps=9)
     want = [0.5, 1.0, 1.5, 2.0] + [2.0 * math.sqrt(4 / step) for step in range(5, 17)]
@@ -255,6 +279,17 @@ def test_a_schedule_continues_where_it_was_saved() -> None:
             "decay_steps=5 must be between 1 and 4, the steps of total_steps=9 that follow step 5",
         ),
         ({"style": "cosine", "total_steps": 9, "decay_steps": 3}, "decay_steps=3 is for style='wsd'"),
+        ({"style": "cosine", "total_steps": 9, "decay_type": "1-sqrt"}, "decay_type=1-sqrt is for style='wsd'"),
+        (
+            {"style": "wsd", "total_steps": 9, "decay_type": "sqrt"},
+            "decay_type='sqrt' is unknown; choose one of linear",
+        ),
+        ({"warmup_steps": 3, "init_lr": 2.5}, "init_lr=2.5 is above the learning rate 2.0"),
+        ({"warmup_steps": 3, "init_lr": -0.5}, "init_lr=-0.5 must be a finite number"),
+        (
+            {"warmup_steps": 1, "init_lr": 0.5},
+            "init_lr=0.5 .* needs a warm-up after it, but warmup_steps=1; set that to 2",
+        ),
     ],
 )
 def test_impossible_schedules_are_refused(arguments: dict, message: str) -> None:

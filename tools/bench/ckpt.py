@@ -44,6 +44,8 @@ def table(result: dict[str, Any]) -> dict[str, Any]:
         "save / HuggingFaceStorageWriter, CPU": save["ratios"]["save cpu: am-ckpt / dcp-hf"],
         "direct save / sharded save and merge, wall": result["direct"]["direct / sharded and merged"],
         "safetensors and copy / load, wall": save["ratios"]["load wall: safetensors / am-ckpt"],
+        "load that verifies / one that does not, wall, warm": result["verified"]["warm wall: verified / not"],
+        "load that verifies / one that does not, wall, cold": result["verified"]["cold wall: verified / not"],
         "threads that only pread / load, wall": save["ratios"]["load wall: raw / am-ckpt"],
         ".distcp / load, wall": save["ratios"]["load wall: dcp / am-ckpt"],
         "asynchronous save / async_save, time blocked": save["ratios"]["blocked: am-ckpt / dcp"],
@@ -60,13 +62,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ckpt_bench"))
     parser.add_argument("--nemo-python", help="the Python of an environment with nemo-automodel")
-    parser.add_argument("--only", choices=("merge", "save", "direct"), help="print one part and write nothing")
+    parser.add_argument(
+        "--only", choices=("merge", "save", "verified", "direct"), help="print one part and write nothing"
+    )
     options = parser.parse_args()
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     parts = {
         "merge": lambda: ckpt_merge.run(options.folder, options.rounds, options.nemo_python),
         "save": lambda: ckpt_save.run(options.folder, options.rounds),
+        "verified": lambda: ckpt_save.verified(options.folder, options.rounds),
         "direct": lambda: ckpt_save.direct(options.folder, options.rounds),
     }
     result: dict[str, Any] = {}

@@ -143,7 +143,8 @@ def child(method: str, source: str, target: str) -> None:
         from am_ckpt import merge
 
         def action() -> None:
-            merge(source, target, threads=int(arguments[0]), fsync="fsync" in arguments, digest="digest" in arguments)
+            options = {name: name in arguments for name in ("fsync", "digest")}
+            merge(source, target, threads=int(arguments[0]), assume_complete=True, **options)
 
     elif kind == "plan":
         from am_ckpt._copy.plan import plan_jobs

@@ -5,8 +5,11 @@ paired by round, the page cache is warm, torch has one thread. The model is thre
 
 save: durable as each does it by default: am-ckpt fsyncs and digests, `FileSystemWriter` fsyncs files, the Hugging
 Face writer and safetensors do neither; `raw` is fallocate, pwrite and fsync of the same bytes.
-load: into existing parameters; am-ckpt reads with as many threads as there are cores, up to four; `raw` is as many
-threads that do nothing but pread into the same memory, which is as fast as reads without mmap can be.
+load: into existing parameters, with no look at digests, as the others; am-ckpt reads with as many threads as there are
+cores, up to four; `raw` is as many threads that do nothing but pread into the same memory, which is as fast as reads
+without mmap can be.
+verified: a load that holds all bytes against their digests first, as it does by default, against one that does not;
+warm, and after the page cache was told to forget the files.
 async: how long a save blocks its caller, after the one before has ended; torch as it is by default, and with a stager
 that is kept, to use its memory again; `copy` is a copy into warm memory.
 direct: four processes save their FSDP shards into the final files, against saving shards and merging them afterwards.
@@ -104,7 +107,7 @@ def loader(method: str, model, path: Path) -> Callable[[], None]:
 
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if method == "am-ckpt":
-        return lambda: am_ckpt.Checkpointer(path).load({"model": model}) and None
+        return lambda: am_ckpt.Checkpointer(path).load({"model": model}, verify=False) and None
     if method == "dcp":
         return lambda: dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     if method == "dcp-hf":
@@ -267,6 +270,40 @@ def hundred_saves(folder: Path) -> dict[str, int]:
         resident[f"bytes after {step}"] = resident_bytes()
     shutil.rmtree(folder / "hundred")
     return {key: resident[key] for key in ("bytes after 5", "bytes after 100")}
+
+
+def verified(folder: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of a load with and without verification, in turn."""
+    import am_ckpt
+
+    am_ckpt.Checkpointer(folder / "verified").save(1, {"model": build(fill=True)})
+    model = build(fill=False)
+    files = [path for path in (folder / "verified").rglob("*") if path.is_file()]
+    rows: dict[str, dict[bool, list[tuple[float, float]]]] = {}
+    for cache in ("warm", "cold"):
+        rows[cache] = {True: [], False: []}
+        for _ in range(rounds + 1):
+            for verify, measured in rows[cache].items():
+                for path in files if cache == "cold" else ():
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.close(descriptor)
+                checkpoints = am_ckpt.Checkpointer(folder / "verified")
+                measured.append(measure(functools.partial(checkpoints.load, {"model": model}, verify=verify)))
+    shutil.rmtree(folder / "verified")
+    result: dict[str, Any] = {"bytes": sum(p.nbytes for p in model.parameters())}
+    for cache, both in rows.items():
+        # The first round warms up.
+        pairs = [*zip(both[True][1:], both[False][1:], strict=True)]
+        for index, unit in enumerate(("wall", "cpu")):
+            result[f"{cache} {unit}: verified / not"] = round(
+                statistics.median(a[index] / b[index] for a, b in pairs), 3
+            )
+        result[f"{cache} seconds"] = {
+            "verified": statistics.median(a[0] for a, _ in pairs),
+            "not": statistics.median(b[0] for _, b in pairs),
+        }
+    return result
 
 
 RANKS = 4

@@ -190,7 +190,7 @@ def _flips(folders: list[Path], count: int, seed: int) -> dict[str, Any]:
             content[place] ^= 1 << chance.randrange(8)
             path.write_bytes(content)
             try:
-                seen = am_ckpt.verify(folder, full=True).exit_code != 0
+                seen = am_ckpt.verify(folder, full=True, assume_complete=True).exit_code != 0
             except (ValueError, OSError):
                 seen = True
             path.write_bytes(original)
@@ -352,8 +352,8 @@ def attempt(checkpoint: Path, target: Path) -> str:
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         am_ckpt.inspect(checkpoint)
-        am_ckpt.verify(checkpoint, full=True)
-        am_ckpt.merge(checkpoint, target, threads=1, fsync=False)
+        am_ckpt.verify(checkpoint, full=True, assume_complete=True)
+        am_ckpt.merge(checkpoint, target, threads=1, fsync=False, assume_complete=True)
         return "read"
     except (ValueError, OSError) as error:
         if not str(error).strip():

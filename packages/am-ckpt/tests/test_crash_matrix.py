@@ -76,6 +76,15 @@ def test_every_point(writer: str, run: Callable[..., dict[str, Any]]) -> None:
     require_no_violations(result, 3)
 
 
+@pytest.mark.slow
+def test_torch_checkpointing_beside_ours(run: Callable[..., dict[str, Any]]) -> None:
+    """Kills and errors do it no harm; it does not wait for the disk before it renames."""
+    pytest.importorskip("torch_checkpointing", reason="run where `pip install torch_checkpointing` was")
+    result = run("torch_checkpointing_save", power_cuts=3)
+    assert result["violations"] == []
+    assert {violation["verdict"] for violation in result["power_cuts"]["violations"]} <= {"lost", "lied"}
+
+
 def test_the_matrix_finds_what_is_wrong_with_overwriting_a_file(run: Callable[..., dict[str, Any]]) -> None:
     result = run("torch_save", kinds=("kill", "ENOSPC"), power_cuts=1)
     assert {violation["verdict"] for violation in result["violations"]} == {"lost"}

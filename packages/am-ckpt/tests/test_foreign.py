@@ -33,9 +33,9 @@ def shards(folder: Path) -> None:
         save_file(part, folder / name, metadata={"DCP_SHARDING_INFO": info, "DCP_VERSION": "1.0"})
 
 
-def merged(source: Path) -> tuple[am_ckpt.MergeReport, dict[str, torch.Tensor]]:
+def merged(source: Path, **options: Any) -> tuple[am_ckpt.MergeReport, dict[str, torch.Tensor]]:
     target = source.with_name("merged")
-    report = am_ckpt.merge(source, target)
+    report = am_ckpt.merge(source, target, **options)
     return report, load_file(target / "model.safetensors")
 
 
@@ -54,7 +54,7 @@ def test_nemo_automodel_sharded(tmp_path: Path) -> None:
     (beside / "config.json").write_text('{"model_type": "llama"}')
     (beside / "tokenizer.json").write_text("{}")
     (beside / "fqn_to_file_index_mapping.json").write_text("{}")
-    report, found = merged(folder)
+    report, found = merged(folder, assume_complete=True)
     assert_same(found)
     assert report.files == ["config.json", "model.safetensors", "tokenizer.json"]
     assert "the model is in the folder 'model'" in report.notes
@@ -102,7 +102,7 @@ def test_torchtitan(tmp_path: Path, capsys: Any) -> None:
     assert main(["inspect", str(tmp_path / "checkpoint")]) == 1
     assert f"several checkpoints; give one of them, such as {folder}" in capsys.readouterr().err
     shards(tmp_path / "step-4" / "sharded")
-    assert_same(merged(tmp_path / "step-4" / "sharded")[1])
+    assert_same(merged(tmp_path / "step-4" / "sharded", assume_complete=True)[1])
 
 
 def test_accelerate(tmp_path: Path, capsys: Any) -> None:

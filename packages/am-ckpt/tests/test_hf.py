@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -200,6 +201,36 @@ def test_fused_experts_come_from_and_go_to_per_expert_files(world_size: int, tmp
     assert all(torch.equal(ours[name], value) for name, value in stock.items())
 
 
+def rounded(folder: str, out: str) -> None:
+    model = on_meta("qwen3_moe")
+    records = expert_mapping(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    am_ckpt.load_hf(model, folder, mapping=records)
+    names = [name for name, _ in model.named_parameters() if "norm" not in name]
+    am_ckpt.save_hf(model, out, mapping=records, files_from=folder, dtypes=dict.fromkeys(names, torch.bfloat16))
+    same_tensors(model, transformers.Qwen3MoeForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_files_may_hold_parameters_in_another_dtype(world_size: int, tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "stock")
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    run_distributed(rounded, world_size, str(tmp_path / "stock"), str(tmp_path / "out"))
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == stock.keys()
+    for name, value in stock.items():
+        expected = value if "norm" in name else value.bfloat16()
+        assert ours[name].dtype == expected.dtype
+        assert torch.equal(ours[name], expected)
+
+
+def test_a_dtype_for_no_parameter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"dtypes: 'wieght' cannot be written as torch\.bfloat16; .*nearest.*weight"):
+        am_ckpt.save_hf(nn.Linear(2, 2), tmp_path / "out", dtypes={"wieght": torch.bfloat16})
+    with pytest.raises(ValueError, match=r"dtypes: 'weight' cannot be written as torch\.int8"):
+        am_ckpt.save_hf(nn.Linear(2, 2), tmp_path / "out", dtypes={"weight": torch.int8})
+
+
 def transposed(folder: str) -> torch.Tensor:
     with torch.device("meta"):
         model = nn.Linear(6, 5, bias=False)
@@ -301,22 +332,67 @@ def test_initial_values_depend_on_name_and_seed_alone(tmp_path: Path) -> None:
     assert not one["first.lora_B"].any()
 
 
+class Scaled(nn.Module):
+    """Its child starts as this says, not as torch's Linear does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(40, 50, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.linear.weight, std=3.0)
+
+
 def test_a_whole_model_can_be_initialised_without_files() -> None:
-    first, second = on_meta("llama"), on_meta("llama")
-    am_ckpt.load_hf(first, None, initialise=("*",), seed=1)
-    am_ckpt.load_hf(second, None, initialise=("*",), seed=1)
-    same_tensors(first, second)
-    # What Llama's own initialisation says: normal with initializer_range, norms of one.
-    assert first.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert torch.equal(first.model.norm.weight, torch.ones(32))
+    def initialised(seed: int) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Embedding(10, 40), Scaled(), nn.LayerNorm(50))
+        am_ckpt.load_hf(model, None, initialise=("*",), seed=seed)
+        return model.state_dict()
+
+    first, second, other = initialised(1), initialised(1), initialised(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["1.linear.weight"].std().item() == pytest.approx(3.0, rel=0.1)
+    assert torch.equal(first["2.weight"], torch.ones(50))
+    assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
-def test_a_new_head_of_a_transformers_model_starts_as_its_family_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "head"])
+def test_what_a_transformers_model_starts_from_is_for_its_family_to_say(kind: str, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path)
     with torch.device("meta"):
         model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=50))
-    am_ckpt.load_hf(model, tmp_path, initialise=("score.*",), ignore=("lm_head.*",))
-    assert model.score.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    folder, names = (None, ("*",)) if kind == "llama" else (tmp_path, ("score.*",))
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification of transformers; pass initialiser=am_models"):
+        am_ckpt.load_hf(model, folder, initialise=names, ignore=("lm_head.*",))
+
+
+def drawn(model: nn.Module, name: str) -> torch.Tensor:
+    """An initialiser of the caller's own."""
+    return torch.randn(model.get_parameter(name).shape) + 100
+
+
+def with_drawn_bias(folder: str) -> dict[str, torch.Tensor]:
+    with torch.device("meta"):
+        model = checkpoint_wrapper(nn.Sequential(OrderedDict(first=nn.Linear(6, 8), second=nn.Linear(8, 4))))
+    if dist.get_world_size() > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    am_ckpt.load_hf(model, folder, initialise=("*bias",), initialiser=drawn, seed=3)
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
+
+
+def test_an_initialiser_gives_whole_values_of_wrapped_and_sharded_models(tmp_path: Path) -> None:
+    layers = nn.Sequential(OrderedDict(first=nn.Linear(6, 8), second=nn.Linear(8, 4)))
+    save_file(
+        {name: value for name, value in layers.state_dict().items() if "weight" in name}, tmp_path / "model.safetensors"
+    )
+    one = run_distributed(with_drawn_bias, 1, str(tmp_path))[0]
+    four = run_distributed(with_drawn_bias, 4, str(tmp_path))[3]
+    assert all(torch.equal(one[name], four[name]) for name in one)
+    assert {name.rpartition(".")[2] for name in one if (one[name] > 90).all()} == {"bias"}
+    with pytest.raises(ValueError, match=r"the initialiser gave \[1\] for 'first.bias', which is \[8\]"):
+        am_ckpt.load_hf(layers, tmp_path, initialise=("*bias",), initialiser=lambda model, name: torch.zeros(1))
 
 
 def test_values_are_cast_to_the_parameters_dtype(tmp_path: Path) -> None:
@@ -360,8 +436,9 @@ class Opaque(nn.Module):
         self.register_buffer("table", torch.arange(3.0), persistent=False)
 
 
-def fill_table(module: nn.Module) -> None:
-    module.table.copy_(torch.arange(3.0))
+def table(model: nn.Module, name: str) -> torch.Tensor:
+    assert name == "table"
+    return torch.arange(3.0)
 
 
 def test_a_buffer_that_nothing_recomputes_is_named(tmp_path: Path) -> None:
@@ -372,7 +449,7 @@ def test_a_buffer_that_nothing_recomputes_is_named(tmp_path: Path) -> None:
         am_ckpt.load_hf(model, tmp_path)
     with torch.device("meta"):
         model = Opaque()
-    am_ckpt.load_hf(model, tmp_path, initialiser=fill_table)
+    am_ckpt.load_hf(model, tmp_path, initialiser=table)
     assert torch.equal(model.table, torch.arange(3.0))
 
 

@@ -135,13 +135,6 @@ def test_a_writer_of_another_machine_that_renews_its_lease_keeps_others_out(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == [".staging-step_000001-other"]
 
 
-def test_a_staging_folder_that_is_not_signed_yet_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".staging-step_000007-new").mkdir()
-    am_ckpt.Checkpointer(tmp_path).save(2, model_of())
-    assert ".staging-step_000007-new" in [path.name for path in tmp_path.iterdir()]
-    assert am_ckpt.Checkpointer(tmp_path).load(model_of()) == 2
-
-
 def filled(directory: Path, **keep: Any) -> am_ckpt.Checkpointer:
     checkpoints = am_ckpt.Checkpointer(directory, **keep)
     for step in (10, 20, 30):

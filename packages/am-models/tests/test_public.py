@@ -15,6 +15,7 @@ def test_public_names():
         "RouterLoss",
         "forward_with_loss",
         "further_targets",
+        "initial_value",
         "multi_axis_positions",
         "num_position_axes",
         "optimize",

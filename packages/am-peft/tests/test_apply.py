@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from am_peft import LoraLinear, apply_lora, initialise_lora, merge_lora, trainable_report
+from am_peft import LoraLinear, apply_lora, cannot_merge, initialise_lora, merge_lora, trainable_report
 
 # peft 0.21 asks transformers 5.23 under a name that is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -341,6 +341,17 @@ def test_tied_weights_are_refused_where_they_would_be_wrong():
     model = apply_lora(llama(tie_word_embeddings=True), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="cannot merge 'lm_head': its weight is shared"):
         merge_lora(model)
+
+
+def test_what_cannot_be_merged_is_known_before_there_are_values():
+    with torch.device("meta"):
+        tied, apart = llama(tie_word_embeddings=True), llama()
+    assert cannot_merge(tied) == "the model has no LoRA to merge; apply_lora or load_adapter comes first"
+    reason = cannot_merge(apply_lora(tied, LoraConfig(target_modules=["lm_head"])))
+    assert reason.startswith(
+        "cannot merge 'lm_head': its weight is shared as model.embed_tokens.weight, lm_head.weight;"
+    )
+    assert cannot_merge(apply_lora(apart, LoraConfig(target_modules=["lm_head"]))) is None
 
 
 def test_a_head_that_peft_would_train_must_be_named():

@@ -180,3 +180,12 @@ def test_names_ignore_compile_and_checkpoint_wrappers():
     # Nothing runs, and importing the default backend warns in torch 2.11.
     assert adapter_state_dict(torch.compile(model, backend="eager")).keys() == expected
     assert isinstance(model.get_submodule("model.layers.0._checkpoint_wrapped_module.self_attn.q_proj"), LoraLinear)
+
+
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path):
+    save_adapter(apply_lora(llama(), LoraConfig(target_modules=["q_proj"])), tmp_path / "adapter")
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}
+    assert modes == dict.fromkeys(
+        ("adapter_config.json", "adapter_model.safetensors"), (tmp_path / "plain").stat().st_mode
+    )

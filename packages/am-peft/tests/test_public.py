@@ -20,6 +20,7 @@ def test_all_is_the_documented_names():
         "adapter_files",
         "adapter_state_dict",
         "apply_lora",
+        "cannot_merge",
         "freeze",
         "initialise_lora",
         "load_adapter",

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import am_ckpt
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import checks, routing, sources
+from am_recipes import checks, ending, precision, routing, sources
 from am_recipes.configs import RunConfig
 from am_recipes.sections import Distributed
 from am_recipes.settings import Target
@@ -40,13 +40,15 @@ class Weights(NamedTuple):
 class Built(NamedTuple):
     """A model with what the loop, a checkpoint and an export of it need.
 
-    model: laid out, with weights. state: what a checkpoint stores of it, the adapter alone where there is one.
-    report: which parts run on our kernels. router: its losses, and how evenly its experts are used.
-    mapping: published names of its weights. files: beside the weights of a checkpoint; export_files: beside those of an
-    export. base: the folder its first weights are from, base_name: how an adapter names it; None for a random model.
+    model: laid out, with weights. precision: the dtypes it trains, computes and is exported in. state: what a
+    checkpoint stores of it, the adapter alone where there is one. report: which parts run on our kernels. router: its
+    losses, and how evenly its experts are used. mapping: published names of its weights. files: beside the weights of a
+    checkpoint; export_files: beside those of an export. base: the folder its first weights are from, base_name: how an
+    adapter names it; None for a random model.
     """
 
     model: PreTrainedModel
+    precision: precision.Precision
     state: PreTrainedModel | am_peft.Adapter
     report: am_models.OptimizeReport
     router: routing.Routing
@@ -55,6 +57,10 @@ class Built(NamedTuple):
     export_files: Mapping[str, bytes]
     base: Path | None
     base_name: str | None
+
+    def facts(self) -> tuple[object, ...]:
+        """What the log says of the model."""
+        return self.report, self.precision
 
     def weights(self, others: Mapping[str, Path | None] | None = None) -> Weights:
         """What a checkpoint says of the weights.
@@ -97,21 +103,28 @@ def build(
         checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
         checks.require_adapter_alone(model)
+    checks.require_export(config, model)
+    chosen = precision.choose(model, config)
     report = _optimize(config, model, losses)
     checks.require_loss(config.loss_fn.callable(), model, device)
     mapping = _weight_map(model, folder)
     files = model_files(model, tokenizer, folder)
     router = routing.routing(config, model, report)
     fresh = ("*lora_*",) if folder else ("*",)
-    _lay_out(config, model, config.distributed, dims, device, folder, mapping, fresh, "model")
+    layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
+    _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
+    # Again: a layer that the layout has wrapped cannot be merged.
+    checks.require_export(config, model)
+    chosen = precision.measured(chosen, model, dims)
     if separate_documents:
         am_models.require_separate_documents(model)
     if peft is None:
-        return Built(model, model, report, router, mapping, files, files, None, None)
+        return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
-    adapter_files = am_peft.adapter_files(model, base_model_name_or_path=base)
-    return Built(model, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
+    own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)
+    adapter_files = {**own, **reader_files(model, tokenizer, folder)}
+    return Built(model, chosen, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
 
 
 def build_teacher(
@@ -131,7 +144,8 @@ def build_teacher(
         model.config.get_text_config().output_router_logits = False
     mapping = _weight_map(model, folder)
     model.requires_grad_(False).eval()
-    _lay_out(config, model, layout, dims, device, folder, mapping, () if folder else ("*",), "teacher_model")
+    fresh = () if folder else ("*",)
+    _lay_out(config, model, layout.options(), dims, device, folder, mapping, fresh, "teacher_model")
     if separate_documents:
         am_models.require_separate_documents(model)
 
@@ -144,11 +158,14 @@ def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
     if config.peft is not None and not config.export.merge_adapter:
         am_peft.save_adapter(built.model, folder, base_model_name_or_path=built.base_name)
         if torch.distributed.get_rank() == 0:
-            tokenizer.save_pretrained(folder)
+            for name, content in reader_files(built.model, tokenizer, built.base).items():
+                (folder / name).write_bytes(content)
         return
     if config.peft is not None:
         am_peft.merge_lora(built.model)
-    am_ckpt.save_hf(built.model, folder, mapping=built.mapping, files=built.export_files)
+    am_ckpt.save_hf(
+        built.model, folder, mapping=built.mapping, files=built.export_files, dtypes=built.precision.exported
+    )
 
 
 def model_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | None) -> dict[str, bytes]:
@@ -158,12 +175,23 @@ def model_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | Non
     Call it before the layout: FSDP2 renames the class.
     """
     model.config.architectures = [type(model).__name__]
-    with tempfile.TemporaryDirectory() as temporary:
-        for part in (model.config, model.generation_config, tokenizer):
-            part.save_pretrained(temporary)
-        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
     original = am_ckpt.hf_files(folder) if folder is not None else {}
-    return {name: path.read_bytes() for name, path in original.items()} | written
+    read = {name: path.read_bytes() for name, path in original.items()}
+    return read | _written(model.config) | reader_files(model, tokenizer, folder)
+
+
+def reader_files(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path | None) -> dict[str, bytes]:
+    """What a model is asked with, by file name: tokenizer and template, and the generation config that stops it.
+
+    An adapter has them too: no library reads a generation config from there by itself, but its reader can.
+    """
+    return _written(tokenizer) | {ending.GENERATION_CONFIG: ending.generation_config(model, folder)}
+
+
+def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as temporary:
+        part.save_pretrained(temporary)
+        return {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
 
 
 def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
@@ -183,7 +211,7 @@ def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, A
 def _lay_out(
     config: RunConfig,
     model: PreTrainedModel,
-    layout: Distributed,
+    layout: Mapping[str, Any],
     dims: am_mesh.ParallelDims,
     device: torch.device,
     folder: Path | None,
@@ -192,6 +220,14 @@ def _lay_out(
     key: str,
 ) -> None:
     """Parallel layout, then weights straight into the shards."""
-    am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout.options())
+    am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout)
     checks.require_memory(model, device, key)
-    am_ckpt.load_hf(model, folder, mapping=mapping, initialise=fresh, seed=config.seed, device=device)
+    am_ckpt.load_hf(
+        model,
+        folder,
+        mapping=mapping,
+        initialise=fresh,
+        initialiser=am_models.initial_value,
+        seed=config.seed,
+        device=device,
+    )

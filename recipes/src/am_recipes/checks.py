@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import am_ckpt
 import am_data
 import am_loss
 import am_models
 import am_peft
-from am_recipes.configs import DEFAULT_LOSS
+from am_recipes.configs import DEFAULT_LOSS, RunConfig
 from am_recipes.settings import Target
 
 if TYPE_CHECKING:
@@ -234,6 +235,17 @@ def require_adapter_alone(model: nn.Module) -> None:
             f"{len(lost)} parameters would train beside the adapter, such as {lost[0]}, and its files would not hold "
             "them; name their modules in peft.modules_to_save instead of unfreezing them"
         )
+
+
+def require_export(config: RunConfig, model: nn.Module) -> None:
+    """Refuse what `build.export` would refuse when the run is over: ConfigError, FileExistsError. It writes nothing."""
+    whole = config.export.enabled and (config.peft is None or config.export.merge_adapter)
+    if whole and config.peft is not None:
+        reason = am_peft.cannot_merge(model)
+        if reason is not None:
+            raise config.error("export.merge_adapter", f"is true, and at the end of the run am_peft {reason}")
+    if whole and (config.run_dir / "export").exists():
+        am_ckpt.require_replaceable(config.run_dir / "export")
 
 
 def require_trained(model: nn.Module, parts: Iterable[str], folder: Path) -> None:

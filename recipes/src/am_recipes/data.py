@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import am_data
 import am_mesh
 from am_recipes.configs import RunConfig
+
+IGNORED = -100
 
 
 def loader(
@@ -66,8 +69,7 @@ def shares_rows(config: RunConfig, dataset: am_data.Dataset | am_data.Stream) ->
     """
     if not isinstance(dataset, am_data.Dataset):
         return True
-    spread = {len(dataset) * part // 16 for part in range(16)}
-    samples = [dataset[index] for index in sorted(spread)]
+    samples = _spread_samples(dataset)
     if not all(isinstance(sample, Mapping) for sample in samples):
         return True
     collate = config.dataloader.collate
@@ -77,9 +79,74 @@ def shares_rows(config: RunConfig, dataset: am_data.Dataset | am_data.Stream) ->
     return "document_ids" in batch and int(batch["document_ids"].max()) > 1
 
 
+def spread(dataset: am_data.Dataset) -> list[am_data.Example]:
+    """The examples of sixteen samples from all over `dataset`."""
+    samples = _spread_samples(dataset)
+    return [each for sample in samples for each in ([sample] if isinstance(sample, Mapping) else sample)]
+
+
+def _spread_samples(dataset: am_data.Dataset) -> list[am_data.Sample]:
+    return [dataset[index] for index in sorted({len(dataset) * part // 16 for part in range(16)})]
+
+
+def facts(
+    config: RunConfig,
+    dataset: am_data.Dataset | am_data.Stream,
+    held_out: Mapping[str, am_data.Dataset | am_data.Stream],
+    loader: am_data.DataLoader,
+) -> list[str]:
+    """What is to be said of the data beside the report of `dataset`: the held-out rows, and what a step holds."""
+    lines = []
+    for name, rows in held_out.items():
+        if isinstance(rows, am_data.Reported):
+            lines.append(f"{name}: {rows.report}")
+        theirs, ours = _rendering(rows), _rendering(dataset)
+        if None not in (theirs, ours) and theirs != ours:
+            lines.append(f"WARNING {name} is rendered with another chat template than the rows that train")
+    return [*lines, step_size(config.step_scheduler.global_batch_size, dataset, loader, config.dataloader.drop_last)]
+
+
+def template_variables(dataset: am_data.Dataset | am_data.Stream) -> Mapping[str, Any]:
+    """What the template of `dataset` was given, which a prompt is rendered with too."""
+    return dataset.chat_template_kwargs if isinstance(dataset, am_data.Rendered) else {}
+
+
+def _rendering(rows: object) -> tuple[str | None, dict[str, Any]] | None:
+    return (rows.chat_template, dict(rows.chat_template_kwargs)) if isinstance(rows, am_data.Rendered) else None
+
+
+def step_size(
+    global_batch_size: int, dataset: am_data.Dataset | am_data.Stream, loader: am_data.DataLoader, drop_last: bool
+) -> str:
+    """What an optimizer step holds on average, and where the last one of an epoch is another."""
+    if not isinstance(dataset, am_data.Dataset):
+        return f"a step is {global_batch_size} samples of a stream"
+    samples, examples, tokens = loader.num_samples, len(dataset), int(dataset.lengths.sum())
+    name = "rows" if samples == examples else "packs"
+    each = "" if samples == examples else f"{examples / samples * global_batch_size:,.1f} rows, "
+    lines = [
+        f"a step is {global_batch_size} {name}: on average {each}{tokens / samples * global_batch_size:,.0f} tokens"
+    ]
+    steps, rest = divmod(samples, global_batch_size)
+    if rest and drop_last:
+        lines.append(f"an epoch is {_steps(steps)}; dataloader.drop_last leaves {rest} of {samples} {name} out of each")
+    elif rest:
+        lines.append(f"an epoch is {_steps(steps + 1)}, the last of {rest} instead of {global_batch_size}")
+        if 2 * rest < global_batch_size and steps:
+            lines.append("at the same learning rate, so each of them moves the model more than others do;")
+            lines.append("dataloader.drop_last leaves such a step out")
+    else:
+        lines.append(f"an epoch is {_steps(steps)}")
+    return "\n".join(lines)
+
+
+def _steps(number: int) -> str:
+    return f"{number:,} step{'' if number == 1 else 's'}"
+
+
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:
     """Targets in the micro-batches of this rank."""
-    return sum(int((batch["shift_labels"] != -100).sum()) for batch in micro_batches)
+    return sum(int((batch["shift_labels"] != IGNORED).sum()) for batch in micro_batches)
 
 
 def count_tokens(micro_batches: Sequence[am_data.Batch]) -> int:

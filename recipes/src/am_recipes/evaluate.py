@@ -45,13 +45,20 @@ def evaluate(
 
 
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    variables: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs, decoded greedily with the tokenizer's chat template. Every rank calls it."""
+    """(prompt, answer) pairs, decoded greedily with the tokenizer's chat template and its `variables`.
+
+    Every rank calls it.
+    """
     answers = []
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **variables)
         # The template has written the special tokens.
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
         answers.append((prompt, _written(model, tokenizer, inputs, max_new_tokens, do_sample=False)))

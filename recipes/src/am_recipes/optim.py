@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from am_recipes.muon import MuonWithAdamW
-from am_recipes.schedules import Style, multiplier, require_rate
+from am_recipes.schedules import DecayType, Style, multiplier, require_rate
 
 # One fused call costs 0.2 ms for 30 small tensors on one CPU core and 2 ms for 300; foreach 0.6 and 8, the loop 0.9
 # and 10 (torch 2.15, AdamW). On CUDA, fused is one or two kernels.
@@ -123,25 +123,29 @@ def schedule(
     total_steps: int | None = None,
     min_lr: float = 0.0,
     decay_steps: int | None = None,
+    init_lr: float | None = None,
+    decay_type: DecayType | None = None,
 ) -> LambdaLR:
     """Linear warm-up, then `style`. Call `.step()` once after each optimizer step.
 
-    Counting optimizer steps from 1: the first takes `lr / warmup_steps` (the full rate without warm-up), step
-    `warmup_steps` the full rate. After it step s takes `min_lr + (lr - min_lr) * f`, with w = max(warmup_steps, 1):
+    Counting optimizer steps from 1: the first takes `init_lr`, by default `lr / warmup_steps` (the full rate without
+    warm-up), step `warmup_steps` the full rate, those between lie on a line. After it step s takes
+    `min_lr + (lr - min_lr) * f`, with w = max(warmup_steps, 1):
 
     - `constant`: f = 1, whatever `min_lr` is.
     - `linear` and `cosine`: f = 1 - p and (1 + cos(pi p)) / 2 with p = (s - w) / (total_steps - w).
-    - `wsd` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395; its decay linear as in arXiv:2405.18392): f = 1 up to
-      step `total_steps - decay_steps`, then (total_steps - s) / decay_steps. `decay_steps` is by default a tenth of
-      the run, at least one step and at most what the warm-up leaves.
+    - `wsd` (warm-up, stable, decay: MiniCPM, arXiv:2404.06395; its decays as in arXiv:2405.18392): f = 1 up to step
+      `total_steps - decay_steps`, and with p = (s - (total_steps - decay_steps)) / decay_steps after it `decay_type`:
+      `linear` (the default) 1 - p, `cosine` (1 + cos(pi p)) / 2, `1-sqrt` 1 - sqrt(p). `decay_steps` is by default a
+      tenth of the run, at least one step and at most what the warm-up leaves.
     - `inverse_sqrt` (Vaswani et al. 2017, section 5.3): `lr * sqrt(w / s)`, never below `min_lr`, without an end.
 
     The styles of `am_recipes.schedules.NEEDS_TOTAL_STEPS` take `min_lr` at step `total_steps` and any after it; the
     others may leave `total_steps` out. `lr` is the rate that the optimizer was built with; groups with another rate (an
     `lr_mult`, the AdamW part of Muon) keep their proportion to it throughout, down to that proportion of `min_lr`.
 
-    Raises ValueError on an unknown style, a negative number, `min_lr` above the rate, a warm-up longer than the run,
-    a decay that does not fit behind it or is given to another style.
+    Raises ValueError on an unknown style or decay, a negative number, `min_lr` or `init_lr` above the rate, a warm-up
+    longer than the run or too short for an `init_lr`, a decay that does not fit behind it or is given to another style.
     """
     factor = multiplier(
         style,
@@ -150,6 +154,8 @@ def schedule(
         total_steps=total_steps,
         min_lr=min_lr,
         decay_steps=decay_steps,
+        init_lr=init_lr,
+        decay_type=decay_type,
     )
     return LambdaLR(optimizer, factor)
 

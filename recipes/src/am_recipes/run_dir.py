@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,10 +136,25 @@ def already_finished(
         raise lock.Refused(
             f"{run_dir} holds a different run:\n" + "\n".join(lines) + "\n"
             "Give this one its own run_dir, remove that directory, or restore these values to continue it."
+            + _on_lengthening(different, new)
         )
     if recorded.finished != dict(goal):
         return False
     return recorded.ending == dict(ending) or not (run_dir / "checkpoints" / "latest").exists()
+
+
+def _on_lengthening(different: Sequence[str], identity: Mapping[str, Any]) -> str:
+    """How to train on where another length alone, of a schedule that follows from it, makes the run another one."""
+    lengths = {f"step_scheduler.{name}" for name in ("max_steps", "num_epochs", "max_tokens")}
+    if not lengths.issuperset(different):
+        return ""
+    style = identity["lr_scheduler"]["style"]
+    return (
+        f" With lr_scheduler.style={style} the length decides the rate of every step, also of those that are done. To "
+        "train on from the result of a finished run, start a new one in its own run_dir from its export "
+        "(model.name_or_path), with lr_scheduler.warmup_steps and a lower optimizer.lr. Of a run with style constant "
+        "or inverse_sqrt the length may grow: the same command continues it."
+    )
 
 
 def _lookup(values: Mapping[str, Any], dotted: str) -> Any:

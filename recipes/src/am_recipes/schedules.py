@@ -12,6 +12,9 @@ from typing import Literal
 
 Style = Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"]
 STYLES: tuple[Style, ...] = typing.get_args(Style)
+# How wsd decays, by transformers' names.
+DecayType = Literal["linear", "cosine", "1-sqrt"]
+DECAY_TYPES: tuple[DecayType, ...] = typing.get_args(DecayType)
 # The styles in which the length of the run decides the rate of a step: a run with another length is another run.
 NEEDS_TOTAL_STEPS: tuple[Style, ...] = ("linear", "cosine", "wsd")
 
@@ -24,6 +27,8 @@ def require_fit(
     min_lr: float,
     decay_steps: int | None,
     total_steps: int | None,
+    init_lr: float | None = None,
+    decay_type: DecayType | None = None,
     length: str = "total_steps",
 ) -> None:
     """Refuse numbers that do not fit each other: ValueError.
@@ -31,6 +36,8 @@ def require_fit(
     Args:
         lr: the full rate.
         decay_steps: how many of the last steps of `wsd` decay; None leaves that to the schedule.
+        init_lr: the rate of the first step; None leaves that to the warm-up.
+        decay_type: how `wsd` decays; None is linear.
         total_steps: how long the run is at most; None where that is not known yet.
         length: what `total_steps` is called where it was set.
     """
@@ -45,14 +52,22 @@ def require_fit(
     require_rate("min_lr", min_lr)
     if style != "constant" and min_lr > lr:
         raise ValueError(f"min_lr={min_lr} is above the learning rate {lr}; lower it, or use style='constant'")
-    if decay_steps is None:
-        return
-    if style != "wsd":
-        raise ValueError(
-            f"decay_steps={decay_steps} is for style='wsd'; style={style!r} has no such phase, leave it out"
-        )
+    if init_lr is not None:
+        require_rate("init_lr", init_lr)
+        if init_lr > lr:
+            raise ValueError(f"init_lr={init_lr} is above the learning rate {lr}, which the warm-up rises to; lower it")
+        if warmup_steps < 2:
+            raise ValueError(
+                f"init_lr={init_lr} is the rate of the first step and needs a warm-up after it, but warmup_steps="
+                f"{warmup_steps}; set that to 2 or more, or leave init_lr out"
+            )
+    if decay_type is not None and decay_type not in DECAY_TYPES:
+        raise ValueError(f"decay_type={decay_type!r} is unknown; choose one of {', '.join(DECAY_TYPES)}")
+    for name, value in (("decay_steps", decay_steps), ("decay_type", decay_type)):
+        if value is not None and style != "wsd":
+            raise ValueError(f"{name}={value} is for style='wsd'; style={style!r} has no such phase, leave it out")
     full_rate = max(warmup_steps, 1)
-    if total_steps is not None and not 1 <= decay_steps <= total_steps - full_rate:
+    if decay_steps is not None and total_steps is not None and not 1 <= decay_steps <= total_steps - full_rate:
         raise ValueError(
             f"decay_steps={decay_steps} must be between 1 and {total_steps - full_rate}, the steps of {length}="
             f"{total_steps} that follow step {full_rate}, the first at the full rate; change it, or warmup_steps"
@@ -73,6 +88,8 @@ def multiplier(
     total_steps: int | None = None,
     min_lr: float = 0.0,
     decay_steps: int | None = None,
+    init_lr: float | None = None,
+    decay_type: DecayType | None = None,
 ) -> Callable[[int], float]:
     """The share of the full rate `lr` that a step takes, as a function of how many steps were done before it.
 
@@ -86,21 +103,32 @@ def multiplier(
         min_lr=min_lr,
         decay_steps=decay_steps,
         total_steps=total_steps,
+        init_lr=init_lr,
+        decay_type=decay_type,
     )
     if total_steps is None and style in NEEDS_TOTAL_STEPS:
         raise ValueError(f"style={style!r} needs total_steps: it decides the rate of every step")
     peak_step = max(warmup_steps, 1)
-    shape = _shape(style, peak_step, total_steps, decay_steps, min_lr / lr if lr > 0 else 0.0)
+    floor = min_lr / lr if lr > 0 else 0.0
+    shape = _shape(style, decay_type or "linear", peak_step, total_steps, decay_steps, floor)
+    first = 1 / peak_step if init_lr is None or lr == 0 else init_lr / lr
 
     def factor(steps_done: int) -> float:
         step = steps_done + 1
-        return step / peak_step if step <= peak_step else shape(step)
+        if step < peak_step:
+            return first + (1 - first) * (step - 1) / (peak_step - 1)
+        return 1.0 if step == peak_step else shape(step)
 
     return factor
 
 
 def _shape(
-    style: Style, peak_step: int, total_steps: int | None, decay_steps: int | None, floor: float
+    style: Style,
+    decay_type: DecayType,
+    peak_step: int,
+    total_steps: int | None,
+    decay_steps: int | None,
+    floor: float,
 ) -> Callable[[int], float]:
     """The share of a step after `peak_step`; `floor` is the share of `min_lr`."""
     if style == "inverse_sqrt":
@@ -109,13 +137,18 @@ def _shape(
         return lambda step: 1.0
     left = total_steps - peak_step
     length = left
+    form: str = style
     if style == "wsd":
         length = min(max(total_steps // 10, 1), left) if decay_steps is None else decay_steps
+        form = decay_type
 
     def decaying(step: int) -> float:
         # max: a run without a step after the peak still has a rate for what follows its end.
         progress = min(max((step - (total_steps - length)) / max(length, 1), 0.0), 1.0)
-        remaining = (1 + math.cos(math.pi * progress)) / 2 if style == "cosine" else 1 - progress
+        if form == "cosine":
+            remaining = (1 + math.cos(math.pi * progress)) / 2
+        else:
+            remaining = 1 - (math.sqrt(progress) if form == "1-sqrt" else progress)
         return floor + (1 - floor) * remaining
 
     return decaying

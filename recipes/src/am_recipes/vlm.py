@@ -24,7 +24,7 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import build, checks, data, evaluate, optim, run, run_dir, sources, vision
+from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources, vision
 from am_recipes.configs import VlmConfig
 from am_recipes.progress import Progress, StopSignal
 from am_recipes.tokenizer import load_processor
@@ -59,6 +59,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 
     checks.require_embeddings(model, processor.tokenizer, (dataset, *held_out.values()))
     checks.require_positions(model, (dataset, *held_out.values()))
+    facts = [*data.facts(config, dataset, held_out, loader), ending.follow(model, processor, folder, dataset)]
     loss_fn = config.loss_fn.callable()
     built = build.build(
         config,
@@ -79,7 +80,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
-        this.begin(dataset, built.report, am_peft.trainable_report(model), optim.describe(optimizer))
+        this.begin(dataset, *facts, *built.facts(), am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
             this.validated(evaluate.evaluate(model, validation, dims, device))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from am_ckpt._torch import require_torch
 
 if TYPE_CHECKING:
-    from am_ckpt._files.hf_folder import hf_files
+    from am_ckpt._files.hf_folder import hf_files, require_replaceable
     from am_ckpt._tools.convert import convert
     from am_ckpt._tools.diff import Difference, DiffReport, diff
     from am_ckpt._tools.inspect import inspect
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from am_ckpt._tools.reshard import reshard
     from am_ckpt._tools.verify import VerifyReport, verify
     from am_ckpt._train.checkpointer import Checkpointer
+    from am_ckpt._train.entries import PerRank
     from am_ckpt._train.hf import load_hf, save_hf
     from am_ckpt._train.torch_storage import StorageReader, StorageWriter
     from am_ckpt.errors import ArgumentError, IncompleteError, MissingTorchError, NewerError, UnsafeError
@@ -37,6 +38,7 @@ __all__ = [
     "MergeReport",
     "MissingTorchError",
     "NewerError",
+    "PerRank",
     "StorageReader",
     "StorageWriter",
     "UnsafeError",
@@ -47,6 +49,7 @@ __all__ = [
     "inspect",
     "load_hf",
     "merge",
+    "require_replaceable",
     "reshard",
     "save_hf",
     "verify",
@@ -62,6 +65,7 @@ _MODULES = {
     "MergeReport": "am_ckpt._tools.merge",
     "MissingTorchError": "am_ckpt.errors",
     "NewerError": "am_ckpt.errors",
+    "PerRank": "am_ckpt._train.entries",
     "StorageReader": "am_ckpt._train.torch_storage",
     "StorageWriter": "am_ckpt._train.torch_storage",
     "UnsafeError": "am_ckpt.errors",
@@ -72,6 +76,7 @@ _MODULES = {
     "inspect": "am_ckpt._tools.inspect",
     "load_hf": "am_ckpt._train.hf",
     "merge": "am_ckpt._tools.merge",
+    "require_replaceable": "am_ckpt._files.hf_folder",
     "reshard": "am_ckpt._tools.reshard",
     "save_hf": "am_ckpt._train.hf",
     "verify": "am_ckpt._tools.verify",

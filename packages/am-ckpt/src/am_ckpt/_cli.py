@@ -68,18 +68,14 @@ def _parser() -> _Parser:
     show.add_argument("--tensors", metavar="GLOB", default=None, help="list the tensors whose names match")
     show.add_argument("--chunks", action="store_true", help="with --tensors or --json: which bytes of which files")
     show.set_defaults(run=_inspect)
-    merge = commands.add_parser(
-        "merge", help="shards to a Hugging Face folder, without a model in memory", epilog=_EPILOG
-    )
+    merge = commands.add_parser("merge", help="shards to a Hugging Face folder, without a model", epilog=_EPILOG)
     merge.add_argument("path", metavar="SOURCE")
     merge.add_argument("destination", metavar="DESTINATION")
     merge.add_argument("--like", metavar="FOLDER", help="take config, tokenizer, template and code from here")
     merge.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a weight file (default 5GB)")
     merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    merge.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
     merge.add_argument("--resume", action="store_true", help="go on with an interrupted merge")
     merge.add_argument("--overwrite", action="store_true", help="replace an export that is at DESTINATION")
-    merge.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     merge.add_argument("--digest", action="store_true", help="add am_ckpt_digests.json, which verify --full checks")
     merge.set_defaults(run=_merge, resumable=True)
     cut = commands.add_parser("reshard", help="the same values in the files of another layout", epilog=_EPILOG)
@@ -88,9 +84,7 @@ def _parser() -> _Parser:
     cut.add_argument("--mesh", required=True, metavar="dp=4,tp=2", help="ranks of each axis")
     cut.add_argument("--placements", metavar="FILE", help="JSON of name pattern -> dim that tp cuts")
     cut.add_argument("--model-only", action="store_true", help="of a step: shards of its model, not a step")
-    cut.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
     cut.add_argument("--resume", action="store_true", help="go on with an interrupted reshard")
-    cut.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     cut.set_defaults(run=_reshard, resumable=True)
     other = commands.add_parser("convert", help="the model in another kind of folder", epilog=_EPILOG)
     other.add_argument("path", metavar="SOURCE")
@@ -98,8 +92,6 @@ def _parser() -> _Parser:
     other.add_argument(
         "--to", required=True, choices=("hf", "sharded", "dcp"), help="Hugging Face, its shards, .distcp"
     )
-    other.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
-    other.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
     other.set_defaults(run=_convert)
     check = commands.add_parser("verify", help="is a checkpoint whole and unchanged", epilog=_EPILOG)
     check.add_argument("path", metavar="PATH")
@@ -112,6 +104,15 @@ def _parser() -> _Parser:
     compare.add_argument("--atol", type=float, default=0.0, metavar="X", help="allow |a - b| <= X + Y |b| (default 0)")
     compare.add_argument("--rtol", type=float, default=0.0, metavar="Y")
     compare.set_defaults(run=_diff, folders=("path", "other"))
+    for command in (merge, cut, other):
+        command.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
+        command.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+    for command in (merge, cut, other, check):
+        command.add_argument(
+            "--assume-complete",
+            action="store_true",
+            help="of shards that do not say how large tensors are (torch's Hugging Face writer): no rank is missing",
+        )
     for command in (show, merge, cut, other, check, compare):
         command.add_argument("--section", metavar="NAME", help="the part of a .distcp folder that is the model")
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -175,6 +176,7 @@ def _merge(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         fsync=not options.no_fsync,
         digest=options.digest,
+        assume_complete=options.assume_complete,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -208,6 +210,7 @@ def _reshard(options: argparse.Namespace) -> int:
         threads=options.threads,
         resume=options.resume,
         fsync=not options.no_fsync,
+        assume_complete=options.assume_complete,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -224,6 +227,7 @@ def _convert(options: argparse.Namespace) -> int:
         section=options.section,
         threads=options.threads,
         fsync=not options.no_fsync,
+        assume_complete=options.assume_complete,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -257,7 +261,7 @@ def _placements(file: str) -> dict[str, int]:
 def _verify(options: argparse.Namespace) -> int:
     from am_ckpt._tools.verify import verify
 
-    report = verify(options.path, full=options.full, section=options.section)
+    report = verify(options.path, full=options.full, section=options.section, assume_complete=options.assume_complete)
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -1,4 +1,4 @@
-"""Durable file operations: exclusive creation, fallocate, complete reads and writes, fsync, leases, two-step deletes.
+"""Durable file operations: exclusive creation, fallocate, complete reads and writes, fsync, two-step deletes.
 
 Nothing here knows about tensors. Every write is checked to the last byte and fsynced before the function returns;
 an fsync error is final, since the kernel may have dropped the pages.
@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import json
 import os
 import secrets
 import shutil
-import socket
 import stat
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -385,69 +382,3 @@ def remove(path: Path) -> None:
     trash = set_aside(path)
     fsync_directory(path.parent)
     shutil.rmtree(trash)
-
-
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        # Not Linux, or /proc is hidden: the caller falls back to what it knows.
-        return ""
-
-
-def _start_time(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
-    # The command name is in parentheses and may hold spaces; the start time is field 22.
-    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def own_lease() -> dict[str, Any]:
-    """Who is writing: enough to tell later whether that process is still alive."""
-    return {
-        "host": socket.gethostname(),
-        "boot_id": _read_text("/proc/sys/kernel/random/boot_id"),
-        "pid_namespace": _pid_namespace(),
-        "pid": os.getpid(),
-        "start_time": _start_time(os.getpid()),
-        "created": time.time(),
-    }
-
-
-def lease_state(path: Path) -> str:
-    """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
-
-    A missing or half-written lease is `unknown` during its first minute, then `dead`: the writer died before it
-    could sign.
-    """
-    own = own_lease()
-    try:
-        lease = json.loads(path.read_bytes())
-        pid, start_time = int(lease["pid"]), lease["start_time"]
-        place = (lease["boot_id"], lease["pid_namespace"])
-        host = lease["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        # The folder holds nothing but an unsigned start. Only our own new folder can be that young.
-        return "dead" if time.time() - path.parent.stat().st_mtime > 60 else "unknown"
-    if place != (own["boot_id"], own["pid_namespace"]):
-        return "dead" if host == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
-    if pid == own["pid"] and start_time == own["start_time"]:
-        # Folders that this process still writes into, its caller knows: this writer has ended.
-        return "dead"
-    if start_time:
-        return "alive" if _start_time(pid) == start_time else "dead"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "dead"
-    except PermissionError:
-        return "alive"
-    return "alive"

@@ -107,6 +107,11 @@ class DataLoader:
         """Optimizer steps of one epoch; TypeError for a stream."""
         return self._source.steps_per_epoch
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of the dataset: rows, or packs of them; TypeError for a stream."""
+        return self._source.num_samples
+
     def steps_for_tokens(self, max_tokens: int) -> int:
         """Optimizer steps from the start of a run until at least `max_tokens` tokens, padding left out, were seen.
 

@@ -74,6 +74,10 @@ class DatasetSource:
         self.start = Position()
 
     @property
+    def num_samples(self) -> int:
+        return len(self._lengths)
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-self._per_epoch // self._plan.global_batch_size)
 
@@ -164,6 +168,10 @@ class StreamSource:
         self._identity = f"stream-{type(stream).__qualname__}"
         self._moved = False
         self.start = Position(stream=self._snapshot())
+
+    @property
+    def num_samples(self) -> int:
+        return self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
 from am_models._families import FAMILIES, VISION_FAMILIES, Family, VisionFamily
 from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts
+from am_models._initial import initial_value
 from am_models._loss import Loss, RouterLoss, forward_with_loss, further_targets, split_batch
 from am_models._optimize import OptimizeReport, optimize
 from am_models._separate import require_separate_documents
@@ -25,6 +26,7 @@ __all__ = [
     "VisionParts",
     "forward_with_loss",
     "further_targets",
+    "initial_value",
     "multi_axis_positions",
     "num_position_axes",
     "optimize",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from am_peft._apply import apply_lora, initialise_lora, merge_lora
+from am_peft._apply import apply_lora, cannot_merge, initialise_lora, merge_lora
 from am_peft._files import Adapter, adapter_files, adapter_state_dict, load_adapter, save_adapter
 from am_peft._freeze import freeze
 from am_peft._layer import AppliedLora, LoraFactor, LoraLayer, LoraLinear, LoraOptions, Wrapper
@@ -23,6 +23,7 @@ __all__ = [
     "adapter_files",
     "adapter_state_dict",
     "apply_lora",
+    "cannot_merge",
     "freeze",
     "initialise_lora",
     "load_adapter",

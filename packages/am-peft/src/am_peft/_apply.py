@@ -95,28 +95,40 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Turn every adapter layer back into one of its base class with weight `W + scaling * B A`, in place.
 
     Summed in float32 and rounded to the weight's dtype. A sharded weight is merged shard by shard; then all its ranks
-    must call. `requires_grad` stays as it is. Raises `ValueError` without LoRA, for a layer that says it cannot be
-    merged, or where a weight is shared with another module, which the merge would change too; then nothing is merged.
+    must call. `requires_grad` stays as it is. Raises `ValueError` without LoRA and where `cannot_merge` says why; then
+    nothing is merged.
+    """
+    reason = cannot_merge(model)
+    if reason is not None:
+        raise ValueError(reason)
+    for layer in dict(lora_layers(model)).values():
+        layer.merge_()
+    return model
+
+
+def cannot_merge(model: nn.Module) -> str | None:
+    """Why `merge_lora` would refuse: layer, reason and fix; None where it would not. It needs no values: ask early.
+
+    A layer that says it cannot be merged, and a weight that is shared with another module, which the merge would change
+    too.
     """
     layers = dict(lora_layers(model))
     if not layers:
-        raise ValueError("the model has no LoRA to merge; apply_lora or load_adapter comes first")
+        return "the model has no LoRA to merge; apply_lora or load_adapter comes first"
     for names in _owners(model).values():
         held = [name for name in names if name.rpartition(".")[0] in layers]
         if held and len(names) > 1:
-            module = held[0].rpartition(".")[0]
-            raise ValueError(f"cannot merge {module!r}: its weight is shared as {', '.join(names)}; untie it first")
+            return (
+                f"cannot merge {held[0].rpartition('.')[0]!r}: its weight is shared as {', '.join(names)}; untie it "
+                "first (tie_word_embeddings=False, with a copied weight), do not target it, or keep the adapter apart"
+            )
     for name, layer in layers.items():
         if type(layer) not in layer.applied.wrappers.values():
-            raise ValueError(
-                f"cannot merge {name!r}: it was wrapped as {type(layer).__name__}; shard its parent instead"
-            )
+            return f"cannot merge {name!r}: it was wrapped as {type(layer).__name__}; shard its parent instead"
         reason = layer.cannot_merge()
         if reason is not None:
-            raise ValueError(f"cannot merge {name!r}: {reason}")
-    for layer in layers.values():
-        layer.merge_()
-    return model
+            return f"cannot merge {name!r}: {reason}"
+    return None
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:

@@ -59,7 +59,7 @@ def save_adapter(
     All ranks call; rank 0 writes (`folder` is created; files of an earlier adapter are replaced).
     `base_model_name_or_path` is written into the configuration, where PEFT and servers look for the base model.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = adapter_state_dict(model)
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -67,7 +67,8 @@ def save_adapter(
     path = pathlib.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contents, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    # `save_file` would make a file that its owner alone can read.
+    (path / WEIGHTS_FILE).write_bytes(save(contents, metadata={"format": "pt"}))
     for name, text in adapter_files(model, base_model_name_or_path=base_model_name_or_path).items():
         (path / name).write_text(text)
 

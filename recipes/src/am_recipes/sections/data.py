@@ -25,7 +25,7 @@ class DataLoader:
     prefetch: NonNegativeInt = 1
     """Steps that are read ahead, in a thread; 0: none."""
     drop_last: bool = False
-    """Leave out the rows at the end of an epoch that do not fill a global batch."""
+    """Leave out the rows or packs at the end of an epoch that fill no global batch: a short step at the full rate."""
     collate: Target | None = None
     """Makes a batch of a list of samples (am_data.Collate), in place of the recipe's own."""
 

@@ -25,7 +25,7 @@ class Model:
     config: Mapping[str, Any] | None = None
     """A transformers config, with its model_type: the model then starts from random weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights and the optimizer's state; auto is what the model's own config says."""
+    """Of the weights; auto is what the model's own config says, with float32 for what trains of half precision."""
     family: Target | None = None
     """Builds an am_models.Family: for a model that am-models does not know, or in place of what it knows."""
 
@@ -132,7 +132,7 @@ class Peft:
     lora: Annotated[Target, Inline(), DefaultTarget("peft.LoraConfig")]
     """The fields of peft.LoraConfig, such as r, lora_alpha, target_modules; one without meaning here is refused."""
     adapter_dtype: Dtype | None = None
-    """What the adapter's weights are kept in; null: the model's."""
+    """What the adapter and modules_to_save are kept in; null: float32."""
 
     def lora_config(self) -> LoraConfig:
         return self.lora.build()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from am_recipes.schedules import Style
+from am_recipes.schedules import DecayType, Style
 from am_recipes.sections.kinds import (
     Dtype,
     Fraction,
@@ -81,7 +81,7 @@ class StepScheduler:
     """Batch sizes and the length of the run: the first of max_steps, num_epochs and max_tokens."""
 
     global_batch_size: PositiveInt = 32
-    """Samples of one optimizer step, over all ranks."""
+    """Samples of one optimizer step, over all ranks: rows, or packs of rows with packed_sequence."""
     local_batch_size: PositiveInt = 1
     """Samples of one micro-batch on one rank."""
     max_steps: PositiveInt | None = None
@@ -200,11 +200,15 @@ class LrScheduler:
     style: Style = "constant"
     """What follows the warm-up."""
     warmup_steps: NonNegativeInt = 0
-    """Steps from nothing to the full rate."""
+    """Steps until the full rate, which the last of them takes."""
+    init_lr: NonNegativeFloat | None = None
+    """Rate of the first step of the warm-up; null: optimizer.lr / warmup_steps."""
     min_lr: NonNegativeFloat = 0.0
     """An absolute rate, where the schedule ends."""
     decay_steps: PositiveInt | None = None
     """How many of the last steps of wsd decay; null: a tenth of the run."""
+    decay_type: DecayType | None = None
+    """How wsd decays; null: linear."""
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `am_recipes.optim.schedule`, `total_steps` aside."""

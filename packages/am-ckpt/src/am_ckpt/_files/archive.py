@@ -11,6 +11,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
@@ -19,7 +20,7 @@ from typing import Any
 from am_ckpt._boxes import Box, Shape, row_major
 from am_ckpt._copy.engine import file_pieces
 from am_ckpt._dtypes import FROM_STORAGE, FROM_TORCH, ITEM_BYTES
-from am_ckpt._files.pickles import is_shape, ordered_dict, torch_size, unpickle
+from am_ckpt._files.pickles import is_shape, ordered_dict, torch_size, unpickle, unused
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._io import open_for_reading, read_exactly
 from am_ckpt._sources import Chunk, Source, read_weight_map
@@ -130,6 +131,41 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
+# Classes and functions of a DTensor and its layout, on which nothing here depends.
+_OF_DTENSORS = (
+    ("torch._utils", "_rebuild_wrapper_subclass"),
+    ("torch.distributed.tensor", "DTensor"),
+    ("torch.distributed.tensor._dtensor_spec", "DTensorSpec"),
+    ("torch.distributed.tensor._dtensor_spec", "TensorMeta"),
+    ("torch.distributed.tensor._dtensor_spec", "ShardOrderEntry"),
+    ("torch.distributed.tensor.placement_types", "Shard"),
+    ("torch.distributed.tensor.placement_types", "_StridedShard"),
+    ("torch.distributed.tensor.placement_types", "Replicate"),
+    ("torch.distributed.device_mesh", "DeviceMesh"),
+    ("torch.distributed._mesh_layout", "_MeshLayout"),
+    ("torch.distributed._mesh_layout", "_FlatLayout"),
+)
+
+
+class _Ignored:
+    """Stand-in for an object of any class."""
+
+    def __new__(cls, *arguments: Any) -> _Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _rebuild_subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """The local part of a DTensor."""
+    fields = state[1] if isinstance(state, tuple) and len(state) == 2 else state
+    local = fields.get("_local_tensor") if isinstance(fields, dict) else None
+    if type(local) is not _Saved:
+        raise ValueError("a tensor subclass that is no DTensor")
+    return local
+
+
 def locate(name: str, dtype: str, chunk: Chunk, descriptor: int) -> Chunk:
     """The chunk with the first byte (and strides) of its values, read from its archive; others are returned as is."""
     if chunk.archive_bytes is None:
@@ -196,14 +232,33 @@ def read_pickled_weights(folder: Path) -> StateDict | None:
     return result
 
 
-def _read_state_dict(path: Path) -> StateDict:
+def read_local_parts(path: Path) -> StateDict:
+    """The tensors of a file of `torch.save`, and of DTensors what this rank holds of them; links are not followed."""
+    # New classes each time: a pickle can set attributes of those it is given.
+    layout = {key: type("_Layout", (_Ignored,), {}) for key in _OF_DTENSORS}
+    return _read_state_dict(
+        path,
+        {
+            **_GLOBALS,
+            **layout,
+            ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_subclass,
+            ("torch", "device"): unused,
+            ("torch.serialization", "_get_layout"): unused,
+        },
+        follow_symlinks=False,
+    )
+
+
+def _read_state_dict(
+    path: Path, allowed: Mapping[tuple[str, str], Any] = _GLOBALS, *, follow_symlinks: bool = True
+) -> StateDict:
     """The tensors of a file that `torch.save` wrote of (nested) dicts; no data is read.
 
     Raises `UnsafeError` for pickles that refer to anything but tensors and for files of torch before 1.6,
     `ValueError` where it is damaged.
     """
     result = StateDict()
-    descriptor = open_for_reading(path, follow_symlinks=True)
+    descriptor = open_for_reading(path, follow_symlinks=follow_symlinks)
     try:
         if os.pread(descriptor, 2, 0) == b"\x80\x02":
             raise UnsafeError(
@@ -212,7 +267,7 @@ def _read_state_dict(path: Path) -> StateDict:
             )
         archive = _Archive(descriptor, 0, os.fstat(descriptor).st_size, path, str(path))
         content = archive.member("data.pkl", _MAX_STATE_DICT_PICKLE_BYTES)
-        root = unpickle(content, _GLOBALS, str(path))
+        root = unpickle(content, allowed, str(path))
         if not isinstance(root, dict):
             raise ValueError(f"{path} holds {type(root).__name__}, a state dict was expected")
         # A pickle can hold one dict in many places, or in itself.

@@ -97,6 +97,24 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
     return problems
 
 
+def shows_shapes(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> bool:
+    """Whether config.json shows of shards along one dim that no last rank is missing, which the files do not say.
+
+    It does where the embedding is as large as it says, no tensor is cut into more parts, and one more rank would have
+    cut the embedding otherwise: then whoever had a part of any tensor had one of the embedding.
+    """
+    text = text_config(config)
+    most = max((len(source.chunks) for source in tensors.values()), default=0)
+    for name, source in tensors.items():
+        if _EMBEDDING.fullmatch(name) and source.shape == (text.get("vocab_size"), text.get("hidden_size")):
+            chunks = list(source.chunks)
+            for dim, size in enumerate(source.shape):
+                step = max((chunk.box.size[dim] for chunk in chunks), default=0)
+                if len(chunks) == most > 1 and len(chunks) == -(-size // step) > 1 and -(-size // (most + 1)) < step:
+                    return True
+    return False
+
+
 def _first_gap(numbers: set[int]) -> int:
     return next(number for number in range(len(numbers) + 1) if number not in numbers)
 

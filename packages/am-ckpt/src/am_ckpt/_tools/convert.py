@@ -27,6 +27,7 @@ def convert(
     section: str | None = None,
     threads: int | None = None,
     fsync: bool = True,
+    assume_complete: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the model of `source`, of any kind that `inspect` recognises, as a folder of kind `to`.
@@ -43,10 +44,18 @@ def convert(
             that resume from nothing else; written by torch itself, which is imported, with one tensor in memory at a
             time.
         section: see `inspect`.
-        threads: see `merge`; as `fsync` and `progress`.
+        threads: see `merge`; as `fsync`, `assume_complete` and `progress`.
     """
     if to == "hf":
-        return merge(source, destination, section=section, threads=threads, fsync=fsync, progress=progress)
+        return merge(
+            source,
+            destination,
+            section=section,
+            threads=threads,
+            fsync=fsync,
+            assume_complete=assume_complete,
+            progress=progress,
+        )
     if to not in KINDS:
         raise ArgumentError(f"to={to!r}; choose {', '.join(KINDS)}")
     if to == "sharded":
@@ -59,9 +68,10 @@ def convert(
             section=section,
             threads=threads,
             fsync=fsync,
+            assume_complete=assume_complete,
             progress=progress,
         )
-    return _to_dcp(source, Path(destination).absolute(), section, fsync, progress)
+    return _to_dcp(source, Path(destination).absolute(), section, fsync, assume_complete, progress)
 
 
 def _to_dcp(
@@ -69,6 +79,7 @@ def _to_dcp(
     target: Path,
     section: str | None,
     fsync: bool,
+    assume_complete: bool,
     progress: Callable[[int, int], None] | None,
 ) -> MergeReport:
     require_torch("to='dcp' (--to dcp), which torch itself writes,")
@@ -76,6 +87,7 @@ def _to_dcp(
     inventory = inspect(source, section=section)
     require_free(target, inventory.path, False)
     inventory.require_whole()
+    inventory.require_shapes(inventory.files.get("config.json"), assume_complete)
     if inventory.adapter:
         raise ArgumentError(f"{inventory.path} is an adapter, which peft reads as it is; there is nothing to convert")
     unreadable = [(name, item.dtype) for name, item in inventory.tensors.items() if item.dtype not in ITEM_BYTES]

@@ -97,11 +97,11 @@ def diff(
     """Compare the tensors of two checkpoint folders of any kind that `inspect` recognises.
 
     Elements are different where `|a - b| > atol + rtol * |b|`, or where one is NaN and the other is not; tensors of
-    different dtypes are compared by value too. Of two steps of our own the optimizer's tensors are compared as well,
-    as `optim/<name>`. A mapping that only one of them carries is applied, so that a step compares with what it was
-    merged to; the second name of a tensor that is tied, by config.json too, stands for the first. Where one alone has
-    torchtitan's own names, it is compared as `merge` would write it, by the config.json of the other or its own;
-    where there is none that describes it, by the names as they are, and `notes` say so.
+    different dtypes are compared by value too. Of two steps of our own the tensors of optimizers and other entries are
+    compared as well, as `optim/<name>` or `<entry>/<name>`. A mapping that only one of them carries is applied, so that
+    a step compares with what it was merged to; the second name of a tensor that is tied, by config.json too, stands for
+    the first. Where one alone has torchtitan's own names, it is compared as `merge` would write it, by the config.json
+    of the other or its own; where there is none that describes it, by the names as they are, and `notes` say so.
 
     Memory: headers and less than 64 MiB. Raises as `inspect`, and `ValueError` where one is not whole.
 
@@ -169,8 +169,9 @@ def _views(inventory: Inventory, other: Inventory) -> dict[str, _View]:
         if alias in other.tensors and name in inventory.tensors:
             found.setdefault(alias, _View(whole_record(name, shapes[name]), inventory.tensors[name]))
     if inventory.kind == other.kind == "am-ckpt":
-        for name, source in inventory.sections["optim"].items():
-            found[f"optim/{name}"] = _View(whole_record(name, source.shape), source)
+        for section, tensors in inventory.sections.items():
+            for name, source in tensors.items() if section != inventory.section else ():
+                found[f"{section}/{name}"] = _View(whole_record(name, source.shape), source)
     return found
 
 

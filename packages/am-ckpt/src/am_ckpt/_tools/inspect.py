@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from am_ckpt._files import torch_checkpointing
 from am_ckpt._files.archive import PICKLED, StateDict, read_pickled_weights
 from am_ckpt._files.cover import cover_problems
 from am_ckpt._files.distcp import METADATA, metadata_files, read_metadata
@@ -98,6 +99,9 @@ def _open(folder: Path, section: str | None) -> Inventory:
         _refuse_megatron(folder)
         return _state_dict(folder, "dcp", read_metadata(folder), section)
     safe = own is not None or (folder / INDEX).is_file() or (folder / SINGLE).is_file()
+    if not safe and os.path.lexists(folder / torch_checkpointing.METADATA):
+        found = torch_checkpointing.read_torch_checkpointing(folder)
+        return _state_dict(folder, "torch_checkpointing", found, section)
     pickled = None if safe else read_pickled_weights(folder)
     if pickled is not None:
         return _state_dict(folder, "torch", pickled, section)
@@ -157,6 +161,12 @@ def _unrecognised(folder: Path, there: list[str]) -> ValueError:
         return UnsafeError(
             f"{folder} is a checkpoint of accelerate in pickles, which can run code when loaded ({found}): save with "
             "fsdp_state_dict_type SHARDED_STATE_DICT, whose folder pytorch_model_fsdp_0 can be merged"
+        )
+    if any(re.fullmatch(r".+_\d+\.pt", name) for name in there):
+        return UnsafeError(
+            f"{folder} may be a checkpoint of torch_checkpointing without {torch_checkpointing.METADATA} ({found}): "
+            "nothing says which parts of the tensors are in which pickle. Give its items a resharder when saving, or "
+            "copy the file too"
         )
     if steps:
         return ArgumentError(f"{folder} holds several checkpoints; give one of them, such as {folder / steps[-1]}")
@@ -294,8 +304,8 @@ def _safetensors_shards(folder: Path, names: list[str]) -> Inventory:
     inventory.exact_shapes = exact
     if not exact:
         inventory.notes.append(
-            "these files do not say how large the whole tensors are: the loss of the files of the last ranks "
-            "shows only in shapes, which config.json or --like give"
+            "these files do not say how large the whole tensors are: that those of the last ranks are missing shows "
+            "only in shapes, which --like and often config.json give"
         )
     return inventory
 

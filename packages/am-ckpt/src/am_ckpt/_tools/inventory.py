@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.model_config import read_config, shows_shapes
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import MAX_SMALL_BYTES, read_file
-from am_ckpt._sources import Source
+from am_ckpt._sources import Source, paths_of
+from am_ckpt.errors import IncompleteError
 
 
 @dataclass
@@ -17,10 +19,10 @@ class Inventory:
     """What a checkpoint folder holds: see `inspect`.
 
     `kind`: `"am-ckpt"`, `"dcp"` (`.distcp` files), `"dcp-safetensors"` (shards of torch's Hugging Face
-    writer), `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are those of the model
-    by name; `sections` those of every part, `section` the part that is the model. `others`: entries that are no
-    tensors. `files`: small files that belong to the model. `problems`: everything by which the model's tensors are
-    not whole. `notes`: what a reader should know and cannot be checked.
+    writer), `"torch_checkpointing"`, `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are
+    those of the model by name; `sections` those of every part, `section` the part that is the model. `others`: entries
+    that are no tensors. `files`: small files that belong to the model. `problems`: everything by which the model's
+    tensors are not whole. `notes`: what a reader should know and cannot be checked.
     """
 
     path: Path
@@ -61,6 +63,21 @@ class Inventory:
             first = self.problems[0]
             more = f" (and {len(self.problems) - 1} more: am-ckpt inspect lists them)" if len(self.problems) > 1 else ""
             raise type(first)(f"{first}{more}")
+
+    def require_shapes(self, config: Path | None, assume_complete: bool) -> None:
+        """Raise `IncompleteError` where neither the files nor `config` say how large the whole tensors are.
+
+        `assume_complete`: they are as large as the files make them; nothing of the last ranks is missing.
+        """
+        if self.exact_shapes or assume_complete:
+            return
+        if config is None or not shows_shapes(read_config(config), self.tensors):
+            last = max(path.name for path in paths_of(self.tensors.values()))
+            raise IncompleteError(
+                f"{self.path}: nothing shows that the files of the last ranks are there, after {last}: those of "
+                "torch's Hugging Face writer do not say how large the whole tensors are. Give merge the weights of the "
+                "model that was trained (--like), or say that all are there: assume_complete=True (--assume-complete)"
+            )
 
     def to_json(self, *, chunks: bool = True) -> dict[str, Any]:
         """Plain data for `json.dumps`; `chunks=False` leaves out where the bytes are."""

@@ -79,6 +79,7 @@ def merge(
     overwrite: bool = False,
     fsync: bool = True,
     digest: bool = False,
+    assume_complete: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the model of checkpoint `source` as the Hugging Face folder `destination`; one process, no collective.
@@ -102,6 +103,8 @@ def merge(
         fsync: False does not wait for the disk: a power cut may lose the result, and nothing can be resumed.
         digest: hash what is written and add `am_ckpt_digests.json`, by which `verify` finds a flipped bit wherever the
             folder goes.
+        assume_complete: no file of the last ranks is missing. Shards of torch's Hugging Face writer do not say how
+            large the whole tensors are; without this, the weights of `like` or a config.json must show it.
         progress: called with bytes done and all bytes, from several threads.
 
     Raises:
@@ -119,7 +122,7 @@ def merge(
     require_free(target, inventory.path, overwrite)
     inventory.require_whole()
     with paused_collector():
-        plan = _Plan(inventory, Path(like).absolute() if like is not None else None, limit, dtype, digest)
+        plan = _Plan(inventory, like, limit, dtype, digest, assume_complete)
     resumed = transfer(
         plan.transfer, target, threads=threads, resume=resume, fsync=fsync, progress=progress, digests=digest
     )
@@ -148,7 +151,16 @@ def _require_arguments(dtype: str | None, resume: bool, fsync: bool) -> None:
 class _Plan:
     """Everything about a merge that is decided before the first write."""
 
-    def __init__(self, inventory: Inventory, like: Path | None, limit: int, dtype: str | None, digest: bool) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        folder: str | os.PathLike[str] | None,
+        limit: int,
+        dtype: str | None,
+        digest: bool,
+        assume_complete: bool,
+    ) -> None:
+        like = Path(folder).absolute() if folder is not None else None
         self.inventory = inventory
         self.notes = list(inventory.notes)
         like_files = _like_files(like, inventory.adapter) if like is not None else {}
@@ -191,8 +203,8 @@ class _Plan:
         for file in sorted(shapes, key=_natural):
             kept = tensors[origin[file].parameter if file in origin else file].dtype
             described[file] = (casts.get(kept, kept), shapes[file])
-        if like is not None:
-            self._compare(like, described)
+        if like is None or not self._compare(like, described):
+            inventory.require_shapes(files.get("config.json"), assume_complete)
         self._build(tensors, described, origin, limit, digest)
         if dtype is not None and "config.json" in self.small and not inventory.adapter:
             self._note_dtype(dtype)
@@ -261,14 +273,14 @@ class _Plan:
             del tensors[HEAD]
             self.notes.append(f"{HEAD} is tied and equals {embedding}: written once")
 
-    def _compare(self, like: Path, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Compare names and shapes with the weights in `like`, where it has any."""
+    def _compare(self, like: Path, described: Mapping[str, tuple[str, tuple[int, ...]]]) -> bool:
+        """Compare names and shapes with the weights in `like`, where it has any; whether it has all of these shapes."""
         if (like / ADAPTER).is_file() and self.inventory.adapter:
             theirs = whole_sources(like / ADAPTER, read_header(like / ADAPTER, follow_symlinks=True))
         elif (like / INDEX).is_file() or (like / SINGLE).is_file():
             theirs = hf_sources(like)
         else:
-            return
+            return False
         shapes = [
             f"{name!r} is {list(described[name][1])}, there {list(item.shape)}"
             for name, item in theirs.items()
@@ -296,6 +308,7 @@ class _Plan:
         for what, names in (("of other shape than in", shapes), ("only in", missing), ("not in", extra)):
             if names:
                 self.notes.append(f"{len(names)} tensors {what} {like}: {', '.join(names[:3])}")
+        return not shapes and not extra
 
     def _note_dtype(self, dtype: str) -> None:
         config = json.loads(self.small["config.json"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -47,6 +47,7 @@ def reshard(
     threads: int | None = None,
     resume: bool = False,
     fsync: bool = True,
+    assume_complete: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the tensors of checkpoint `source` as one shard file a rank; one process, no collective.
@@ -64,7 +65,7 @@ def reshard(
             name of their parameter. Other tensors are in the files of `tp` rank 0.
         model_only: of a step of the Checkpointer, too, the model alone.
         section: see `inspect`.
-        threads: see `merge`; as `resume`, `fsync` and `progress`.
+        threads: see `merge`; as `resume`, `fsync`, `assume_complete` and `progress`.
     """
     started = time.monotonic()
     dp, tp = _ranks(mesh)
@@ -74,12 +75,10 @@ def reshard(
     inventory = inspect(source, section=section)
     require_free(target, inventory.path, False)
     inventory.require_whole()
+    inventory.require_shapes(inventory.files.get("config.json"), assume_complete)
     if inventory.adapter:
         raise ArgumentError(f"{inventory.path} is an adapter, which is stored as one file; there is nothing to reshard")
-    for pattern in placements or ():
-        if not any(fnmatchcase(name, pattern) for name in inventory.tensors):
-            names = ", ".join(list(inventory.tensors)[:3])
-            raise ArgumentError(f"placements: no tensor has a name like {pattern!r}; there are {names}, ...")
+    _require_names(placements or (), inventory)
     layout = _Layout(dp, tp, dict(placements or {}))
     with paused_collector():
         whole = inventory.kind == "am-ckpt" and not model_only
@@ -96,6 +95,13 @@ def reshard(
         sorted([*plan.headers, *plan.small]),
         plan.notes,
     )
+
+
+def _require_names(patterns: Iterable[str], inventory: Inventory) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in inventory.tensors):
+            names = ", ".join(list(inventory.tensors)[:3])
+            raise ArgumentError(f"placements: no tensor has a name like {pattern!r}; there are {names}, ...")
 
 
 def _ranks(mesh: Mapping[str, int]) -> tuple[int, int]:

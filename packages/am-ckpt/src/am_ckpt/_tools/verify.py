@@ -68,7 +68,9 @@ class VerifyReport:
         self.exit_code = 4 if 4 in codes else min(codes)
 
 
-def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | None = None) -> VerifyReport:
+def verify(
+    path: str | os.PathLike[str], *, full: bool = False, section: str | None = None, assume_complete: bool = False
+) -> VerifyReport:
     """Check the checkpoint folder `path`; it is only read.
 
     Always: every header and size, and that every element is in exactly one file; of our steps the manifest's digest
@@ -80,6 +82,8 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
     own, of files of `torch.save` (`.distcp` too) against their CRC-32, so that any changed bit is found; and of
     every kind each floating-point tensor for NaN, infinities and nothing but zeros, and a tied head against its
     embedding. What is no tensor in a `.distcp` folder is a pickle and is not read.
+
+    `assume_complete`: see `merge`; without it, shards whose last ranks may be missing are a problem.
 
     Returns what was found. Raises as `inspect` where the folder cannot be read at all.
     """
@@ -108,10 +112,14 @@ def verify(path: str | os.PathLike[str], *, full: bool = False, section: str | N
         config = inventory.files.get("config.json")
         if config is not None and not inventory.adapter:
             _check_config(inventory, read_config(config), reader, report)
-        if full and inventory.kind == "torch":
+        if full and inventory.kind in ("torch", "torch_checkpointing"):
             _check_pickled(inventory, report)
         for section_name in inventory.sections if not report.problems else ():
             _check_values(inventory, section_name, reader, report)
+    try:
+        inventory.require_shapes(config, assume_complete)
+    except IncompleteError as error:
+        report.add(error)
     return report
 
 
@@ -287,8 +295,8 @@ def _check_pickled(inventory: Inventory, report: VerifyReport) -> None:
     inside: dict[Path, list[tuple[int, str]]] = {}
     for section, tensors in inventory.sections.items():
         for name, source in tensors.items():
-            place = source.chunks[0]
-            inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
+            for place in (chunk for chunk in source.chunks if chunk.path.suffix != ".safetensors"):
+                inside.setdefault(place.path, []).append((place.begin, _prefix(inventory, section) + name))
     for path, places in inside.items():
         for begin, end in changed_ranges(linked_file(path), 0, path.stat().st_size, str(path)):
             names = [repr(name) for start, name in places if begin <= start < end]

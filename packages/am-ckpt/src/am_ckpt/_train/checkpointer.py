@@ -27,7 +27,6 @@ from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import (
     Best,
-    check_step,
     read_manifest,
     require_file_name,
     step_name,
@@ -35,23 +34,21 @@ from am_ckpt._files.step import (
 )
 from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
-from am_ckpt._train.choose import changed_files, choose, is_searched, warn_of_skipped, was_deleted
+from am_ckpt._train.choose import choose, is_searched, warn_of_skipped, was_deleted
+from am_ckpt._train.existing import is_there
 from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchanged, versions
+from am_ckpt._train.job import Job, file_metadata
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.restore import restore
 from am_ckpt._train.retention import (
     Keep,
     discard_newer_steps,
-    newer_steps,
     pin_path,
     require_disposable,
-    set_damaged_aside,
     tidy,
 )
 from am_ckpt._train.shared_files import WeightFiles
 from am_ckpt._train.state import (
-    MODEL,
-    SECTIONS,
     Contents,
     Description,
     Plan,
@@ -59,11 +56,11 @@ from am_ckpt._train.state import (
     contents_digest,
     join_extra_states,
     join_optimizers,
+    join_per_rank,
     make_plan,
 )
 from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
-from am_ckpt._train.write import Job, discard, file_metadata, join_records, new_manifest, run, stage
-from am_ckpt.errors import NewerError
+from am_ckpt._train.write import discard, join_records, new_manifest, run, stage
 
 # What of a manifest says what was saved, beside the bytes.
 _CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
@@ -91,7 +88,8 @@ class Checkpointer:
             Tensors sharded along later dims (tensor parallel) are written row by row there, which is slower. Both are
             resumed by any number of ranks; optimizers are sharded in both.
         max_shard_size: of a file of `layout="direct"`: bytes, or text such as `"5GB"`.
-        timeout: seconds that ranks wait, while files are written, for one that does not report.
+        timeout: seconds that ranks wait, while files are written, for one that does not report. One that has died on
+            this machine is noticed at once.
         files: more files for `model/` (config, tokenizer, adapter config): file name -> text, bytes, or the path of a
             file to copy; `am_ckpt.hf_files` lists those of a Hugging Face folder.
         mapping: records of how the module's parameters relate to the published files (see `am_ckpt.load_hf`), stored
@@ -143,16 +141,14 @@ class Checkpointer:
     def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
         """Commit `state` as `step_{step:06d}`. Collective: every rank calls it.
 
-        On return the step is durable; or, where `asynchronous`, copied: training may go on, and `wait` returns
-        when it is durable.
+        On return the step is durable; or, where `asynchronous`, copied: training goes on, `wait` returns when it is.
 
         `state["model"]` is an `nn.Module` (parameters and persistent buffers, plain or DTensor, tied ones once), or
         an adapter: an object with `state_dict()` and `load_state_dict()` of full plain tensors and
-        `named_parameters()`. Values that are `torch.optim.Optimizer` are stored by parameter name. All others have
-        `state_dict()` of plain data and tensors, equal on every rank: state that differs between ranks could not be
-        resumed by another number of ranks, and is refused. Plain tensors of the model are taken to be replicas. Ranks
-        may hold different parts of the model (stages of a pipeline), and its optimizer the parameters of that part, in
-        the same groups.
+        `named_parameters()`. Its plain tensors are taken to be replicas. Ranks may hold different parts of it (stages
+        of a pipeline). Values that are `torch.optim.Optimizer` are stored by parameter name. Other modules, and dicts
+        of nothing but tensors, are stored in shards as the model is: averaged weights. All others are objects with
+        `state_dict()`, data, numpy arrays or generators of random numbers, equal on every rank, or `PerRank`.
 
         Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
         content it raises `FileExistsError`. A damaged folder of that name is set aside as `.damaged-*`.
@@ -172,7 +168,7 @@ class Checkpointer:
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
         plan, weights = compute(context, lambda: self._plan(contents, described))
-        exists = self._is_there(step, context)
+        exists = is_there(self.directory, step, self._changed, context)
         save_id = rank_zero(context, lambda: secrets.token_hex(8))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)
@@ -187,18 +183,20 @@ class Checkpointer:
         if rank == 0 and weights is not None and len(headers) > 1:
             texts[f"model/{INDEX}"] = weight_index(headers)
         self._stop = threading.Event()
-        job = Job(self.directory, step, save_id, rank, size, files, headers, texts, manifest, self._timeout, self._stop)
-        try:
-            job = compute(context, lambda: self._prepare(job, described, plan, before, contents))
-        except BaseException:
-            if rank == 0:
-                discard(job.staging)
-            raise
-        if self._background is not None:
-            self._background.start(lambda: run(job, lambda: None, lambda: tidy(self.directory, self._keep, step)))
-        else:
-            unchanged = partial(require_unchanged, before, contents.tensors)
-            run(job, unchanged, lambda: tidy(self.directory, self._keep, step))
+        job = Job(
+            self.directory,
+            step,
+            save_id,
+            rank,
+            [description.lease for description in described],
+            files,
+            headers,
+            texts,
+            manifest,
+            self._timeout,
+            self._stop,
+        )
+        self._commit(job, described, plan, before, contents)
 
     def load(
         self,
@@ -207,6 +205,7 @@ class Checkpointer:
         *,
         verify: bool = True,
         discard_newer: bool = False,
+        strict: bool = True,
     ) -> int | None:
         """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
 
@@ -223,10 +222,14 @@ class Checkpointer:
         `discard_newer`: go back: once the step is restored, delete all that are newer, so that training goes on from
         here. Without it, a `save` beside a newer step is refused.
 
-        Strict: the entries of `state` must be in the checkpoint, with the same parameter names, shapes, dtypes,
-        tied weights and optimizer groups; otherwise one `ValueError` lists the differences, and nothing has been
-        changed. Entries of the checkpoint that `state` does not name are left out. Optimizers that have not stepped
-        yet get their state as torch would have laid it out.
+        `strict`: the entries of `state` must be in the checkpoint, with the same names of tensors and optimizer groups;
+        otherwise one `ValueError` lists the differences, and nothing has been changed. With False, entries and tensors
+        that only one side has are left as they are, with a warning that names them; optimizers must match in either
+        case, as must shapes, dtypes and tied weights. What of the checkpoint `state` does not name is left out.
+
+        Modules, optimizers, generators, tensors, arrays, dicts and lists are filled in place; other data is replaced in
+        `state`. Optimizers that have not stepped yet get their state as torch would have laid it out, and keep what
+        their own process chose for speed (`fused`, `foreach`, `capturable`).
         """
         self.wait()
         lost: Exception | None = None
@@ -241,7 +244,7 @@ class Checkpointer:
             if discard_newer:
                 rank_zero(f"{path} was not loaded", partial(require_disposable, self.directory, path))
             try:
-                step = restore(path, state, self._fingerprints)
+                step = restore(path, state, self._fingerprints, strict=strict)
             except (ValueError, OSError) as error:
                 context = f"{path} was not loaded"
                 if not is_searched(which) or not rank_zero(context, partial(was_deleted, path)):
@@ -306,40 +309,6 @@ class Checkpointer:
         self.wait()
         return collect(state, contents)
 
-    def _make_way(self, step: int) -> bool:
-        """Set aside what is damaged and in the way of `step`; whether it is there already, as far as sizes tell."""
-        for name, problem in self._changed.items():
-            if (self.directory / name).is_dir():
-                set_damaged_aside(self.directory / name, problem)
-        path = self.directory / step_name(step)
-        newer = newer_steps(self.directory, step)
-        if newer:
-            raise ValueError(
-                f"{newer[0].name} is newer than step {step} ({len(newer)} such): the next load would take it, and "
-                "retention keep it in place of this one. To go on from an older step, load it with "
-                "load(state, step, discard_newer=True); or use another directory"
-            )
-        if not os.path.lexists(path):
-            return False
-        try:
-            check_step(path)
-        except NewerError:
-            raise
-        except ValueError as error:
-            set_damaged_aside(path, str(error))
-            return False
-        return True
-
-    def _is_there(self, step: int, context: str) -> bool:
-        """`_make_way`, and whether the bytes of a step that is there are those that were written. Collective."""
-        path = self.directory / step_name(step)
-        if not rank_zero(context, lambda: self._make_way(step)):
-            return False
-        changed = changed_files(path, SECTIONS)
-        if changed:
-            rank_zero(context, lambda: set_damaged_aside(path, changed[0]))
-        return not changed
-
     def _require_same(self, step: int, manifest: dict[str, Any], found: list[list[dict[str, Any]]]) -> None:
         path = self.directory / step_name(step)
         saved = read_manifest(path)
@@ -356,6 +325,19 @@ class Checkpointer:
             )
         # Saved by a process that may have been stopped before it could do so.
         fsync_directory(self.directory)
+
+    def _commit(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> None:
+        try:
+            job = compute(job.not_saved, lambda: self._prepare(job, described, plan, before, contents))
+        except BaseException:
+            if job.rank == 0:
+                discard(job.staging)
+            raise
+        remaining = partial(tidy, self.directory, self._keep, job.step)
+        if self._background is not None:
+            self._background.start(lambda: run(job, lambda: None, remaining))
+        else:
+            run(job, partial(require_unchanged, before, contents.tensors), remaining)
 
     def _prepare(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> Job:
         """Make room for the step; where it is saved in the background, return the job with copies of its tensors."""
@@ -378,6 +360,7 @@ class Checkpointer:
         """What every rank writes, computed alike on all of them."""
         join_optimizers(contents, described)
         join_extra_states(contents, described)
+        join_per_rank(contents, described)
         plan = make_plan(described)
         if contents.adapter is None:
             self._require_mapped(plan)
@@ -446,8 +429,7 @@ class Checkpointer:
 
 def _sections(state: Mapping[str, Any]) -> set[str]:
     """The parts of a step that `state` is loaded from."""
-    optim = {"optim"} if any(isinstance(value, Optimizer) for value in state.values()) else set()
-    return {*optim, *([MODEL] if MODEL in state else [])}
+    return {"optim" if isinstance(value, Optimizer) else entry for entry, value in state.items()}
 
 
 def _is_best(value: Any) -> bool:

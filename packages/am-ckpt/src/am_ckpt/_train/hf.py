@@ -11,6 +11,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from am_ckpt._files.safetensors import Header
 from am_ckpt._files.step import MAX_SMALL_BYTES, read_file, require_file_name
 from am_ckpt._io import fsync_directory, is_filled, publish_folder, put_back, write_bytes
 from am_ckpt._sources import Chunk, Source, hf_sources
+from am_ckpt._train.differences import nearest
 from am_ckpt._train.initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers
 from am_ckpt._train.module import Stored, stored_tensors, unwrap
 from am_ckpt._train.pieces import Held, Piece, assign, dtype_name, held, pieces
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.read import Reader
-from am_ckpt._train.restore import nearest
 from am_ckpt._train.shared_files import WeightFiles, create_files, file_piece
 from am_ckpt._train.write import create_staging, discard
 
@@ -64,10 +65,13 @@ def load_hf(
             [[start, stop] or None per dim] or None for all, "transpose": whether the last two dims are swapped in the
             file}`. Dims of size one may be absent in the file. Parameters without a record have the same name in both.
         initialise: shell-style patterns of parameters that are initialised instead of loaded, by `initialiser` if
-            given, else by the module's own code (`reset_parameters`, transformers' `_init_weights`).
+            given, else by the `reset_parameters` of their module (or of a class of the model's own that it is in).
         device: where tensors on meta get memory; None: the mesh's device for shards, the CPU for the rest.
         ignore: patterns of names in the files that the model does without.
-        initialiser: called with a module, sets the first values of what it holds.
+        initialiser: `initialiser(model, name)` gives the whole first value, on the CPU, of the parameter that `model`
+            holds as `name`; drawn from torch's default CPU generator, which is seeded before. What a transformers model
+            starts from is for its family to say: `am_models.initial_value` does, without one it is an error. It is also
+            asked for buffers that no module recomputes.
         seed: with the parameter's name, all that initialised values depend on.
 
     Raises:
@@ -229,13 +233,14 @@ def save_hf(
     mapping: Sequence[Mapping[str, Any]] | None = None,
     files_from: str | os.PathLike[str] | None = None,
     files: Mapping[str, str | bytes] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write `model`, whole or sharded, as a Hugging Face folder. Collective: every rank calls it.
 
-    Every rank writes the ranges of its own shards, so memory stays bounded. Tied weights are written once, dtypes are
-    the model's. The folder appears complete or not at all. One that is there is replaced if it is empty or an export of
-    this function with nothing added; otherwise `FileExistsError`.
+    Every rank writes the ranges of its own shards, so memory stays bounded. Tied weights are written once. The folder
+    appears complete or not at all. One that is there is replaced if it is empty or an export of this function with
+    nothing added; otherwise `FileExistsError`.
 
     Args:
         folder: on a file system that all ranks share. Weights go to `model.safetensors` in it, or to several files with
@@ -244,6 +249,8 @@ def save_hf(
         files_from: a folder whose config, tokenizer, chat template and code are copied (`hf_files`).
         files: the contents of such files by name, which come first. Where neither has a config.json, a transformers
             model writes its own; other models get weights alone.
+        dtypes: what parameters are rounded to in the files, by their name in the model (float32 master weights of a
+            bfloat16 model); the others are written in their own.
         max_shard_size: of a file: bytes, or text such as `"5GB"`.
     """
     target = Path(folder).absolute()
@@ -251,7 +258,7 @@ def save_hf(
     bare = unwrap(model)
     rank = rank_and_size()[0]
     tensors: dict[str, Stored] = {}
-    described = agree(context, lambda: _described(bare, tensors))
+    described = agree(context, lambda: _described(bare, tensors, dtypes or {}))
     merged, shares = compute(context, lambda: assign(described))
     weights = compute(context, lambda: WeightFiles(merged, mapping, byte_count(max_shard_size)))
     extra = rank_zero(context, lambda: _extra_files(bare, files_from, files, tensors))
@@ -272,13 +279,20 @@ def save_hf(
             discard(staging)
 
 
-def _described(model: nn.Module, tensors: dict[str, Stored]) -> dict[str, Held]:
+def _described(model: nn.Module, tensors: dict[str, Stored], dtypes: Mapping[str, torch.dtype]) -> dict[str, Held]:
     described = {}
     for stored in stored_tensors(model):
         if stored.tensor.is_meta:
             raise ValueError(f"{stored.name!r} is on the meta device and has no values to write")
         tensors[stored.name] = stored
         described[stored.name] = held(stored.tensor, stored.name)
+    for name, dtype in dtypes.items():
+        if name not in described or not (dtype.is_floating_point and tensors[name].tensor.is_floating_point()):
+            raise ValueError(
+                f"dtypes: {name!r} cannot be written as {dtype}; name floating-point parameters of the model"
+                f"{nearest(name, described)}"
+            )
+        described[name] = replace(described[name], dtype=dtype_name(dtype, name))
     return described
 
 

@@ -1,14 +1,16 @@
 """Memory and first values for a model that was built on the meta device.
 
 Three questions, in this order: which tensors get memory (those on meta, real ones are left alone), what the buffers
-that no file holds contain (rotary frequencies, embedding scales), and what new parameters start from. For the last two
-the module's own code answers, so the values are those of a model that was built with memory:
+that no file holds contain (rotary frequencies, embedding scales), and what new parameters start from.
 
-- a class of the model's own with `reset_parameters()` is asked first, also when the parameter sits in a child of it;
-- then the nearest `transformers.PreTrainedModel` above, through `_init_weights(module)`, like `from_pretrained`;
-- then `reset_parameters()` of torch's own modules.
+Buffers are asked of the module's own code, so the values are those of a model that was built with memory: a class of
+the model's own with `reset_parameters()` first, also when the buffer sits in a child of it; then the nearest
+`transformers.PreTrainedModel` above, through `_init_weights(module)`, like `from_pretrained`; then `reset_parameters()`
+of torch's own modules.
 
-A new parameter is initialised whole, on the CPU, from a seed made of its name: its values do not depend on the layout.
+What a new parameter starts from is the business of an `Initialiser`, given by the caller: a distribution belongs to a
+family of models, not to a file. It is called with a generator seeded by the parameter's name, and gives the whole
+value, so that this does not depend on the layout. The one that stands here is for modules with `reset_parameters()`.
 """
 
 from __future__ import annotations
@@ -27,12 +29,18 @@ from torch.distributed.tensor import DTensor
 from am_ckpt._train.module import Place, Stored, named_places, stored_tensors
 from am_ckpt._train.pieces import cut, pieces
 
-Initialiser = Callable[[nn.Module], object]
+# `initialiser(model, name)`: the whole first value, on the CPU, of the parameter or buffer that `model` holds as `name`
+# (in `model.named_parameters()`). It draws from torch's default CPU generator and changes nothing of the model.
+Initialiser = Callable[[nn.Module, str], torch.Tensor]
 
 
 @runtime_checkable
 class _Resets(Protocol):
     def reset_parameters(self) -> None: ...
+
+
+class _Pretrained(Protocol):
+    def _init_weights(self, module: nn.Module) -> None: ...
 
 
 def matches(stored: Stored, patterns: Sequence[str]) -> bool:
@@ -78,101 +86,116 @@ def materialise(model: nn.Module, device: torch.device | None) -> list[Place]:
 
 
 def recompute_buffers(model: nn.Module, places: Sequence[Place], initialiser: Initialiser | None) -> None:
-    """Let the modules fill the buffers at `places`; `ValueError` names one that nothing fills completely."""
+    """Let the modules fill the buffers at `places`, else `initialiser`; `ValueError` names one that nothing fills."""
     by_module: dict[int, list[Place]] = {}
     for place in places:
         by_module.setdefault(id(place.module), []).append(place)
     for group in by_module.values():
-        buffers = [group[0].module.get_buffer(place.key) for place in group]
-        for source in _sources(model, group[0], initialiser):
-            results = []
-            # Filled twice, from different values: what a source leaves out differs between the two.
-            for start in (0, 1):
-                for buffer in buffers:
-                    buffer.fill_(start)
-                with (
-                    _temporary_parameters([group[0].module], buffers=False),
-                    torch.random.fork_rng(devices=[]),
-                    torch.no_grad(),
-                ):
-                    source()
-                results.append([buffer.clone() for buffer in buffers])
-            if all(torch.equal(first, second) for first, second in zip(*results, strict=True)):
-                break
-        else:
+        if any(_fills(group, source) for source in _sources(model, group[0])):
+            continue
+        if initialiser is None:
             raise ValueError(
                 f"the buffer {group[0].name!r} of {type(group[0].module).__name__} is in no file and the module "
                 "cannot recompute it; build the model off the meta device, give it a reset_parameters() that fills "
                 "its buffers, or pass initialiser="
             )
+        for place in group:
+            place.module.get_buffer(place.key).copy_(initialiser(model, place.path))
+
+
+def _fills(group: Sequence[Place], source: Callable[[], object]) -> bool:
+    """Whether `source` fills all the buffers of one module: what it leaves out differs between two starts."""
+    buffers = [place.module.get_buffer(place.key) for place in group]
+    results = []
+    for start in (0, 1):
+        for buffer in buffers:
+            buffer.fill_(start)
+        with (
+            _temporary_parameters([group[0].module], buffers=False),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+        ):
+            source()
+        results.append([buffer.clone() for buffer in buffers])
+    return all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 def initialise_parameters(
     model: nn.Module, patterns: Sequence[str], seed: int, initialiser: Initialiser | None
 ) -> None:
     """Initialise the parameters (and stored buffers) that match `patterns`, each from (its name, `seed`) alone."""
+    draw = initialiser or reset_value
     for stored in stored_tensors(model):
         if not matches(stored, patterns):
             continue
         place = stored.places[0]
-        for source in _sources(model, place, initialiser):
-            with (
-                _temporary_parameters(_chain(model, place), buffers=True) as temporary,
-                torch.random.fork_rng(devices=[]),
-            ):
-                # The CPU generator alone: torch.manual_seed would also reset the accelerator's.
-                torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{place.name}".encode()) >> 1)
-                with torch.no_grad():
-                    source()
-                value = temporary[id(place.module), place.key].detach()
-            if not value.isnan().any():
-                break
-        else:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            # The CPU generator alone: torch.manual_seed would also reset the accelerator's.
+            torch.default_generator.manual_seed(xxhash.xxh3_64_intdigest(f"{seed}:{place.name}".encode()) >> 1)
+            value = draw(model, place.path)
+        if value.shape != stored.tensor.shape:
             raise ValueError(
-                f"nothing initialises the parameter {place.name!r} of {type(place.module).__name__}; give its module a "
-                "reset_parameters(), or pass initialiser="
+                f"the initialiser gave {list(value.shape)} for {place.name!r}, which is {list(stored.tensor.shape)}; "
+                "it gives the whole value, whatever shard a rank holds"
             )
         for piece in pieces(stored.tensor, place.name):
             piece.values.copy_(cut(value, piece.box))
 
 
-def _chain(model: nn.Module, place: Place) -> list[nn.Module]:
-    """The module that holds the parameter, and those above it whose own code may initialise it."""
-    path = _ancestors(model, place)
-    owners = [index for index, module in enumerate(path) if _has_own_reset(module)]
-    return path[owners[-1] :] if owners else path[-1:]
+def reset_value(model: nn.Module, name: str) -> torch.Tensor:
+    """The `Initialiser` where none is given: what `reset_parameters()` of the module draws, or of one that it is in.
+
+    A class of the model's own goes before torch's. Raises ValueError for a module without either, and for one of a
+    transformers model that has only torch's: the family decides there, and draws otherwise.
+    """
+    path = _path(model, name)
+    module, key = path[-1], name.rpartition(".")[2]
+    own = [index for index, ancestor in enumerate(path) if _has_own_reset(ancestor)]
+    pretrained = _pretrained(path)
+    if pretrained and not own:
+        raise ValueError(
+            f"what {name!r} starts from is for its family to say, {type(pretrained[0]).__name__} of transformers; "
+            "pass initialiser=am_models.initial_value, or a function of your own (model, name) -> value"
+        )
+    holder = path[own[-1]] if own else module
+    if isinstance(holder, _Resets):
+        with _temporary_parameters(path[own[-1] :] if own else [module], buffers=True) as temporary:
+            holder.reset_parameters()
+            value = temporary[id(module), key].detach()
+        if not value.isnan().any():
+            return value
+    raise ValueError(
+        f"nothing initialises the parameter {name!r} of {type(module).__name__}; give its module a "
+        "reset_parameters(), or pass initialiser="
+    )
 
 
-def _ancestors(model: nn.Module, place: Place) -> list[nn.Module]:
-    """From the root to the module at `place`."""
+def _path(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules from the root to the one that holds `name`."""
     path = [model]
-    while path[-1] is not place.module:
-        for child in path[-1].children():
-            if any(module is place.module for module in child.modules()):
-                path.append(child)
-                break
-        else:
-            raise AssertionError(f"{place.name} is not below the model")
+    for part in name.split(".")[:-1]:
+        path.append(path[-1].get_submodule(part))
     return path
+
+
+def _pretrained(path: Sequence[nn.Module]) -> list[_Pretrained]:
+    """Those that are transformers models. One being there means that it is loaded; it is not imported here."""
+    transformers = sys.modules.get("transformers.modeling_utils")
+    return [module for module in path if transformers is not None and isinstance(module, transformers.PreTrainedModel)]
 
 
 def _has_own_reset(module: nn.Module) -> TypeGuard[_Resets]:
     return isinstance(module, _Resets) and not type(module).reset_parameters.__module__.startswith("torch.")
 
 
-def _sources(model: nn.Module, place: Place, initialiser: Initialiser | None) -> Iterator[Callable[[], object]]:
-    """The ways to set the first values of what `place.module` holds, most specific first."""
+def _sources(model: nn.Module, place: Place) -> Iterator[Callable[[], object]]:
+    """The ways to fill the buffers of `place.module`, most specific first."""
     module = place.module
-    if initialiser is not None:
-        yield lambda: initialiser(module)
-        return
-    path = _ancestors(model, place)
+    path = _path(model, place.path)
     own: list[_Resets] = [ancestor for ancestor in path if _has_own_reset(ancestor)]
     if own:
         yield own[-1].reset_parameters
-    # A transformers model means that transformers is loaded; it is not imported here.
-    transformers = sys.modules.get("transformers.modeling_utils")
-    pretrained = [a for a in path if transformers is not None and isinstance(a, transformers.PreTrainedModel)]
+    pretrained = _pretrained(path)
     if pretrained:
         yield lambda: pretrained[-1]._init_weights(module)
     if isinstance(module, _Resets) and not _has_own_reset(module):

@@ -10,11 +10,15 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from am_ckpt._io import lease_state, own_lease, remove
+from am_ckpt._io import remove
 
 LEASE = "lease.json"
 # What am_ckpt._io.remove has set aside.
@@ -36,10 +40,17 @@ def sign(folder: Path, *, held: bool) -> None:
     released = _renewing[folder] = threading.Event()
     if held:
         _held.add(folder)
-    # Complete or not there: half of it would make the next writer wait. Not synced, since a power cut ends the writer.
+    # Complete or not there, as others take a folder without it for a dead writer's. Not synced, since a power cut ends
+    # this one.
     unsigned = folder / f"{LEASE}.new"
-    unsigned.write_bytes(json.dumps(own_lease()).encode())
-    os.replace(unsigned, folder / LEASE)
+    try:
+        unsigned.write_bytes(json.dumps(own_lease()).encode())
+        os.replace(unsigned, folder / LEASE)
+    except FileNotFoundError as error:
+        release(folder)
+        raise RuntimeError(
+            f"another process is saving to this directory, and took {folder.name} away; use one directory a run"
+        ) from error
 
     def renew() -> None:
         while not released.wait(_RENEW_SECONDS):
@@ -62,8 +73,9 @@ def release(folder: Path) -> None:
 def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
     """Remove unfinished deletes and the staging folders of dead writers; return the names of live writers' folders.
 
-    `own` is the staging folder of the caller, already signed. A folder of another machine is watched for up to a
-    minute, by the file system's clock, unless its signature is older than that.
+    `own` is the staging folder of the caller, already signed. A folder that is not signed goes at once: its writer has
+    died, or finds it gone when it signs. One of another machine is watched for up to a minute, by the file system's
+    clock, unless its signature is older than that.
     """
     alive = []
     for entry in sorted(directory.iterdir()):
@@ -75,13 +87,15 @@ def clean_stale(directory: Path, prefix: str, own: Path) -> list[str]:
                 state = _watch(entry / LEASE, own / LEASE)
             if state == "alive":
                 alive.append(entry.name)
-            elif state == "dead":
-                remove(entry)
+            elif state in ("dead", "unsigned"):
+                # Gone meanwhile, if its writer has just ended.
+                with suppress(FileNotFoundError):
+                    remove(entry)
     return alive
 
 
 def _watch(theirs: Path, ours: Path) -> str:
-    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` if it is not signed yet."""
+    """`alive` once `theirs` is renewed, `dead` when it was not for long; `unknown` where it goes meanwhile."""
     try:
         signed = theirs.stat().st_mtime
         while True:
@@ -93,3 +107,72 @@ def _watch(theirs: Path, ours: Path) -> str:
             time.sleep(0.5)
     except FileNotFoundError:
         return "unknown"
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        # Not Linux, or /proc is hidden: the caller falls back to what it knows.
+        return ""
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, so that a reused pid is told from the old one."""
+    # The command name is in parentheses and may hold spaces; the state is field 3, the start time field 22.
+    fields = _read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # Of one that has ended, and that its parent has not asked for yet, nothing but this is left.
+    return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def own_lease() -> dict[str, Any]:
+    """Who is writing: enough to tell later whether that process is still alive."""
+    return {
+        "host": socket.gethostname(),
+        "boot_id": _read_text("/proc/sys/kernel/random/boot_id"),
+        "pid_namespace": _pid_namespace(),
+        "pid": os.getpid(),
+        "start_time": _start_time(os.getpid()),
+        "created": time.time(),
+    }
+
+
+def lease_state(path: Path) -> str:
+    """`dead`, `alive` or `unknown` (another machine or container) for the writer named in a lease file.
+
+    Where the file is missing or no lease, the writer is `unsigned`.
+    """
+    try:
+        lease = json.loads(path.read_bytes())
+        return process_state(lease, own_lease())
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unsigned"
+
+
+def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """`dead`, `alive` or `unknown` (another machine or container) for the process of `lease`, seen from that of `own`.
+
+    The process of `own` itself is `dead`: what it still writes, its caller knows.
+    """
+    pid, start_time = int(lease["pid"]), lease["start_time"]
+    if (lease["boot_id"], lease["pid_namespace"]) != (own["boot_id"], own["pid_namespace"]):
+        return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+    if pid == own["pid"] and start_time == own["start_time"]:
+        return "dead"
+    if start_time:
+        return "alive" if _start_time(pid) == start_time else "dead"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "dead"
+    except PermissionError:
+        return "alive"
+    return "alive"

@@ -20,11 +20,15 @@ from am_ckpt._files.hf_folder import WRAPPERS
 
 @dataclass
 class Place:
-    """One name of a tensor: `module` holds it as attribute `key`; `name` is the full name."""
+    """One name of a tensor: `module` holds it as attribute `key`; `name` is the full name.
+
+    path: what `get_parameter` of the model finds it by, wrappers included.
+    """
 
     name: str
     module: nn.Module
     key: str
+    path: str
 
 
 @dataclass
@@ -64,14 +68,19 @@ def _bare(prefix: str) -> list[str]:
 def named_places(model: nn.Module) -> Iterator[tuple[Place, torch.Tensor, bool, bool]]:
     """Every name of every parameter and buffer: (place, tensor, is a parameter, is stored in state dicts)."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        base = ".".join(_bare(prefix))
+        base, dot = ".".join(_bare(prefix)), "." if prefix else ""
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield Place(f"{base}.{key}" if base else key, module, key), parameter, True, True
+                yield Place(f"{base}.{key}" if base else key, module, key, f"{prefix}{dot}{key}"), parameter, True, True
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 persistent = key not in module._non_persistent_buffers_set
-                yield Place(f"{base}.{key}" if base else key, module, key), buffer, False, persistent
+                yield (
+                    Place(f"{base}.{key}" if base else key, module, key, f"{prefix}{dot}{key}"),
+                    buffer,
+                    False,
+                    persistent,
+                )
 
 
 def stored_tensors(model: nn.Module) -> list[Stored]:

@@ -10,6 +10,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+# Of the groups, what a process chooses for its own layout and devices, and how it calls its parameters: neither stored
+# nor restored. One process may be fused where sharded tensors cannot be.
+_OF_THE_PROCESS = frozenset({"params", "param_names", "fused", "foreach", "capturable", "differentiable"})
+
 
 def named_groups(entry: str, optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str]]:
     """Parameter names of each group; `names` maps `id(parameter)` to its name in the model."""
@@ -61,7 +65,9 @@ def optimizer_contents(
 ) -> tuple[dict[str, torch.Tensor], OptimizerState]:
     """Tensors by `<slot>/<parameter name>`, and everything else."""
     groups = named_groups(entry, optimizer, names)
-    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    options = [
+        {key: value for key, value in group.items() if key not in _OF_THE_PROCESS} for group in optimizer.param_groups
+    ]
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     grouped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -90,13 +96,14 @@ def match_groups(
 ) -> list[dict[str, Any]]:
     """For each group of `optimizer`, the options of the saved group with the same parameters, on all ranks together.
 
+    What belongs to the process is as `optimizer` has it: flags such as `fused`, and whether a value is a tensor.
     Raises `ValueError` where the type or the grouping differs.
     """
     if saved["type"] != type(optimizer).__name__:
         raise ValueError(f"state[{entry!r}] is {type(optimizer).__name__}, the checkpoint holds {saved['type']}")
     options = {frozenset(group["parameters"]): group["options"] for group in saved["groups"]}
     result = []
-    for index, members in enumerate(groups):
+    for index, (members, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         if frozenset(members) not in options:
             known = {name for group in saved["groups"] for name in group["parameters"]}
             new = [name for name in members if name not in known]
@@ -105,10 +112,22 @@ def match_groups(
                 f"checkpoint's {len(options)} groups; parameters new to them: {new[:5] or 'none'}. "
                 "Group the parameters as in the saved run"
             )
-        result.append(options[frozenset(members)])
+        saved_options = options[frozenset(members)]
+        kept = {key: value for key, value in own.items() if key in _OF_THE_PROCESS and key != "params"}
+        restored = {key: value for key, value in saved_options.items() if key not in _OF_THE_PROCESS}
+        result.append({key: _like(own.get(key), value) for key, value in restored.items()} | kept)
     if len(result) != len(saved["groups"]):
         raise ValueError(f"state[{entry!r}] has {len(result)} parameter groups, the checkpoint {len(saved['groups'])}")
     return result
+
+
+def _like(own: Any, value: Any) -> Any:
+    """`value` as a number or tensor, whichever `own` is: a compiled step wants tensors, others refuse them."""
+    if isinstance(own, torch.Tensor):
+        return torch.as_tensor(value, dtype=own.dtype, device=own.device)
+    if isinstance(own, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    return value
 
 
 def new_slot(
@@ -133,6 +152,10 @@ def apply(
     slots: Mapping[str, dict[str, Any]],
 ) -> None:
     """Install group options and per-parameter slots (parameter name -> slot -> value)."""
+    own_tensors = [
+        {key: value for key, value in group.items() if isinstance(value, torch.Tensor)}
+        for group in optimizer.param_groups
+    ]
     positions = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
     optimizer.load_state_dict(
         {
@@ -143,6 +166,11 @@ def apply(
             ],
         }
     )
+    # Tensors that others hold too, such as a compiled step, get their values in place.
+    for group, tensors in zip(optimizer.param_groups, own_tensors, strict=True):
+        for key, tensor in tensors.items():
+            if key in group:
+                group[key] = tensor.copy_(group[key])
     # Set directly: load_state_dict casts every floating slot to the parameter's dtype, which loses fp32 moments.
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -155,7 +155,7 @@ def byte_blocks(tensor: torch.Tensor) -> Iterator[memoryview]:
 class Held:
     """What one rank holds of one tensor: exchanged between ranks, so plain data only.
 
-    `samples`: of each box the digest of its first values, where other ranks could hold the same box.
+    `samples`: of each box the digest of its first values, or of all, where other ranks could hold the same box.
     """
 
     dtype: str
@@ -164,24 +164,29 @@ class Held:
     samples: tuple[str, ...] = ()
 
 
-def held(tensor: torch.Tensor, what: str) -> Held:
-    """What this rank holds of `tensor`, which `what` names in errors."""
+def held(tensor: torch.Tensor, what: str, *, equal: bool = False) -> Held:
+    """What this rank holds of `tensor`, which `what` names in errors; `equal`: all of what ranks have in common is."""
     parts = pieces(tensor, what)
-    samples = tuple(_sample(part.values) for part in parts) if _may_be_replica(tensor) else ()
+    samples = tuple(_sample(part.values, equal) for part in parts) if _may_be_replica(tensor, equal) else ()
     return Held(dtype_name(tensor.dtype, what), tuple(tensor.shape), tuple(part.box for part in parts), samples)
 
 
-def _may_be_replica(tensor: torch.Tensor) -> bool:
+def _may_be_replica(tensor: torch.Tensor, equal: bool) -> bool:
     # Replicas of buffers may differ: each rank counts its own batches in them.
     size = rank_and_size()[1]
-    if size == 1 or not isinstance(tensor, torch.nn.Parameter):
+    if size == 1 or not (equal or isinstance(tensor, torch.nn.Parameter)):
         return False
     if not isinstance(tensor, DTensor) or tensor.device_mesh.size() < size:
         return True
     return any(isinstance(placement, Replicate) for placement in tensor.placements)
 
 
-def _sample(values: torch.Tensor) -> str:
+def _sample(values: torch.Tensor, whole: bool) -> str:
+    if whole:
+        hasher = xxhash.xxh3_64()
+        for block in byte_blocks(values):
+            hasher.update(block)
+        return hasher.hexdigest()
     first = next(split(tuple(values.shape), values.element_size(), _SAMPLE_BYTES))
     return xxhash.xxh3_64_hexdigest(plain_bytes(cut(values, first)))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,25 @@ from am_ckpt._files.safetensors import parse_json
 from am_ckpt._files.step import checked_header, read_file, read_manifest
 from am_ckpt._sources import Chunk, Source, whole_sources
 from am_ckpt._tools.inspect import inspect
+from am_ckpt._train.differences import name_differences, raise_differences, shape_difference
+from am_ckpt._train.entries import HELD, PerRank, entry_tensors, mismatch, put_back
 from am_ckpt._train.module import extra_states, stored_tensors
 from am_ckpt._train.optimizer import apply, joined_groups, match_groups, named_groups, new_slot
-from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name, pieces
-from am_ckpt._train.ranks import agree
+from am_ckpt._train.pieces import TORCH_DTYPES, Piece, pieces
+from am_ckpt._train.ranks import agree, rank_and_size
 from am_ckpt._train.read import Reader, require_readable
-from am_ckpt._train.state import MODEL, Adapter, parameter_names, require_entries
-from am_ckpt._train.state_json import decode
+from am_ckpt._train.state import MODEL, SECTIONS, Adapter, Stateful, parameter_names, require_entries
+from am_ckpt._train.state_json import Ranks, decode
 
 _MAX_STATE_BYTES = 2**30
 
 
-def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any]) -> int:
+def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, Any], *, strict: bool) -> int:
     """Load the checkpoint `folder` into `state` and return its step; see `Checkpointer.load`. Collective."""
     with Reader() as reader:
         # A rank that is a stage of a pipeline has some of the model.
         names = agree(f"{folder} was not loaded, nothing was changed", lambda: _names(state))
-        step = _Step(folder, reader, names)
+        step = _Step(folder, reader, names, strict)
         # Per rank: comparing may find differences on one rank only, and must stop all of them before any byte changes.
         actions: list[Callable[[], None]] = []
         agree(
@@ -44,34 +47,45 @@ def restore(folder: Path, state: Mapping[str, Any], fingerprints: Mapping[str, A
         agree(
             f"{folder} was loaded in part, the state is not usable", lambda: [action() for action in actions] and None
         )
+        if step.left_out and rank_and_size()[0] == 0:
+            warnings.warn(f"loaded a part of {folder.name}: {'; '.join(step.left_out)}", stacklevel=3)
         return step.number
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Of the model on one rank, in its tensors and in the groups of its optimizers."""
+    """On one rank, of the tensors of the model and of other entries, and in the groups of optimizers."""
 
     tensors: list[str]
     groups: dict[str, list[list[str]]]
+    entries: dict[str, list[str]]
 
 
 def _names(state: Mapping[str, Any]) -> _Names:
     require_entries(state)
+    entries = {entry: [*(entry_tensors(value) or ())] for entry, value in state.items() if entry != MODEL}
     if MODEL not in state:
-        return _Names([], {})
+        return _Names([], {}, entries)
     model, parameters = state[MODEL], parameter_names(state[MODEL])
     tensors = []
     if isinstance(model, nn.Module):
         tensors = [place.name for stored in stored_tensors(model) for place in stored.places] + [*extra_states(model)]
     optimizers = {entry: value for entry, value in state.items() if isinstance(value, Optimizer)}
-    return _Names(tensors, {entry: named_groups(entry, value, parameters) for entry, value in optimizers.items()})
+    return _Names(
+        tensors, {entry: named_groups(entry, value, parameters) for entry, value in optimizers.items()}, entries
+    )
 
 
 class _Step:
-    """One checkpoint folder opened for loading; `names` are those of every rank."""
+    """One checkpoint folder opened for loading; `names` are those of every rank.
 
-    def __init__(self, folder: Path, reader: Reader, names: Sequence[_Names]) -> None:
+    `left_out`: what only one side has, where that is allowed.
+    """
+
+    def __init__(self, folder: Path, reader: Reader, names: Sequence[_Names], strict: bool) -> None:
         self._folder = folder
+        self._strict = strict
+        self.left_out: list[str] = []
         self._names = names
         self._anywhere = {name for rank in names for name in rank.tensors}
         self._reader = reader
@@ -95,28 +109,80 @@ class _Step:
         if different:
             lines = "; ".join(f"{key}: checkpoint {there!r}, here {here!r}" for key, (there, here) in different.items())
             raise ValueError(f"the checkpoint belongs to another run: {lines}")
-        there = {*self._manifest["state"], MODEL}
+        there = {*self._manifest["state"], MODEL, *self._manifest["tensors"].keys() - {*SECTIONS}}
         missing = [entry for entry in state if entry not in there]
         if missing:
-            raise ValueError(f"the checkpoint has no state {missing}; it holds {sorted(there)}")
+            self._differ(f"the checkpoint has no state {missing}; it holds {sorted(there)}")
         actions = []
         if MODEL in state:
             model = state[MODEL]
             actions.append(self._module(model) if isinstance(model, nn.Module) else self._adapter(model))
         for entry, value in state.items():
-            if entry != MODEL:
-                is_optimizer = entry in self._manifest["optimizers"]
-                if is_optimizer != isinstance(value, Optimizer):
-                    raise ValueError(
-                        f"state[{entry!r}] is {type(value).__name__}, the checkpoint's {entry!r} is "
-                        f"{'an optimizer' if is_optimizer else 'no optimizer'}"
-                    )
-                data = read_state(self._folder, self._records, entry, self._reader)
-                if isinstance(value, Optimizer):
-                    actions.append(self._optimizer(entry, value, parameter_names(state[MODEL]), data))
-                else:
-                    actions.append(_load_state(value, data))
+            if entry != MODEL and entry in there:
+                actions.append(self._entry(entry, value, state))
         return actions
+
+    def _differ(self, difference: str) -> None:
+        """Raise, or take note where parts may be loaded."""
+        if self._strict:
+            raise ValueError(difference)
+        self.left_out.append(difference)
+
+    def _entry(self, entry: str, value: Any, state: Mapping[str, Any]) -> Callable[[], None]:
+        is_optimizer = entry in self._manifest["optimizers"]
+        if is_optimizer != isinstance(value, Optimizer):
+            raise ValueError(
+                f"state[{entry!r}] is {type(value).__name__}, the checkpoint's {entry!r} is "
+                f"{'an optimizer' if is_optimizer else 'no optimizer'}"
+            )
+        if entry in self._sections and not is_optimizer:
+            return self._tensors(entry, value)
+        data = read_state(self._folder, self._records, entry, self._reader)
+        if isinstance(value, Optimizer):
+            return self._optimizer(entry, value, parameter_names(state[MODEL]), data)
+        if isinstance(value, PerRank) != isinstance(data, Ranks):
+            kind, fix = ("that of each rank", "PerRank") if isinstance(data, Ranks) else ("one for all ranks", "")
+            advice = f"give it as am_ckpt.{fix}(...)" if fix else "give it without PerRank"
+            raise ValueError(f"state[{entry!r}] is {kind} in the checkpoint; {advice}")
+        if isinstance(value, PerRank):
+            rank, size = rank_and_size()
+            if len(data.values) != size:
+                raise ValueError(
+                    f"state[{entry!r}] is that of each of {len(data.values)} ranks, and cannot be divided among the "
+                    f"{size} here; resume on as many, or leave {entry!r} out of `state`"
+                )
+            data = data.values[rank]
+        return _put(entry, value, data, state)
+
+    def _tensors(self, entry: str, value: Any) -> Callable[[], None]:
+        """An entry of nothing but tensors, which are in shards."""
+        here, there = entry_tensors(value), self._sections[entry]
+        if here is None:
+            raise ValueError(f"state[{entry!r}] is {type(value).__name__}; in the checkpoint it is a dict of tensors")
+        anywhere = {name for rank in self._names for name in rank.entries[entry]}
+        self._require_names(
+            f"state[{entry!r}]",
+            name_differences(
+                [name for name in here if name not in there],
+                [name for name in there if name not in anywhere],
+                here,
+                there,
+            ),
+        )
+        common = {name: tensor for name, tensor in here.items() if name in there}
+        raise_differences(
+            f"state[{entry!r}]",
+            [line for name, tensor in common.items() for line in shape_difference(name, there[name], tensor)],
+        )
+        ready = [
+            (there[name], piece) for name, tensor in common.items() for piece in _readable(name, there[name], tensor)
+        ]
+        return lambda: self._reader.read_all(ready)
+
+    def _require_names(self, what: str, differences: list[str]) -> None:
+        if differences and self._strict:
+            raise_differences(what, differences)
+        self.left_out += [f"{what}: {difference}" for difference in differences]
 
     def _model_sources(self) -> dict[str, Source]:
         """The model's tensors by the names that they have in the module."""
@@ -143,28 +209,35 @@ class _Step:
                 origin[found[0]] = item.name
                 pairs.append((item.name, sources[found[0]], item.tensor))
         here = {place.name for item in stored for place in item.places}
-        problems += _name_differences(
+        names = name_differences(
             [item.name for item in stored if not any(place.name in known for place in item.places)],
             sorted({*sources} - {known[name] for name in self._anywhere if name in known}),
             here,
             set(known),
         )
-        problems += [line for name, source, tensor in pairs for line in _shape_difference(name, source, tensor)]
+        problems += [line for name, source, tensor in pairs for line in shape_difference(name, source, tensor)]
         modules = extra_states(model)
         extra = read_state(self._folder, self._records, MODEL, self._reader) if MODEL in self._manifest["state"] else {}
-        problems += _name_differences(
+        names += name_differences(
             [name for name in modules if name not in extra],
             [name for name in extra if name not in self._anywhere],
             modules,
             extra,
         )
-        _raise_differences("the model", problems)
+        if self._strict:
+            problems = names + problems
+        elif names and stored and not pairs:
+            raise ValueError(f"nothing of the model is in the checkpoint: {'; '.join(names)}")
+        else:
+            self._require_names("the model", names)
+        raise_differences("the model", problems)
         ready = [(source, piece) for name, source, tensor in pairs for piece in _readable(name, source, tensor)]
 
         def load() -> None:
             self._reader.read_all(ready)
             for name, module in modules.items():
-                module.set_extra_state(extra[name])
+                if name in extra:
+                    module.set_extra_state(extra[name])
 
         return load
 
@@ -174,12 +247,12 @@ class _Step:
         path = self._folder / "model" / ADAPTER
         sources = self._sections["model"]
         now = model.state_dict()
-        problems = _name_differences(
+        problems = name_differences(
             [n for n in now if n not in sources], [n for n in sources if n not in now], now, sources
         )
         for name in now.keys() & sources.keys():
-            problems += _shape_difference(name, sources[name], now[name])
-        _raise_differences("the adapter", problems)
+            problems += shape_difference(name, sources[name], now[name])
+        raise_differences("the adapter", problems)
         tensors = _whole_tensors(path, self._records[f"model/{ADAPTER}"], self._reader)
 
         def load() -> None:
@@ -279,11 +352,30 @@ def _parameter_source(
     return Source(dtype, shape, chunks)
 
 
-def _load_state(value: Any, data: Any) -> Callable[[], None]:
+def _put(entry: str, value: Any, data: Any, state: Mapping[str, Any]) -> Callable[[], None]:
+    """What puts `data` into an entry that is no tensors in shards; it fits, or `ValueError`."""
+    holder = value if isinstance(value, PerRank) else None
+    here = value.value if isinstance(value, PerRank) else value
+    if isinstance(here, Stateful):
+        return partial(_load_state, here, data)
+    problem = mismatch(entry, here, data)
+    if problem is not None:
+        raise ValueError(f"{problem}; nothing else fits in its place")
+    if holder is None and not isinstance(here, HELD) and not isinstance(state, MutableMapping):
+        raise TypeError(f"state[{entry!r}] is {here!r:.60}, which is replaced: give `state` as a dict")
+
     def load() -> None:
-        value.load_state_dict(data)
+        found = put_back(here, data)
+        if holder is not None:
+            holder.value = found
+        elif isinstance(state, MutableMapping):
+            state[entry] = found
 
     return load
+
+
+def _load_state(value: Stateful, data: Any) -> None:
+    value.load_state_dict(data)
 
 
 def _readable(name: str, source: Source, tensor: torch.Tensor) -> list[Piece]:
@@ -291,38 +383,3 @@ def _readable(name: str, source: Source, tensor: torch.Tensor) -> list[Piece]:
     parts = pieces(tensor, name)
     require_readable(name, source, [piece.box for piece in parts])
     return parts
-
-
-def _shape_difference(name: str, source: Source, tensor: torch.Tensor) -> list[str]:
-    here = (dtype_name(tensor.dtype, name), tuple(tensor.shape))
-    if tensor.is_meta:
-        return [f"{name} is on the meta device: give it memory first (load_hf, or to_empty)"]
-    if here == (source.dtype, source.shape):
-        return []
-    return [f"{name}: here {here[0]} {list(here[1])}, in the checkpoint {source.dtype} {list(source.shape)}"]
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """` (nearest: other)`, or nothing where no candidate is similar."""
-    close = difflib.get_close_matches(name, list(candidates), n=1)
-    return f" (nearest: {close[0]})" if close else ""
-
-
-def _name_differences(
-    missing: list[str], unexpected: list[str], here: Iterable[str], there: Iterable[str]
-) -> list[str]:
-    lines = []
-    if missing:
-        # Similarity is quadratic in the number of names: only for those that are shown.
-        shown = ", ".join(name + nearest(name, unexpected or there) for name in missing[:5])
-        lines.append(f"{len(missing)} not in the checkpoint: {shown}")
-    if unexpected:
-        shown = ", ".join(name + nearest(name, missing or here) for name in unexpected[:5])
-        lines.append(f"{len(unexpected)} only in the checkpoint: {shown}")
-    return lines
-
-
-def _raise_differences(what: str, problems: list[str]) -> None:
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{what} does not match the checkpoint: {'; '.join(problems[:8])}{more}")

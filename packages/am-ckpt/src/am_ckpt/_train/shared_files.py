@@ -20,7 +20,7 @@ from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import weight_files
 from am_ckpt._files.safetensors import Entry, Header, build_header
 from am_ckpt._io import PIECE_BYTES, create, digest, open_file, write_all
-from am_ckpt._train.pieces import Held, Piece, cut, plain_bytes
+from am_ckpt._train.pieces import TORCH_DTYPES, Held, Piece, cut, plain_bytes
 
 
 class WeightFiles:
@@ -123,14 +123,14 @@ def file_piece(record: Record, piece: Piece) -> Piece | None:
 def _blocks(entry: Entry, part: Piece, descriptor: int | None) -> Iterator[tuple[Box, str]]:
     """Write a part of the tensor `entry` in blocks of at most about 16 MiB, after each yield its box and xxh3-128.
 
-    The digest is of the block's values in row-major order. Shards along later dims lie in short runs, each of which is
-    a write of its own. `descriptor`: of the file; None writes nothing.
+    The values are rounded to the entry's dtype. The digest is of the block's values in row-major order. Shards along
+    later dims lie in short runs, each of which is a write of its own. `descriptor`: of the file; None writes nothing.
     """
     item = ITEM_BYTES[entry.dtype]
     shape = without_ones(entry.shape)
     whole = Box((0,) * len(shape), shape)
     for block in split(part.box.size, item):
-        memory = plain_bytes(cut(part.values, block))
+        memory = plain_bytes(cut(part.values, block).to(TORCH_DTYPES[entry.dtype]))
         region = Box(tuple(a + b for a, b in zip(part.box.offset, block.offset, strict=True)), block.size)
         hasher = xxhash.xxh3_128()
         for outer, inner, count in runs(region, whole, region):

@@ -14,14 +14,18 @@ from torch.optim import Optimizer
 
 from am_ckpt._files.safetensors import require_storable
 from am_ckpt._files.step import require_file_name
-from am_ckpt._io import own_lease
+from am_ckpt._train.entries import PerRank, entry_tensors, is_plain
+from am_ckpt._train.lease import own_lease
 from am_ckpt._train.module import extra_states, mesh_axes, stored_tensors
 from am_ckpt._train.optimizer import OptimizerState, joined_groups, optimizer_contents
 from am_ckpt._train.pieces import Held, Piece, assign, byte_blocks, dtype_name, held, pieces
-from am_ckpt._train.state_json import decode, encode
+from am_ckpt._train.ranks import rank_and_size
+from am_ckpt._train.state_json import decode, encode, encode_ranks
 
 MODEL = "model"
 SECTIONS = ("model", "optim")
+# Of every step, beside those of entries that are tensors.
+_FOLDERS = (*SECTIONS, "state")
 
 
 @runtime_checkable
@@ -55,6 +59,10 @@ class Contents:
     optimizers: dict[str, OptimizerState] = field(default_factory=dict)
     # Of modules, by name: see join_extra_states.
     extra: dict[str, Any] = field(default_factory=dict)
+    # Of this rank alone, by entry: data of JSON and tensors. See join_per_rank.
+    per_rank: dict[str, tuple[Any, dict[str, torch.Tensor]]] = field(default_factory=dict)
+    # Entries whose plain tensors are equal on all ranks that have them.
+    equal: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,16 @@ class Description:
     groups: dict[str, list[list[str]]]
     values: dict[str, dict[str, dict[str, Any]]]
     extra: dict[str, Any]
+    per_rank: dict[str, tuple[Any, dict[str, torch.Tensor]]]
     state_digests: dict[str, str]
     state_bytes: int
     axes: dict[str, int]
-    machine: str
+    lease: dict[str, Any]
+
+    @property
+    def machine(self) -> str:
+        """What is equal for ranks on one machine."""
+        return str(self.lease["boot_id"] or self.lease["host"])
 
 
 @dataclass(frozen=True)
@@ -104,10 +118,15 @@ def require_entries(state: Mapping[str, Any]) -> None:
         elif isinstance(value, Optimizer):
             if MODEL not in state:
                 raise ValueError(f"state[{entry!r}] is an optimizer, stored by parameter name: state needs 'model' too")
-        elif not isinstance(value, Stateful):
-            raise TypeError(
-                f"state[{entry!r}] is {type(value).__name__}; it needs state_dict() and load_state_dict() to be resumed"
-            )
+        else:
+            inner = value.value if isinstance(value, PerRank) else value
+            if not is_plain(inner) and not isinstance(inner, Stateful):
+                raise TypeError(
+                    f"state[{entry!r}] is {type(inner).__name__}; it needs state_dict() and load_state_dict() to be "
+                    "resumed, or to be plain data, tensors or a generator of random numbers"
+                )
+            if entry in _FOLDERS and entry_tensors(value) is not None:
+                raise ValueError(f"state: {entry!r} is a folder of every step; give these tensors another name")
 
 
 def collect(state: Mapping[str, Any], contents: Contents) -> Description:
@@ -141,14 +160,35 @@ def collect(state: Mapping[str, Any], contents: Contents) -> Description:
             tensors_of_values = encode(own.values, f"state[{entry!r}].state")[1]
             contents.state[entry] = encoded_state([own.type, own.options, tensors_of_values], entry)
         elif entry != MODEL:
-            contents.state[entry] = encoded_state(value.state_dict(), entry)
+            _collect_entry(entry, value, contents)
     return _describe(contents)
+
+
+def _collect_entry(entry: str, value: Any, contents: Contents) -> None:
+    tensors = entry_tensors(value)
+    if isinstance(value, PerRank):
+        data, own = encode(_plain(value.value), f"{entry}[rank {rank_and_size()[0]}]")
+        contents.per_rank[entry] = data, {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
+    elif tensors is not None:
+        contents.tensors[entry] = tensors
+        if not isinstance(value, nn.Module):
+            contents.equal.add(entry)
+    else:
+        contents.state[entry] = encoded_state(_plain(value), entry)
+
+
+def _plain(value: Any) -> Any:
+    return value.state_dict() if isinstance(value, Stateful) else value
 
 
 def encoded_state(value: Any, entry: str) -> tuple[bytes, dict[str, torch.Tensor]]:
     """The text of `state/<entry>.json`, and the tensors of the safetensors file beside it."""
     data, tensors = encode(value, entry)
-    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(), tensors
+    return _text_of(data), tensors
+
+
+def _text_of(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _adapter_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -170,7 +210,8 @@ def _describe(contents: Contents) -> Description:
             if tensor.is_meta:
                 raise ValueError(f"{section} tensor {name!r} is on the meta device and has no values to store")
             require_storable([name])
-            described[section][name] = held(tensor, f"{section} tensor {name!r}")
+            what = f"{section} tensor {name!r}"
+            described[section][name] = held(tensor, what, equal=section in contents.equal)
     digests = {}
     size = sum(tensor.nbytes for tensor in (contents.adapter or {}).values())
     for entry, (text, tensors) in contents.state.items():
@@ -179,9 +220,9 @@ def _describe(contents: Contents) -> Description:
     axes = mesh_axes([tensor for tensors in contents.tensors.values() for tensor in tensors.values()])
     groups = {entry: own.groups for entry, own in contents.optimizers.items()}
     values = {entry: own.values for entry, own in contents.optimizers.items()}
-    lease = own_lease()
-    machine = lease["boot_id"] or lease["host"]
-    return Description(described, contents.aliases, groups, values, contents.extra, digests, size, axes, machine)
+    return Description(
+        described, contents.aliases, groups, values, contents.extra, contents.per_rank, digests, size, axes, own_lease()
+    )
 
 
 def _state_digest(text: bytes, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -211,6 +252,14 @@ def join_extra_states(contents: Contents, described: Sequence[Description]) -> N
         contents.state[MODEL] = encoded_state(joined, MODEL)
 
 
+def join_per_rank(contents: Contents, described: Sequence[Description]) -> None:
+    """Put into `contents.state` what every rank has for itself."""
+    for entry in contents.per_rank:
+        data = encode_ranks([description.per_rank[entry][0] for description in described])
+        tensors = {name: tensor for rank in described for name, tensor in rank.per_rank[entry][1].items()}
+        contents.state[entry] = _text_of(data), tensors
+
+
 def join_optimizers(contents: Contents, described: Sequence[Description]) -> None:
     """Put into `contents.state` what is stored of the optimizers, of the parameters of all ranks."""
     for entry, own in contents.optimizers.items():
@@ -233,7 +282,9 @@ def join_optimizers(contents: Contents, described: Sequence[Description]) -> Non
 def contents_digest(contents: Contents, description: Description) -> dict[str, Any]:
     """Number of tensors, bytes and xxh3-128 of what this rank holds."""
     extra = {name: _state_digest(*encoded_state(value, name)) for name, value in description.extra.items()}
-    rest = (sorted(description.state_digests.items()), description.groups, description.values, sorted(extra.items()))
+    own = {entry: _state_digest(_text_of(data), tensors) for entry, (data, tensors) in description.per_rank.items()}
+    others = sorted([*extra.items(), *own.items()])
+    rest = (sorted(description.state_digests.items()), description.groups, description.values, others)
     hasher = xxhash.xxh3_128(repr(rest).encode())
     sections = [*contents.tensors.items(), ("adapter", contents.adapter or {})]
     count, size = 0, 0
@@ -260,14 +311,23 @@ def make_plan(described: Sequence[Description]) -> Plan:
         if different:
             raise ValueError(
                 f"state {different} differs between rank 0 and rank {rank}; one copy is stored for all ranks, so give "
-                "state that is equal on every rank (a global cursor and seed, not a rank's own)"
+                "state that is equal on every rank (a global cursor and seed, not a rank's own), or "
+                "am_ckpt.PerRank(...), which as many ranks can resume"
             )
+    for rank, description in enumerate(described):
+        for one, other in ((description.held, described[0].held), (description.per_rank, described[0].per_rank)):
+            if one.keys() != other.keys():
+                names = sorted(one.keys() ^ other.keys())
+                raise ValueError(
+                    f"state {names} is of another kind on rank {rank} than on rank 0; give all ranks alike"
+                )
     merged, shares = {}, {}
-    for section in SECTIONS:
+    for section in described[0].held:
         try:
             merged[section], shares[section] = assign([description.held[section] for description in described])
         except ValueError as error:
-            raise ValueError(f"{section}: {error}") from error
+            advice = "" if section in SECTIONS else ". State of each rank: am_ckpt.PerRank(...)"
+            raise ValueError(f"{section}: {error}{advice}") from error
     return Plan(merged, shares)
 
 

@@ -12,6 +12,11 @@ JSON's own types stand for themselves; every other type is an object with one ke
 `$ordered`    the same for an OrderedDict; `$counter` for a collections.Counter
 `$tensor`     name of a tensor in the safetensors file beside it
 `$dtype`      `float32` and so on; `$device` such as `cuda:0`
+`$array`      a numpy array, as the name of a tensor
+`$number`     [dtype, hexadecimal little-endian bytes] of a numpy scalar
+`$generator`  [device, name of the tensor] of a torch.Generator
+`$random`     [class, state] of random.Random, [class, bit generator, state] of numpy's RandomState or Generator
+`$ranks`      list of the values of every rank, see am_ckpt.PerRank
 ==============  ====================================================================
 
 Finite floats are JSON numbers: Python writes the shortest text that reads back to the same bits.
@@ -22,15 +27,31 @@ from __future__ import annotations
 import base64
 import json
 import math
+import random
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch.distributed.tensor import DTensor
 
 MAX_DEPTH = 64
+_BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What every rank had of its own, in their order."""
+
+    values: list[Any]
+
+
+def encode_ranks(encoded: list[Any]) -> Any:
+    """What `decode` gives back as `Ranks`, of data that `encode` has made."""
+    return {"$ranks": encoded}
 
 
 def encode(value: Any, path: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -71,10 +92,41 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int)
         return _encode_dict(value, path, tensors, depth)
     if isinstance(value, torch.Tensor):
         return {"$tensor": _add_tensor(value, path, tensors)}
+    if kind is torch.Generator:
+        return {"$generator": [str(value.device), _add_tensor(value.get_state(), path, tensors)]}
+    if isinstance(value, numpy.generic | numpy.ndarray) and value.dtype.kind in "biufc" and value.dtype.itemsize <= 8:
+        return _encode_numpy(value, path, tensors)
+    state = _state_of_random(value)
+    if state is not None:
+        return {"$random": _encode(state, path, tensors, depth + 1)}
     raise TypeError(
-        f"{path} has type {kind.__module__}.{kind.__qualname__}, which cannot be stored without pickle; return None, "
-        "bool, int, float, str, bytes, list, tuple, set, dict or tensors from state_dict()"
+        f"{path} has type {kind.__module__}.{kind.__qualname__}{_dtype_of(value)}, which cannot be stored without "
+        "pickle; return None, bool, int, float, str, bytes, list, tuple, set, dict, tensors, numpy arrays of numbers "
+        "or generators of random numbers from state_dict()"
     )
+
+
+def _dtype_of(value: Any) -> str:
+    return f" of {value.dtype}" if isinstance(value, numpy.generic | numpy.ndarray) else ""
+
+
+def _encode_numpy(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, numpy.generic):
+        return {"$number": [value.dtype.name, value.astype(value.dtype.newbyteorder("<")).tobytes().hex()]}
+    native = numpy.array(value, value.dtype.newbyteorder("="), order="C")
+    return {"$array": _add_tensor(torch.from_numpy(native), path, tensors)}
+
+
+def _state_of_random(value: Any) -> list[Any] | None:
+    """Class and state of a generator of random numbers that is not torch's."""
+    if type(value) is random.Random:
+        return ["Random", value.getstate()]
+    if type(value) is numpy.random.RandomState:
+        state: Any = value.get_state(legacy=False)
+        return ["RandomState", state["bit_generator"], state]
+    if type(value) is numpy.random.Generator:
+        return ["Generator", value.bit_generator.state["bit_generator"], value.bit_generator.state]
+    return None
 
 
 def _encode_dict(value: dict[Any, Any], path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
@@ -111,13 +163,23 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor], path: str) -> Any:
         return {key: decode(item, tensors, f"{path}[{key!r}]") for key, item in value.items()}
     try:
         return _decode_tag(tag, value[tag], tensors, path)
-    except (KeyError, TypeError, AttributeError, struct.error) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, struct.error) as error:
         raise ValueError(f"{path}: {json.dumps(value)[:100]} is not a value this version can read") from error
 
 
 def _decode_tag(tag: str, body: Any, tensors: Mapping[str, torch.Tensor], path: str) -> Any:
     if tag == "$tensor":
         return tensors[body]
+    if tag == "$array":
+        return tensors[body].numpy()
+    if tag == "$number":
+        return numpy.frombuffer(bytes.fromhex(body[1]), numpy.dtype(body[0]).newbyteorder("<"))[0]
+    if tag == "$generator":
+        return torch.Generator(body[0]).set_state(tensors[body[1]])
+    if tag == "$random":
+        return _random(*decode(body, tensors, path))
+    if tag == "$ranks":
+        return Ranks([decode(item, tensors, f"{path}[rank {rank}]") for rank, item in enumerate(body)])
     if tag == "$int":
         return int(body, 16)
     if tag == "$float":
@@ -137,3 +199,20 @@ def _decode_tag(tag: str, body: Any, tensors: Mapping[str, torch.Tensor], path: 
         return kind(pairs)
     sequence = {"$tuple": tuple, "$size": torch.Size, "$set": set}[tag]
     return sequence(decode(item, tensors, path) for item in body)
+
+
+def _random(kind: str, *state: Any) -> Any:
+    if kind == "Random":
+        generator = random.Random()
+        generator.setstate(state[0])
+        return generator
+    name, values = state
+    if name not in _BIT_GENERATORS or kind not in ("RandomState", "Generator"):
+        raise TypeError(name)
+    bits = numpy.random.__dict__[name]()
+    if kind == "Generator":
+        bits.state = values
+        return numpy.random.Generator(bits)
+    legacy = numpy.random.RandomState(bits)
+    legacy.set_state(values)
+    return legacy

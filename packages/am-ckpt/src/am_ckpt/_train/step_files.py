@@ -11,10 +11,10 @@ from typing import Any
 from am_ckpt._files.hf_folder import ADAPTER
 from am_ckpt._files.safetensors import Header
 from am_ckpt._io import digest
+from am_ckpt._train.job import TensorFile
 from am_ckpt._train.pieces import Piece
 from am_ckpt._train.shared_files import FileShare, WeightFiles
-from am_ckpt._train.state import SECTIONS, Contents, Plan, owned_pieces
-from am_ckpt._train.write import TensorFile
+from am_ckpt._train.state import Contents, Plan, owned_pieces
 
 
 def tensor_files(
@@ -26,7 +26,7 @@ def tensor_files(
     headers: Mapping[str, Header],
 ) -> Iterator[TensorFile | FileShare]:
     """What `rank` writes to safetensors files."""
-    for section in SECTIONS:
+    for section in contents.tensors:
         owned = owned_pieces(contents, plan, section, rank)
         if section == "model" and weights is not None:
             for share in weights.shares(headers, ((name, piece) for name, parts in owned for piece in parts)):

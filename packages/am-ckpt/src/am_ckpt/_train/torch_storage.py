@@ -50,16 +50,15 @@ from am_ckpt._files.step import STAGING, check_step
 from am_ckpt._io import fsync_directory
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect
+from am_ckpt._train.job import TensorFile, file_metadata
 from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name
 from am_ckpt._train.read import Reader
 from am_ckpt._train.restore import module_sources, read_state
 from am_ckpt._train.state import SECTIONS, encoded_state
 from am_ckpt._train.state_json import encode
 from am_ckpt._train.write import (
-    TensorFile,
     create_staging,
     discard,
-    file_metadata,
     new_manifest,
     seal_step,
     write_files,

@@ -1,10 +1,12 @@
 """One planned save, from the first byte to the commit, on every rank.
 
 There are no collectives here, so this runs in a background thread, no communicator times out while a disk is slow, and
-a rank that dies is noticed after a time limit. Ranks tell each other through small files::
+a rank that dies is noticed: by its process on the same machine, otherwise after a time limit. Ranks tell each other
+through small files::
 
     STAGING/lease.json           the writer, see am_ckpt._train.lease
     STAGING/step/                what is written; one rename makes it a step
+    STAGING/ranks/00000.json     rank 0 has written its files
     STAGING/ranks/00001.json     what rank 1 wrote, or why it could not
     STAGING/ranks/outcome.json   how the save ended, from rank 0
     STAGING/ranks/00001.read     rank 1 knows
@@ -17,9 +19,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,98 +28,18 @@ import torch
 
 from am_ckpt import __version__
 from am_ckpt._files.box_digests import require_digested
-from am_ckpt._files.safetensors import Header, build_header, parse_json
+from am_ckpt._files.safetensors import parse_json
 from am_ckpt._files.step import FORMAT, MANIFEST, STAGING, VERSION, checked_header, read_file, seal, step_name
-from am_ckpt._io import BlockDigests, fsync_directory, require_space, write_bytes, write_file
+from am_ckpt._io import fsync_directory, require_space, write_bytes
+from am_ckpt._train.job import Job, TensorFile
 from am_ckpt._train.lease import clean_stale, release, sign
-from am_ckpt._train.pieces import byte_blocks, dtype_name
 from am_ckpt._train.ranks import Failure, describe, rebuild
 from am_ckpt._train.shared_files import FileShare, create_files
-from am_ckpt._train.state import SECTIONS
 
 # Of what a rank reports: a record of some hundred bytes a file, and digests of every 16 MiB.
 _MAX_REPORT_BYTES = 2**30
 # How long rank 0 waits until all ranks have read the outcome, before it leaves the folder to the next save.
 _READ_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """One safetensors file: its place, metadata and tensors and, for shards, where in the global tensors they are."""
-
-    path: str
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, torch.Tensor]
-    boxes: Mapping[str, Mapping[str, list[int]]] | None = None
-
-    def write(self, folder: Path, give_up: Callable[[], None]) -> dict[str, Any]:
-        """Write the file durably; its record. `give_up` is called between tensors, and may raise."""
-        metadata = self.metadata
-        if self.boxes is not None:
-            # Read by torch's HuggingFaceStorageReader; torch ignores global_shape.
-            metadata = {**metadata, "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(self.boxes)}
-        header = self._header(metadata)
-        return write_file(folder / self.path, header.text, header.file_bytes, self._blocks(header, give_up))
-
-    def digests(self) -> dict[str, Any]:
-        """`blocks_xxh3_128` of the record, which alone is equal for equal content."""
-        digests = BlockDigests()
-        for block in self._blocks(self._header({}), lambda: None):
-            digests.update(block)
-        return {"blocks_xxh3_128": digests.hexdigests()}
-
-    def copied(self, copies: Iterator[torch.Tensor]) -> TensorFile:
-        """The same file with the next of `copies` for each of its tensors."""
-        return replace(self, tensors={name: next(copies) for name in self.tensors})
-
-    def _header(self, metadata: Mapping[str, str]) -> Header:
-        described = {name: (dtype_name(t.dtype, name), tuple(t.shape)) for name, t in self.tensors.items()}
-        return build_header(described, metadata)
-
-    def _blocks(self, header: Header, give_up: Callable[[], None]) -> Iterator[memoryview]:
-        for name in header.entries:
-            for block in byte_blocks(self.tensors[name]):
-                give_up()
-                yield block
-
-
-def file_metadata(save_id: str, rank: int, size: int) -> dict[str, str]:
-    """What every safetensors file of a rank says about itself."""
-    return {"format": "pt", "am_ckpt_save_id": save_id, "rank": str(rank), "world_size": str(size)}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one rank writes of a step, and what rank 0 publishes: nothing in it changes while training goes on.
-
-    `headers`: of the files that ranks write together, by name in `model/`; rank 0 makes them. `texts`: other
-    files of this rank by path; `manifest`: all of it but the files, on rank 0.
-    `timeout`: seconds that ranks wait for each other. `stop` is set to give up.
-    """
-
-    directory: Path
-    step: int
-    save_id: str
-    rank: int
-    size: int
-    files: Sequence[TensorFile | FileShare]
-    headers: Mapping[str, Header]
-    texts: Mapping[str, bytes]
-    manifest: Mapping[str, Any]
-    timeout: float
-    stop: threading.Event
-
-    @property
-    def staging(self) -> Path:
-        return self.directory / f"{STAGING}{step_name(self.step)}-{self.save_id}"
-
-    @property
-    def not_saved(self) -> str:
-        return f"step {self.step} was not saved in {self.directory}, nothing was published"
-
-    @property
-    def where(self) -> str:
-        return f"rank {self.rank} of {self.size}: " if self.size > 1 else ""
 
 
 def stage(job: Job, planned_bytes: int) -> None:
@@ -127,7 +48,7 @@ def stage(job: Job, planned_bytes: int) -> None:
     Rank 0 only. Ends in `run`, or in `discard` where it comes to nothing.
     """
     create_staging(job.staging, planned_bytes, STAGING, held=True)
-    for name in ("ranks", "step", *(f"step/{section}" for section in (*SECTIONS, "state"))):
+    for name in ("ranks", "step", *(f"step/{section}" for section in (*job.manifest["tensors"], "state"))):
         os.mkdir(job.staging / name)
     create_files(job.staging / "step" / "model", job.headers)
 
@@ -200,6 +121,8 @@ def _lead(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], No
     failure: Failure | None = None
     try:
         records = _write(job, require_unchanged)
+        if job.size > 1:
+            _put(job.staging / "ranks" / "00000.json", {})
         for rank, report in _gather(job).items():
             if "failure" in report:
                 failure, where = report["failure"], f"rank {rank} of {job.size}: "
@@ -216,7 +139,7 @@ def _lead(job: Job, require_unchanged: Callable[[], None], tidy: Callable[[], No
         shutil.rmtree(job.staging / "step", ignore_errors=True)
         name, number, text = failure or describe(error)
         failure = (name, number, f"{context}: {where}{text}")
-        _announce(job, {"failure": failure}, _READ_SECONDS if not isinstance(error, TimeoutError) else 1.0)
+        _announce(job, {"failure": failure}, _READ_SECONDS if not isinstance(error, TimeoutError | _DeadRank) else 1.0)
         if not isinstance(error, Exception):
             raise
         raise rebuild(failure) from error
@@ -241,7 +164,7 @@ def _follow(job: Job, require_unchanged: Callable[[], None]) -> None:
     try:
         _put(job.staging / "ranks" / f"{job.rank:05d}.json", report)
         outcome = _await_outcome(job)
-    except OSError as error:
+    except (OSError, _DeadRank) as error:
         unknown = f"it is not known whether step {job.step} was saved in {job.directory}"
         context = unknown if own is None else job.not_saved
         raise rebuild(describe(own or error), f"{context}: {job.where}") from own or error
@@ -249,6 +172,10 @@ def _follow(job: Job, require_unchanged: Callable[[], None]) -> None:
         raise own
     if "failure" in outcome:
         raise rebuild(outcome["failure"]) from own
+
+
+class _DeadRank(RuntimeError):
+    """A process of this machine has ended that others wait for."""
 
 
 def _given_up() -> TimeoutError:
@@ -340,12 +267,18 @@ def _gather(job: Job) -> dict[int, dict[str, Any]]:
     reports: dict[int, dict[str, Any]] = {}
     deadline = time.monotonic() + job.timeout
     for pause in _pauses():
-        for rank in sorted(set(range(1, job.size)) - set(reports)):
+        missing = sorted(set(range(1, job.size)) - set(reports))
+        # Asked before: a rank may end as soon as it has reported.
+        dead = job.dead(missing)
+        for rank in missing:
             path = job.staging / "ranks" / f"{rank:05d}.json"
             if path.exists():
                 reports[rank] = parse_json(read_file(path, _MAX_REPORT_BYTES), str(path))
         if len(reports) == job.size - 1 or any("failure" in report for report in reports.values()):
             return reports
+        dead = [rank for rank in dead if rank not in reports]
+        if dead:
+            raise _DeadRank(f"rank {dead[0]} of {job.size} died before it had written its files")
         if job.stop.is_set():
             raise _given_up()
         if time.monotonic() > deadline:
@@ -380,21 +313,38 @@ def _announce(job: Job, outcome: dict[str, Any], seconds: float) -> None:
 
 
 def _await_outcome(job: Job) -> dict[str, Any]:
-    path = job.staging / "ranks" / "outcome.json"
-    # Rank 0 may have as much to write as this rank had, and then waits for others.
-    seconds = 2 * job.timeout + _READ_SECONDS
+    """How rank 0 says that the save ended; it writes its own files for up to `timeout`, and then waits as long."""
+    ranks = job.staging / "ranks"
+    seconds, has_written = job.timeout, False
     deadline = time.monotonic() + seconds
     for pause in _pauses():
-        if path.exists():
-            outcome: dict[str, Any] = parse_json(read_file(path, _MAX_REPORT_BYTES), str(path))
-            os.rename(path.with_name(f"{job.rank:05d}.json"), path.with_name(f"{job.rank:05d}.read"))
+        # Asked before: rank 0 may end as soon as it has said so.
+        dead = job.dead([0])
+        if (ranks / "outcome.json").exists():
+            outcome: dict[str, Any] = parse_json(
+                read_file(ranks / "outcome.json", _MAX_REPORT_BYTES), str(ranks / "outcome.json")
+            )
+            os.rename(ranks / f"{job.rank:05d}.json", ranks / f"{job.rank:05d}.read")
             return outcome
+        if dead:
+            raise _DeadRank(f"rank 0 of {job.size} died before it said how the save ended")
         if job.stop.is_set():
             raise TimeoutError("flush() had to return before rank 0 said whether the step is complete")
+        if not has_written and (ranks / "00000.json").exists():
+            # It waits for other ranks, and names those that it hears nothing of.
+            has_written, seconds = True, job.timeout + _READ_SECONDS
+            deadline = time.monotonic() + seconds
         if time.monotonic() > deadline:
-            break
+            error = TimeoutError(
+                f"rank 0 of {job.size} did not report within {seconds} seconds: dead, hanging, or writing to another "
+                "file system; raise timeout= if its disk is slow"
+            )
+            if has_written:
+                raise error
+            # In place of the records, so that rank 0, if it lives, does not publish what this rank gives up. It has
+            # not read them, unless it has written its files meanwhile.
+            _put(ranks / f"{job.rank:05d}.json", {"failure": describe(error)})
+            if not (ranks / "00000.json").exists():
+                raise error
         time.sleep(pause)
-    raise TimeoutError(
-        f"rank 0 did not say within {seconds} seconds how the save ended: dead or hanging; raise timeout= if its "
-        "disk is slow"
-    )
+    raise AssertionError

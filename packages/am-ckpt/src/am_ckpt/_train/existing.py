@@ -1,0 +1,54 @@
+"""What is in a directory already when a step is to be saved there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from am_ckpt._files.step import check_step, read_manifest, step_name
+from am_ckpt._train.choose import changed_files
+from am_ckpt._train.ranks import rank_zero
+from am_ckpt._train.retention import newer_steps, set_damaged_aside
+from am_ckpt.errors import NewerError
+
+
+def is_there(directory: Path, step: int, changed: Mapping[str, str], context: str) -> bool:
+    """Whether `step` is there and all of its bytes are those that were written; what is damaged is set aside.
+
+    Collective. `changed`: names of steps with other bytes, and what is wrong with each. Raises `ValueError` where newer
+    steps are there, beside which this one would be lost.
+    """
+    path = directory / step_name(step)
+    if not rank_zero(context, lambda: _make_way(directory, step, changed)):
+        return False
+    sections = rank_zero(context, lambda: list(read_manifest(path)["tensors"]))
+    problems = changed_files(path, sections)
+    if problems:
+        rank_zero(context, lambda: set_damaged_aside(path, problems[0]))
+    return not problems
+
+
+def _make_way(directory: Path, step: int, changed: Mapping[str, str]) -> bool:
+    """Whether the step is there, as far as sizes, headers and state tell."""
+    for name, problem in changed.items():
+        if (directory / name).is_dir():
+            set_damaged_aside(directory / name, problem)
+    newer = newer_steps(directory, step)
+    if newer:
+        raise ValueError(
+            f"{newer[0].name} is newer than step {step} ({len(newer)} such): the next load would take it, and "
+            "retention keep it in place of this one. To go on from an older step, load it with "
+            "load(state, step, discard_newer=True); or use another directory"
+        )
+    path = directory / step_name(step)
+    if not os.path.lexists(path):
+        return False
+    try:
+        check_step(path)
+    except NewerError:
+        raise
+    except ValueError as error:
+        set_damaged_aside(path, str(error))
+        return False
+    return True
