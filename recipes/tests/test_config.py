@@ -260,6 +260,12 @@ def test_refused_values_of_required_sections(write, old, new, message):
     assert refused(write(MINIMAL.replace(old, new))).startswith(message)
 
 
+def test_a_validation_dataset_of_null_is_none(write):
+    text = MINIMAL + "validation_dataset: null\nvalidation_dataset_math: {path: math.jsonl}\n"
+    assert list(parse(write(text)).validation_datasets) == ["val_loss_math"]
+    assert parse(write(text), [("validation_dataset_math", "null")]).validation_datasets == {}
+
+
 def test_what_fits_the_run_exactly_is_accepted(write):
     text = MINIMAL.replace("lr: 1e-4", "lr: 1\n  _target_: torch.optim.Muon\n  adamw: {lr: 0.5}")
     config = parse(write(text + "lr_scheduler: {style: wsd, warmup_steps: 4, decay_steps: 6}\n"))

@@ -3,14 +3,17 @@
 A part of ckpt.py. Shards are files as torch's `HuggingFaceStorageWriter` lays them out: FSDP (dim 0) and tensor
 parallel (dim 1 of every matrix). Every measurement is a fresh process that imports first; methods are interleaved,
 ratios are paired by round, the page cache is warm. `cp` does not wait for the disk, so it is compared with
-`fsync=False`, and `cp` and `sync` with the default. Results are compared bit for bit once. Then: the peak of
-resident memory, above that before the merge and in all, for sparse files of 1 and 20 GB; and the time to plan 10,000 to
-1,000,000 chunks. NeMo AutoModel's consolidation runs where the Python of an environment that has it is given.
+`fsync=False`, and `cp` and `sync` with the default. All memory that is free is used once before each measurement: on a
+virtual machine the first use of a page costs several times a later one, and would be paid by whoever comes first.
+Results are compared bit for bit once. Then: the peak of resident memory, above that before the merge and in all, for
+sparse files of 1 and 20 GB; and the time to plan 10,000 to 1,000,000 chunks. NeMo AutoModel's consolidation runs where
+the Python of an environment that has it is given.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import statistics
@@ -21,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 RANKS, LAYERS, HIDDEN, FFN = 4, 10, 2048, 5632
-METHODS = ["cp", "am-ckpt-1", "am-ckpt-2", "am-ckpt-1-digest", "torch-2", "cp-sync", "am-ckpt-2-fsync"]
+METHODS = ["cp", "am-ckpt-1", "am-ckpt-2", "am-ckpt-1-digest", "cp-sync", "am-ckpt-2-fsync"]
+# The dim that is cut.
+LAYOUTS = {"fsdp": 0, "tp_dim_1": 1}
 PAIRS = [
     ("am-ckpt-1", "cp"),
     ("am-ckpt-2", "cp"),
     ("am-ckpt-1-digest", "cp"),
     ("am-ckpt-2-fsync", "cp-sync"),
-    ("torch-2", "am-ckpt-2"),
 ]
 
 
@@ -155,7 +159,7 @@ def child(method: str, source: str, target: str) -> None:
         def action() -> None:
             inventory = inspect(source)
             with paused_collector():
-                plan_jobs(_Plan(inventory, None, 5 * 10**9, None).outputs)
+                plan_jobs(_Plan(inventory, None, 5 * 10**9, None, False, True).outputs)
 
     elif kind in ("torch", "nemo"):
         if kind == "torch":
@@ -213,23 +217,35 @@ def measure(method: str, source: Path, target: Path, names: list[str], python: s
     return row
 
 
-def compare(folder: Path, layout: str, dim: int, rounds: int, nemo_python: str | None) -> dict[str, Any]:
-    """All methods on the shards of one layout."""
+def touch_free_memory() -> None:
+    """Use the free memory, but for a GB, once and give it back."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree"))
+    if free > 2**30:
+        with mmap.mmap(-1, free - 2**30) as memory:
+            for page in range(0, len(memory), mmap.PAGESIZE):
+                memory[page] = 1
+
+
+def compare(
+    folder: Path, layout: str, dim: int, rounds: int, pythons: dict[str, str], pairs: list[tuple[str, str]]
+) -> dict[str, Any]:
+    """The methods that are keys of `pythons` on the shards of one layout."""
     import am_ckpt
 
     source, target = folder / layout, folder / "out"
     write_shards(source, dim)
     inventory = am_ckpt.inspect(source)
     names = list(inventory.tensors)
-    pythons = dict.fromkeys(METHODS, sys.executable) | ({"nemo-2": nemo_python} if nemo_python is not None else {})
     rows: dict[str, list[list[float]]] = {method: [] for method in pythons}
     for round_number in range(rounds + 1):
         for method, python in pythons.items():
+            touch_free_memory()
             row = measure(method, source, target, names, python)
             # The first round warms the page cache.
             if round_number:
                 rows[method].append(row)
-            elif method == "am-ckpt-2":
+            elif method == "am-ckpt-2" and "torch-2" in pythons:
                 target.rename(folder / "ours")
             elif method == "torch-2":
                 assert same(folder / "ours", target), "am-ckpt and torch disagree"
@@ -240,7 +256,7 @@ def compare(folder: Path, layout: str, dim: int, rounds: int, nemo_python: str |
     for method in pythons:
         wall, cpu, peak = (statistics.median(row[index] for row in rows[method]) for index in range(3))
         summary[method] = {"wall_seconds": wall, "cpu_seconds": cpu, "peak_growth_bytes": peak}
-    for one, two in [*PAIRS, *([("nemo-2", "am-ckpt-2")] if nemo_python is not None else [])]:
+    for one, two in pairs:
         for index, what in enumerate(("wall", "cpu")):
             ratios = [a[index] / b[index] for a, b in zip(rows[one], rows[two], strict=True)]
             summary[f"{what}: {one} / {two}"] = round(statistics.median(ratios), 3)
@@ -281,14 +297,18 @@ def memory(folder: Path) -> dict[str, Any]:
     return result
 
 
-def run(folder: Path, rounds: int, nemo_python: str | None) -> dict[str, Any]:
-    """Everything, in `folder`."""
-    return {
-        "fsdp": compare(folder, "fsdp", 0, rounds, nemo_python),
-        "tp_dim_1": compare(folder, "tp_dim_1", 1, rounds, nemo_python),
-        "planning": plans(folder),
-        "memory": memory(folder),
-    }
+def merges(folder: Path, rounds: int) -> dict[str, Any]:
+    """Against copies of the same bytes, on all layouts, in `folder`."""
+    pythons = dict.fromkeys(METHODS, sys.executable)
+    return {layout: compare(folder, layout, dim, rounds, pythons, PAIRS) for layout, dim in LAYOUTS.items()}
+
+
+def consolidations(folder: Path, rounds: int, nemo_python: str | None) -> dict[str, Any]:
+    """Against others' consolidation, on all layouts, in `folder`."""
+    pythons = dict.fromkeys(["am-ckpt-2", "torch-2"], sys.executable)
+    pythons |= {"nemo-2": nemo_python} if nemo_python is not None else {}
+    pairs = [(other, "am-ckpt-2") for other in pythons if other != "am-ckpt-2"]
+    return {layout: compare(folder, layout, dim, rounds, pythons, pairs) for layout, dim in LAYOUTS.items()}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_the_public_names() -> None:
         "inspect",
         "load_hf",
         "merge",
+        "require_replaceable",
         "reshard",
         "save_hf",
         "verify",

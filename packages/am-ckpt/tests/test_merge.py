@@ -567,9 +567,9 @@ def test_merges_to_one_destination_take_turns(tmp_path: Path) -> None:
 
 REPLACE = """
 import os, signal, sys, am_ckpt
-import am_ckpt._io
+import am_ckpt._copy.publish
 # As on NFS.
-am_ckpt._io.exchange = lambda one, other: False
+am_ckpt._copy.publish.exchange = lambda one, other: False
 def hook(event, arguments):
     if event == "os.link" and sys.argv[4] == "no links":
         raise OSError(1, "Operation not permitted")

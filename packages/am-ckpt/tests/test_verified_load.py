@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -179,3 +182,22 @@ def test_retention_does_not_count_a_step_that_was_skipped(tmp_path: Path) -> Non
     checkpoints.save(3, state_of(3))
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000003"]
     assert checkpoints.load(state_of(9)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("layout", ["sharded", "direct"])
+def test_torchs_own_load_verifies_what_it_reads_from(layout: str, tmp_path: Path) -> None:
+    checkpointer(tmp_path, layout).save(1, state_of(1))
+    weights = sorted((tmp_path / "step_000001" / "model").glob("*.safetensors"))[-1]
+    flip(weights, -1)
+    there = {name: tensor.clone() for name, tensor in state_of(9)["model"].state_dict().items()}
+    reader = am_ckpt.StorageReader(tmp_path / "step_000001")
+    with pytest.raises(CheckpointException, match=rf"{weights.name} is damaged"):
+        dcp.load(there, storage_reader=reader, no_dist=True)
+    dcp.load(there, storage_reader=am_ckpt.StorageReader(tmp_path / "step_000001", verify=False), no_dist=True)
+    if layout == "direct":
+        # A file from which nothing is read is not looked at.
+        other = {"0.weight": there["0.weight"]}
+        with safe_open(weights, "pt") as opened:
+            assert set(opened.keys()).isdisjoint(other)
+        dcp.load(other, storage_reader=am_ckpt.StorageReader(tmp_path / "step_000001"), no_dist=True)

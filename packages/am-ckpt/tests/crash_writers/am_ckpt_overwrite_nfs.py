@@ -7,13 +7,13 @@ import runpy
 from pathlib import Path
 
 import am_ckpt
-import am_ckpt._io
+import am_ckpt._copy.publish
 
 _overwrite = runpy.run_path(str(Path(__file__).with_name("am_ckpt_overwrite.py")))
 
 
 def _without_exchange():
-    am_ckpt._io.exchange = lambda one, other: False
+    am_ckpt._copy.publish.exchange = lambda one, other: False
 
 
 def setup(folder):

@@ -57,8 +57,10 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         if prefixed:
             keys = [key for key in remaining if key == prefixed.key or key.startswith(prefixed.key + "_")]
             (annotation,) = typing.get_args(typing.get_args(hints[item.name])[0])[1:]
+            nodes = {prefixed.stored + key.removeprefix(prefixed.key): remaining.pop(key) for key in keys}
+            # Null is none of them, as for any key with a default.
             values[item.name] = {
-                prefixed.stored + key.removeprefix(prefixed.key): read(remaining.pop(key), annotation) for key in keys
+                name: read(child, annotation) for name, child in nodes.items() if child.value is not None
             }
         elif item.name in remaining:
             values[item.name] = read(remaining.pop(item.name), hints[item.name])

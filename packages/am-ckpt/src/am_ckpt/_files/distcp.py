@@ -92,38 +92,44 @@ def read_metadata(folder: Path) -> StateDict:
     return result
 
 
-def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
-    """Add what one metadata file says."""
-    # New classes each time: a pickle can set attributes of those it is given.
-    kinds = {
-        name: type(name, (), {})
-        for name in (
-            "Metadata",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "StorageMeta",
-        )
-    }
-    info = type("_StorageInfo", (), {})
-    properties = type("TensorProperties", (_Properties,), {})
+def _globals() -> tuple[dict[str, type], dict[tuple[str, str], Any]]:
+    """Inert classes in place of torch's by their names, and what metadata may refer to.
+
+    New ones each time: a pickle can set attributes of those it is given.
+    """
+    names = (
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+    )
+    kinds: dict[str, type] = {name: type(name, (), {}) for name in names}
     allowed: dict[tuple[str, str], Any] = {(_CHECKPOINT + "metadata", name): kind for name, kind in kinds.items()}
     allowed |= {("torch", name): dtype for name, dtype in FROM_TORCH.items()}
     allowed |= {("torch", name): f"torch.{name}" for name in ("complex32", "complex128")}
     allowed |= {(module, "PosixPath"): unused for module in ("pathlib", "pathlib._local")}
     allowed |= {(module, "WindowsPath"): unused for module in ("pathlib", "pathlib._local")}
+    kinds["_StorageInfo"] = type("_StorageInfo", (), {})
+    kinds["TensorProperties"] = type("TensorProperties", (_Properties,), {})
     allowed |= {
-        (_CHECKPOINT + "metadata", "TensorProperties"): properties,
+        (_CHECKPOINT + "metadata", "TensorProperties"): kinds["TensorProperties"],
         (_CHECKPOINT + "metadata", "_MEM_FORMAT_ENCODING"): unused,
-        (_SHARDED_TENSOR, "TensorProperties"): properties,
+        (_SHARDED_TENSOR, "TensorProperties"): kinds["TensorProperties"],
         (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"): unused,
-        (_CHECKPOINT + "filesystem", "_StorageInfo"): info,
+        (_CHECKPOINT + "filesystem", "_StorageInfo"): kinds["_StorageInfo"],
         ("torch", "Size"): torch_size,
         ("torch", "device"): unused,
         ("torch.serialization", "_get_layout"): unused,
         ("collections", "OrderedDict"): ordered_dict,
     }
+    return kinds, allowed
+
+
+def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
+    """Add what one metadata file says."""
+    kinds, allowed = _globals()
     root = unpickle(read_file(where, _MAX_METADATA_BYTES), allowed, str(where))
     if type(root) is not kinds["Metadata"]:
         raise ValueError(f"{where} is damaged: it holds {type(root).__name__} instead of torch's Metadata")
@@ -133,7 +139,7 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
         raise ValueError(f"{where} is damaged: state_dict_metadata or storage_data is missing")
     places: dict[tuple[str, Shape | None], tuple[Path, int, int]] = {}
     for index, place in stored.items():
-        if type(index) is not kinds["MetadataIndex"] or type(place) is not info:
+        if type(index) is not kinds["MetadataIndex"] or type(place) is not kinds["_StorageInfo"]:
             raise ValueError(f"{where} is damaged: storage_data holds {type(index).__name__}, {type(place).__name__}")
         name, offset = vars(index).get("fqn"), vars(index).get("offset")
         if not isinstance(name, str):
@@ -153,7 +159,7 @@ def _read_one(where: Path, files: dict[str, _File], result: StateDict) -> None:
             if id(vars(item).get("chunks")) in seen:
                 raise ValueError(f"{where} is damaged: {name!r} and another tensor have the same chunks")
             seen.add(id(vars(item).get("chunks")))
-            source = _tensor(name, vars(item), properties, kinds, places, where)
+            source = _tensor(name, vars(item), kinds, places, where)
             known = result.tensors.setdefault(name, source)
             if known is not source:
                 _join(name, known, source, where)
@@ -218,13 +224,12 @@ def _place(where: Path, fields: dict[str, Any], name: str, files: dict[str, _Fil
 def _tensor(
     name: str,
     fields: dict[str, Any],
-    properties: type,
     kinds: dict[str, type],
     places: dict[tuple[str, Shape | None], tuple[Path, int, int]],
     where: Path,
 ) -> Source:
     described, chunks = fields.get("properties"), fields.get("chunks")
-    if type(described) is not properties or not isinstance(chunks, list):
+    if type(described) is not kinds["TensorProperties"] or not isinstance(chunks, list):
         raise ValueError(f"{where} is damaged: the description of {name!r} is incomplete")
     state = vars(described).get("state")
     if not isinstance(state, tuple) or not state or not isinstance(state[0], str):

@@ -32,27 +32,10 @@ def shard_sources(
     A file without `DCP_SHARDING_INFO` holds whole tensors. `described`: dtype and shape of all tensors, where a
     manifest says so; otherwise they are as large as what is there. Raises `ValueError` with file and tensor.
     """
-    paths: list[Path] = []
-    numbers = {name: number for number, name in enumerate(described or ())}
-    found: list[tuple[numpy.ndarray, ...]] = []
-    columns = None
-    for path, header in files:
-        if header.columns is not columns:
-            columns = header.columns
-            owner = numpy.array([numbers.setdefault(name, len(numbers)) for name in columns.names], numpy.int32)
-            code = numpy.array([_CODES[dtype] for dtype in columns.dtypes], numpy.int8)
-        if described is not None and len(numbers) > len(described):
-            raise ValueError(f"{path} holds {list(numbers)[len(described)]!r}, which the manifest does not list")
-        offset, end, said = _places(path, header)
-        file = numpy.full(len(owner), len(paths), numpy.int32)
-        begin = columns.begins + header.data_start
-        found.append((owner, code, file, begin, columns.num_dims, said, columns.sizes, offset, end))
-        paths.append(path)
-    if not found:
+    collected = _collect(files, described)
+    if collected is None:
         return {name: Source(*item) for name, item in (described or {}).items()}, True
-    owner, code, file, begin, num_dims, said, sizes, offsets, ends = map(numpy.concatenate, zip(*found, strict=True))
-    del found
-    names = list(numbers)
+    paths, names, (owner, code, file, begin, num_dims, said, sizes, offsets, ends) = collected
     first = numpy.zeros(len(names), numpy.int64)
     first[owner[::-1]] = numpy.arange(len(owner))[::-1]
     dtypes = [_DTYPES[number] for number in code[first].tolist()]
@@ -98,6 +81,35 @@ def shard_sources(
         # Empty, or of a rank whose file is missing.
         sources[number] = sources[number] or Source(dtype, shape)
     return {name: source for name, source in zip(names, sources, strict=True) if source is not None}, bool(said.all())
+
+
+def _collect(
+    files: Iterable[tuple[Path, Header]], described: Mapping[str, tuple[str, Shape]] | None
+) -> tuple[list[Path], list[str], tuple[numpy.ndarray, ...]] | None:
+    """The parts in all files: the files, the tensors' names, and a row of every part; None where there is no file.
+
+    Of a part: the number of its tensor, of its dtype and of its file, its first byte, its number of dims, whether the
+    tensor's shape is said; and one after the other its sizes, its offsets, and the tensor's sizes or where it ends.
+    """
+    paths: list[Path] = []
+    numbers = {name: number for number, name in enumerate(described or ())}
+    found: list[tuple[numpy.ndarray, ...]] = []
+    columns = None
+    for path, header in files:
+        if header.columns is not columns:
+            columns = header.columns
+            owner = numpy.array([numbers.setdefault(name, len(numbers)) for name in columns.names], numpy.int32)
+            code = numpy.array([_CODES[dtype] for dtype in columns.dtypes], numpy.int8)
+        if described is not None and len(numbers) > len(described):
+            raise ValueError(f"{path} holds {list(numbers)[len(described)]!r}, which the manifest does not list")
+        offset, end, said = _places(path, header)
+        file = numpy.full(len(owner), len(paths), numpy.int32)
+        begin = columns.begins + header.data_start
+        found.append((owner, code, file, begin, columns.num_dims, said, columns.sizes, offset, end))
+        paths.append(path)
+    if not found:
+        return None
+    return paths, list(numbers), tuple(map(numpy.concatenate, zip(*found, strict=True)))
 
 
 def _places(path: Path, header: Header) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:

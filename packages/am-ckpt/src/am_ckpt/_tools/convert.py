@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from am_ckpt._copy.publish import require_free, written_folder
+from am_ckpt._copy.transfer import require_free, written_folder
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._tools.inspect import inspect
 from am_ckpt._tools.inventory import Inventory, source_bytes

@@ -19,7 +19,7 @@ from typing import Any
 
 from am_ckpt._copy.mapping import Record, output_shape, records_by_parameter
 from am_ckpt._copy.plan import Output, parts_of
-from am_ckpt._copy.publish import Transfer, require_free, transfer
+from am_ckpt._copy.transfer import Transfer, require_free, transfer
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import CAST_TO, CASTABLE, ITEM_BYTES
 from am_ckpt._files.hf_folder import (

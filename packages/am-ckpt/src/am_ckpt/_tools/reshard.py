@@ -18,7 +18,7 @@ from typing import Any
 from am_ckpt._boxes import Box, Shape
 from am_ckpt._copy.mapping import Record
 from am_ckpt._copy.plan import Output, parts_of
-from am_ckpt._copy.publish import Transfer, require_free, transfer
+from am_ckpt._copy.transfer import Transfer, require_free, transfer
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX

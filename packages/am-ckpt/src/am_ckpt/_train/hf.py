@@ -21,11 +21,12 @@ from torch import nn
 
 from am_ckpt._boxes import Box
 from am_ckpt._copy.mapping import Record, records_by_parameter, without_ones
+from am_ckpt._copy.publish import is_filled, publish_folder, put_back
 from am_ckpt._dtypes import CASTABLE
 from am_ckpt._files.hf_folder import EXPORT_KEY, INDEX, byte_count, hf_files, require_replaceable, weight_index
 from am_ckpt._files.safetensors import Header
 from am_ckpt._files.step import MAX_SMALL_BYTES, read_file, require_file_name
-from am_ckpt._io import fsync_directory, is_filled, publish_folder, put_back, write_bytes
+from am_ckpt._io import fsync_directory, write_bytes
 from am_ckpt._sources import Chunk, Source, hf_sources
 from am_ckpt._train.differences import nearest
 from am_ckpt._train.initialise import Initialiser, initialise_parameters, matches, materialise, recompute_buffers

@@ -18,10 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from am_ckpt._io import remove
+from am_ckpt._copy.publish import remove
 
 LEASE = "lease.json"
-# What am_ckpt._io.remove has set aside.
+# What am_ckpt._copy.publish.remove has set aside.
 _TRASH = re.compile(r"\.trash-.+-[0-9a-f]{8}")
 _RENEW_SECONDS = 15.0
 # A writer on another machine that has not renewed for so long is dead.

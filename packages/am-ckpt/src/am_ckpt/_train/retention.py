@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from am_ckpt._copy.publish import point, remove
 from am_ckpt._files.step import Best, rank_best, read_complete, read_manifest, step_name, steps
-from am_ckpt._io import point, remove
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pickle
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from am_ckpt._train.read import Reader
 from am_ckpt._train.restore import module_sources, read_state
 from am_ckpt._train.state import SECTIONS, encoded_state
 from am_ckpt._train.state_json import encode
+from am_ckpt._train.verified import require_unchanged_files
 from am_ckpt._train.write import (
     create_staging,
     discard,
@@ -218,11 +219,14 @@ class StorageReader(storage.StorageReader):
     before the names of these, `"model."` where the state dict to load is `{"model": model.state_dict()}`.
 
     Folders in which an element of a tensor is missing raise `ValueError` before anything is read; values are cast to
-    the dtype of the tensor to load.
+    the dtype of the tensor to load. `verify`: in folders of ours, each rank first holds the files that it reads from
+    against their digests.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, prefix: str = "") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, prefix: str = "", verify: bool = True) -> None:
         self._path = Path(path).absolute()
+        self._verify = verify
+        self._step: Path | None = None
         self._prefix = prefix
         self._sources: dict[str, Source] = {}
         self._values: dict[str, Any] = {}
@@ -231,7 +235,7 @@ class StorageReader(storage.StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self._path = Path(checkpoint_id).absolute()
-        self._sources, self._values = {}, {}
+        self._sources, self._values, self._step = {}, {}, None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
@@ -251,6 +255,7 @@ class StorageReader(storage.StorageReader):
         self._sources = {self._prefix + name: source for name, source in inventory.tensors.items()}
         if inventory.kind == "am-ckpt":
             manifest = check_step(inventory.path)
+            self._step = inventory.path
             own = module_sources(manifest, inventory.tensors)
             self._sources = {self._prefix + name: source for name, source in own.items()}
             if "dcp" in manifest:
@@ -292,6 +297,9 @@ class StorageReader(storage.StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read byte ranges straight into the tensors of the state dict."""
+        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
+        if self._verify and self._step is not None:
+            require_unchanged_files(self._step, {path for item in tensors for path in self._paths(item)})
         with Reader(follow_symlinks=self._follow_symlinks) as reader, torch.no_grad():
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
@@ -307,6 +315,12 @@ class StorageReader(storage.StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _paths(self, item: ReadItem) -> Iterator[Path]:
+        box = _read_box(item)
+        for chunk in self._sources[item.storage_index.fqn].rows.chunks_in(box):
+            if chunk.box.intersect(box) is not None:
+                yield chunk.path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
