@@ -7,6 +7,7 @@ such server: the workers of `am_testing.run_distributed` come from it as well, s
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -25,6 +26,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 
 from am_recipes import cli, configs
 
@@ -62,6 +64,13 @@ def start_server() -> None:
 _PROGRESS = r"(Generating|Loading weights|Writing model|Saving)[^\n]*?(?=error: |\n|$)"
 
 
+def shipped(name: str) -> dict[str, Any]:
+    """A config of `recipes/configs`, for a copy of it anywhere: `${here}` is spelt out."""
+    file = ROOT / "recipes" / "configs" / name
+    config: dict[str, Any] = yaml.safe_load(file.read_text().replace("${here}", str(file.parent)))
+    return config
+
+
 def merge(config: dict[str, Any], change: Mapping[str, Any]) -> None:
     """Merge `change` into a config in place; None takes a key out, a section with a target is replaced."""
     for key, value in change.items():
@@ -81,7 +90,8 @@ def changed(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
         place = config
         for section in sections:
             place = place.setdefault(section, {})
-        place[key] = value
+        # A copy: a later change must not reach the values of this one.
+        place[key] = copy.deepcopy(value)
         if value is None:
             del place[key]
     return config

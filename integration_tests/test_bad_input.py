@@ -30,7 +30,7 @@ from am_testing import run_distributed
 from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = yaml.safe_load((ROOT / "recipes/configs/tiny.yaml").read_text())
+TINY = runs.shipped("tiny.yaml")
 TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
 ROW = {"messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "Yes, with pleasure."}]}
 MODEL_SHARD = "model/shard-00001-model-00001-of-00001.safetensors"
@@ -172,8 +172,11 @@ def test_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
     results = run_distributed(run_on_ranks, 2, str(config), str(tmp_path / "run"))
     for prefix, (status, text) in zip(("error: ", "[rank 1] error: "), results, strict=True):
         assert status == 1
-        assert (
-            prefix + "global_batch_size=4 is not a multiple of local_batch_size=4 * world_size=2 = 8; choose 8" in text
+        assert re.search(
+            rf"^{re.escape(prefix)}\S+config.yaml:\d+: step_scheduler.global_batch_size: global_batch_size=4 is not a "
+            r"multiple of local_batch_size=4 \* world_size=2 = 8; choose 8",
+            text,
+            re.MULTILINE,
         )
     assert not (tmp_path / "run").exists()
 
@@ -247,7 +250,9 @@ def test_tokenizers_that_do_not_fit(run: Runner, tmp_path: Path) -> None:
     del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     run.refuses(
-        {"tokenizer.name_or_path": str(folder)}, f"tokenizer '{folder}' has no chat template; pass chat_template="
+        {"tokenizer.name_or_path": str(folder)},
+        r"config.yaml:\d+: dataset.chat_template: chat_template=None, and the tokenizer "
+        f"'{folder}' has no chat template; give one: a name .chatml, ",
     )
     (folder / "tokenizer.json").unlink()
     run.refuses(

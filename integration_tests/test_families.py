@@ -9,12 +9,10 @@ import yaml
 
 from integration_tests import runs
 
-TINY = Path("recipes/configs/tiny.yaml")
-
 
 def written(folder: Path, **changes: object) -> Path:
     """The tiny config with dotted keys changed, as a file."""
-    config = runs.changed(yaml.safe_load(TINY.read_text()), changes)
+    config = runs.changed(runs.shipped("tiny.yaml"), changes)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -35,7 +35,7 @@ import am_peft
 from am_recipes import configs, kd
 from integration_tests import runs
 
-TINY = yaml.safe_load((runs.ROOT / "recipes/configs/kd/tiny.yaml").read_text())
+TINY = runs.shipped("kd/tiny.yaml")
 TOKENIZER = runs.ROOT / "recipes/data/tiny/tokenizer"
 TOLERANCE = 1e-5
 NUM_ROWS, PACK_TOKENS, KD_RATIO, TEMPERATURE, LEARNING_RATE = 10, 128, 0.7, 2.0, 2.0

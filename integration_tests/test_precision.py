@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import am_ckpt
 from integration_tests import runs
 
-TINY = yaml.safe_load((runs.ROOT / "recipes" / "configs" / "tiny.yaml").read_text())
+TINY = runs.shipped("tiny.yaml")
 SHORT = {
     # Small next to weights of standard deviation 0.02, as in fine-tuning.
     "optimizer.lr": 1e-5,

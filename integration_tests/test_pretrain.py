@@ -26,7 +26,7 @@ from am_recipes import cli
 from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = yaml.safe_load((ROOT / "recipes/configs/pretrain/tiny.yaml").read_text())
+TINY = runs.shipped("pretrain/tiny.yaml")
 TOLERANCE, WINDOW, NUM_WINDOWS = 1e-5, 64, 40
 SMALL = {
     "hidden_size": 32,

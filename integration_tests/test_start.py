@@ -64,11 +64,11 @@ def race(tmp_path: Path, whole: Mapping[str, Path], second: Mapping[str, str], o
     processes = [first, automodel(target, outputs[1], second)]
     runs.finish(processes)
     statuses, texts = [process.exitcode for process in processes], [output.read_text() for output in outputs]
-    assert sorted(statuses) in ([0, 1], [0, 0]), texts
+    assert sorted(statuses) in ([0, 1], [0, 2], [0, 0]), texts
     if statuses == [0, 0]:
         assert "holds this run, finished" in texts[1]
         assert not second
-    loser = statuses.index(1) if 1 in statuses else 1
+    loser = statuses.index(max(statuses)) if any(statuses) else 1
     config = yaml.safe_load((target / "config.yaml").read_text())
     won = "0.002" if loser == 1 or not second else "0.05"
     assert str(config["optimizer"]["lr"]) == won, texts
@@ -138,7 +138,7 @@ def test_a_deleted_record_does_not_hide_another_run(whole: dict[str, Path], tmp_
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     (tmp_path / "config.yaml").write_text("mine: true\n")
-    with pytest.raises(lock.Refused, match=r"holds config.yaml, train.py and no run \(no run.json\).*new or empty"):
+    with pytest.raises(ValueError, match=r"holds config.yaml, train.py and no run \(no run.json\).*new or empty"):
         sft.main(tiny(tmp_path))
     assert files(tmp_path) == {"train.py", "config.yaml"}
 

@@ -46,7 +46,7 @@ from am_recipes import cli, configs, sources, vision, vlm
 from integration_tests import runs
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = yaml.safe_load((ROOT / "recipes/configs/vlm/tiny.yaml").read_text())
+TINY = runs.shipped("vlm/tiny.yaml")
 PROCESSOR = ROOT / "recipes/data/vlm/processor"
 TOLERANCE, NUM_ROWS = 1e-5, 16
 QWEN = {
@@ -712,7 +712,7 @@ def test_a_model_of_the_other_kind(run: Runner, language_model: Path, inputs: Pa
         r"llama \(LlamaConfig\) is a text-only model without a vision tower; .*or a model of images and text such as",
         {"model": {"name_or_path": str(language_model)}},
     )
-    sft = yaml.safe_load((ROOT / "recipes/configs/tiny.yaml").read_text())
+    sft = runs.shipped("tiny.yaml")
     sft["model"] = {"name_or_path": str(inputs / "idefics3")}
     config = run.folder / "sft.yaml"
     config.write_text(yaml.safe_dump(sft))

@@ -403,7 +403,7 @@ def test_yaml_scalars_are_those_of_yaml_1_2(write):
         ("dataset.limit", "3", lambda config: config.dataset.arguments["limit"] == 3),
         ("dataset.path", "other", lambda config: config.dataset.arguments["path"] == "other"),
         ("peft.r", "8", lambda config: config.peft.lora.arguments == {"r": 8}),
-        ("peft.bias", "none", lambda config: config.peft.lora.arguments == {"bias": "none"}),
+        ("peft.bias", '"none"', lambda config: config.peft.lora.arguments == {"bias": "none"}),
         ("validation_dataset_b.path", "v", lambda config: list(config.validation_datasets) == ["val_loss_b"]),
         ("dataset.columns.prompt", "q", lambda config: config.dataset.arguments["columns"] == {"prompt": "q"}),
     ],
@@ -797,7 +797,9 @@ def test_environment(write, monkeypatch):
     [
         ("${AM_DTA}", "the environment variable AM_DTA is not set; did you mean 'AM_DATA'?"),
         ("a/${QQ_1}/b", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
-        ("${oc.env:X}", "${oc.env:X} is not a reference; write ${NAME} or ${NAME,default}, and $${ for a plain ${"),
+        ("${oc.env:QQ_1}/b", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
+        ("$QQ_1", "the environment variable QQ_1 is not set; set it, or write ${QQ_1,default}"),
+        ("${a b}", "${a b} is not a reference; write ${NAME} or ${NAME,default}, and $${ for a plain ${"),
     ],
 )
 def test_a_missing_variable_names_the_line(write, monkeypatch, reference, message):
@@ -805,6 +807,65 @@ def test_a_missing_variable_names_the_line(write, monkeypatch, reference, messag
     path = write(MINIMAL.replace("rows.jsonl", reference))
     assert refused(path) == f"config.yaml:5: dataset.path: {message}"
     assert parse(path, [("dataset.path", "other")]).dataset.arguments == {"path": "other"}
+
+
+def test_references_as_other_tools_write_them(write, monkeypatch):
+    """OmegaConf's `${oc.env:}`, and a shell's `$NAME` where a text begins with it; what has dollars inside stays."""
+    monkeypatch.setenv("AM_DATA", "/data")
+    monkeypatch.setenv("AM_LR", "3e-4")
+    arguments = {
+        "path": "$AM_DATA/rows.jsonl",
+        "limit": "${oc.env:AM_LIMIT,7}",
+        "folder": "${oc.env:AM_DATA}/x",
+        "formula": "$x^2$ costs $AM_DATA",
+        "literal": "$$AM_DATA/x",
+        "more": "$$$AM_DATA",
+        "hf_token": "$AM_DATA",
+    }
+    lines = "".join(f"  {name}: '{text}'\n" for name, text in arguments.items())
+    config = parse(write(MINIMAL.replace("  path: rows.jsonl\n", lines).replace("1e-4", "$AM_LR")))
+    assert config.optimizer.lr == 3e-4
+    expected = {
+        "path": "/data/rows.jsonl",
+        "limit": 7,
+        "folder": "/data/x",
+        "formula": "$x^2$ costs $AM_DATA",
+        "literal": "$AM_DATA/x",
+        "more": "$$AM_DATA",
+        "hf_token": "/data",
+    }
+    assert config.dataset.arguments == expected
+    saved = config.to_yaml()
+    assert "/data" not in saved
+    for reference in ("path: $AM_DATA/rows.jsonl", "limit: ${oc.env:AM_LIMIT,7}", "lr: $AM_LR", "hf_token: $AM_DATA"):
+        assert reference in saved
+    Path("saved.yaml").write_text(saved, encoding="utf-8")
+    assert parse("saved.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["null", "None", "none", "~"])
+def test_overrides_that_are_no_value(write, text):
+    path = write(MINIMAL + "peft: {r: 8}\n")
+    config = parse(path, [("dataset.path", text), ("peft", text), ("distributed.activation_checkpointing", "none")])
+    assert config.dataset.arguments["path"] is None
+    assert config.peft is None
+    assert config.distributed.activation_checkpointing == "none"
+    assert parse(path, [("dataset.path", f'"{text}"')]).dataset.arguments["path"] == text
+
+
+def test_here_is_the_folder_of_the_config(write, tmp_path, monkeypatch):
+    text = MINIMAL.replace("rows.jsonl", "${here}/../rows.jsonl\n  said: $${here}\n  in: a ${here}")
+    (tmp_path / "configs").mkdir()
+    path = tmp_path / "configs" / "mine.yaml"
+    path.write_text(text)
+    expected = {"path": str(tmp_path / "rows.jsonl"), "said": "${here}", "in": f"a {tmp_path}/configs"}
+    for folder, name in ((tmp_path, "configs/mine.yaml"), (tmp_path / "configs", "mine.yaml"), (Path("/"), path)):
+        monkeypatch.chdir(folder)
+        config = parse(name)
+        assert config.dataset.arguments == expected
+    # What is saved is read from another folder.
+    (tmp_path / "saved.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert parse(tmp_path / "saved.yaml") == config
 
 
 def test_a_value_from_the_environment_stays_out_of_messages(write, monkeypatch):

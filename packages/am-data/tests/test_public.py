@@ -30,6 +30,7 @@ def test_public_names():
         "TokenShardsReport",
         "VisionChatDataset",
         "VisionProcessor",
+        "chat_template",
         "collate",
         "pack",
         "render_and_mask",

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import am_ckpt
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import checks, ending, precision, routing, sources
+from am_recipes import checks, ending, optim, precision, routing, sources
 from am_recipes.configs import RunConfig
 from am_recipes.sections import Distributed
 from am_recipes.settings import Target
@@ -72,6 +74,12 @@ class Built(NamedTuple):
         return Weights(self.files, self.mapping, prints)
 
 
+def dims(config: RunConfig, device: torch.device) -> am_mesh.ParallelDims:
+    """The mesh of the run; refused where `distributed` does not fit the number of ranks."""
+    with config.at("distributed"):
+        return am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+
+
 def build(
     config: RunConfig,
     model: PreTrainedModel,
@@ -97,8 +105,10 @@ def build(
     """
     peft = config.peft
     if peft is not None:
-        am_peft.apply_lora(model, peft.lora_config(), adapter_dtype=peft.dtype())
-    am_peft.freeze(model, freeze)
+        with config.at("peft"):
+            am_peft.apply_lora(model, peft.lora_config(), adapter_dtype=peft.dtype())
+    with config.at("freeze"):
+        am_peft.freeze(model, freeze)
     if folder is not None:
         checks.require_trained(model, sources.random_parts(folder), folder)
     if peft is not None:
@@ -106,8 +116,10 @@ def build(
     checks.require_export(config, model)
     chosen = precision.choose(model, config)
     report = _optimize(config, model, losses)
-    checks.require_loss(config.loss_fn.callable(), model, device)
-    mapping = _weight_map(model, folder)
+    with config.at("loss_fn"):
+        checks.require_loss(config.loss_fn.callable(), model, device)
+    with config.at("model"):
+        mapping = _weight_map(model, folder)
     files = model_files(model, tokenizer, folder)
     router = routing.routing(config, model, report)
     fresh = ("*lora_*",) if folder else ("*",)
@@ -115,9 +127,9 @@ def build(
     _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
     # Again: a layer that the layout has wrapped cannot be merged.
     checks.require_export(config, model)
-    chosen = precision.measured(chosen, model, dims)
-    if separate_documents:
-        am_models.require_separate_documents(model)
+    if not config.dry_run:
+        chosen = precision.measured(chosen, model, dims)
+    _require_separate_documents(config, model, separate_documents, "model")
     if peft is None:
         return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
@@ -125,6 +137,14 @@ def build(
     own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)
     adapter_files = {**own, **reader_files(model, tokenizer, folder)}
     return Built(model, chosen, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
+
+
+def optimizer(config: RunConfig, model: PreTrainedModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer of the run over what trains of `model`, and its schedule of `total_steps` steps."""
+    with config.at("optimizer"):
+        built = optim.build_optimizer(model, **config.optimizer.options())
+    with config.at("lr_scheduler"):
+        return built, optim.schedule(built, total_steps=total_steps, **config.lr_scheduler.options())
 
 
 def build_teacher(
@@ -138,16 +158,17 @@ def build_teacher(
     separate_documents: bool,
 ) -> None:
     """The same for a model that only answers: frozen, in a layout of its own. Every rank calls it."""
-    dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
+    with config.at("teacher_distributed"):
+        dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
     if _optimize(config, model, losses).router:
         # It trains nothing, so nobody asks for an auxiliary loss of its router.
         model.config.get_text_config().output_router_logits = False
-    mapping = _weight_map(model, folder)
+    with config.at("teacher_model"):
+        mapping = _weight_map(model, folder)
     model.requires_grad_(False).eval()
     fresh = () if folder else ("*",)
     _lay_out(config, model, layout.options(), dims, device, folder, mapping, fresh, "teacher_model")
-    if separate_documents:
-        am_models.require_separate_documents(model)
+    _require_separate_documents(config, model, separate_documents, "teacher_model")
 
 
 def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
@@ -195,13 +216,17 @@ def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
 
 
 def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
-    report = am_models.optimize(model, kernels=config.kernels)
+    with config.at("kernels"):
+        report = am_models.optimize(model, kernels=config.kernels)
     for key, target in losses.items():
         checks.require_loss_function(report, target, key)
     return report
 
 
 def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, Any]]:
+    if folder is not None and not any(folder.glob("*.safetensors")):
+        # A dry run downloads no weights; otherwise `sources.resolve` has found them.
+        folder = None
     if folder is not None:
         # Names are read without a look at the file they are in; this says what is wrong with it.
         am_ckpt.inspect(folder)
@@ -220,14 +245,25 @@ def _lay_out(
     key: str,
 ) -> None:
     """Parallel layout, then weights straight into the shards."""
-    am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout)
+    with config.at("distributed"):
+        am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout)
+    if config.dry_run:
+        return
     checks.require_memory(model, device, key)
-    am_ckpt.load_hf(
-        model,
-        folder,
-        mapping=mapping,
-        initialise=fresh,
-        initialiser=am_models.initial_value,
-        seed=config.seed,
-        device=device,
-    )
+    with config.at(key):
+        am_ckpt.load_hf(
+            model,
+            folder,
+            mapping=mapping,
+            initialise=fresh,
+            initialiser=am_models.initial_value,
+            seed=config.seed,
+            device=device,
+        )
+
+
+def _require_separate_documents(config: RunConfig, model: PreTrainedModel, may_share_rows: bool, key: str) -> None:
+    """Prove that documents which share a row do not see each other, which takes weights."""
+    if may_share_rows and not config.dry_run:
+        with config.at(key):
+            am_models.require_separate_documents(model)

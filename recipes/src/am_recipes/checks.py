@@ -1,4 +1,7 @@
-"""What a recipe refuses before it trains on: each `require_...` raises with the value, the constraint and the fix."""
+"""What a recipe refuses before it trains on: each `require_...` raises with the value, the constraint and the fix.
+
+An `ArgumentError` also has the key of the config that is responsible: `RunConfig.at` adds file and line.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ import am_loss
 import am_models
 import am_peft
 from am_recipes.configs import DEFAULT_LOSS, RunConfig
-from am_recipes.settings import Target
+from am_recipes.settings import ArgumentError, Target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +36,10 @@ def require_loss_function(kernels: am_models.OptimizeReport, target: Target, key
     """Refuse a loss function or options of it for a family whose loss am-models computes from materialised logits."""
     if kernels.loss.startswith("logits") and (target.path != DEFAULT_LOSS or target.arguments):
         given = ", ".join([target.path, *(f"{name}={value!r}" for name, value in target.arguments.items())])
-        raise ValueError(
+        raise ArgumentError(
+            key,
             f"{key} ({given}) would not be called: family {kernels.family} has its loss computed from {kernels.loss}; "
-            "leave it out to train with cross-entropy, or choose a model whose head am-models declares"
+            "leave it out to train with cross-entropy, or choose a model whose head am-models declares",
         )
 
 
@@ -67,9 +71,10 @@ def require_distillation_loss(
         theirs = hidden.detach().flip(-1)
         losses = kd_loss_fn(hidden, weight, labels, **head, **teacher_head, teacher_hidden=theirs, **others)
         if not isinstance(losses, am_loss.DistillationLoss):
-            raise ValueError(
+            raise ArgumentError(
+                "kd_loss_fn",
                 f"kd_loss_fn gave a {type(losses).__name__}; give an am_loss.DistillationLoss of three sums: the loss "
-                "that trains, the cross-entropy and the divergence in it"
+                "that trains, the cross-entropy and the divergence in it",
             )
         return losses.loss
 
@@ -91,9 +96,10 @@ def require_sum(
         loss = ask(hidden, labels)
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0 or not loss.requires_grad:
             shape = f" of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
-            raise ValueError(
+            raise ArgumentError(
+                key,
                 f"{key} gave a {type(loss).__name__}{shape} or one without a graph; a loss is one scalar tensor with a "
-                "graph, the sum over target tokens, also where there is no target (am_models.Loss)"
+                "graph, the sum over target tokens, also where there is no target (am_models.Loss)",
             )
         return loss.item()
 
@@ -101,11 +107,12 @@ def require_sum(
     longer = value(hidden.repeat(1, 2, 1), labels.repeat(1, 2))
     more = value(hidden.repeat(2, 1, 1), labels.repeat(2, 1))
     if max(abs(twice - 2 * once) for twice in (longer, more)) > 1e-3 * abs(once) or nothing != 0:
-        raise ValueError(
+        raise ArgumentError(
+            key,
             f"{key} gave {once:.4g} for two targets in a row, {longer:.4g} and {more:.4g} for the same twice, in one "
             f"row and in two, and {nothing:.4g} for a row without targets; a loss is the SUM over target tokens, which "
             "the recipe divides once by the targets of the whole step: sum where it takes a mean "
-            '(reduction="sum"), and leave out what is -100'
+            '(reduction="sum"), and leave out what is -100',
         )
 
 
@@ -118,9 +125,10 @@ def require_positions(model: PreTrainedModel, datasets: Iterable[Rows]) -> None:
     # How long the rows of a stream are, nobody knows before they come.
     longest = max((int(data.lengths.max()) for data in datasets if isinstance(data, am_data.Dataset)), default=0)
     if "rope_parameters" not in settings and positions is not None and longest > positions:
-        raise ValueError(
+        raise ArgumentError(
+            "dataset",
             f"the data has rows of {longest} tokens, but the {model.config.model_type} model has a table of "
-            f"{name}={positions} positions; lower the dataset's max_length or sequence_length"
+            f"{name}={positions} positions; lower the dataset's max_length or sequence_length",
         )
 
 
@@ -159,16 +167,18 @@ def require_embeddings(
     largest = -1
     for data in datasets:
         if not isinstance(data, am_data.Dataset):
-            raise ValueError(
+            raise ArgumentError(
+                "dataset",
                 f"the tokenizer has ids up to {known}, {name} embeds 0..{rows - 1} (vocab_size={rows}), and which of "
-                f"them a stream uses is not known before; use {name}'s own tokenizer, or a larger vocab_size"
+                f"them a stream uses is not known before; use {name}'s own tokenizer, or a larger vocab_size",
             )
         examples = (example for index in range(len(data)) for example in _examples(data[index]))
         largest = max(largest, max(int(example["input_ids"].max()) for example in examples))
     if largest >= rows:
-        raise ValueError(
+        raise ArgumentError(
+            "dataset",
             f"the data has token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but {name} embeds "
-            f"ids 0..{rows - 1} (vocab_size={rows}); use {name}'s own tokenizer, or a model with a larger vocab_size"
+            f"ids 0..{rows - 1} (vocab_size={rows}); use {name}'s own tokenizer, or a model with a larger vocab_size",
         )
 
 
@@ -186,21 +196,24 @@ def require_same_tokens(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeniz
     wrong = sorted(index for token, index in vocabulary.items() if names.get(index) != token)
     if wrong:
         token = ours.convert_ids_to_tokens(wrong[0])
-        raise ValueError(
+        raise ArgumentError(
+            key,
             f"the tokenizer of {key} is another one: {len(wrong)} of {len(vocabulary)} ids differ, the first is "
             f"{wrong[0]}, {token!r} here and {names.get(wrong[0])!r} there; its distributions would be over other "
-            "tokens. Choose models of one tokenizer"
+            "tokens. Choose models of one tokenizer",
         )
     if not (ours.is_fast and theirs.is_fast):
-        raise ValueError(
+        raise ArgumentError(
+            key,
             f"how the tokenizers of this run and of {key} split text can be compared only where both are fast ones "
-            "(tokenizer.json); convert them, or choose other models"
+            "(tokenizer.json); convert them, or choose other models",
         )
     for rule in ("normalizer", "pre_tokenizer", "model"):
         if _tokenizer_rule(ours, rule) != _tokenizer_rule(theirs, rule):
-            raise ValueError(
+            raise ArgumentError(
+                key,
                 f"the tokenizer of {key} has the same tokens but another {rule}: it splits text differently, so that "
-                "model never saw text split like this. Choose models of one tokenizer"
+                "model never saw text split like this. Choose models of one tokenizer",
             )
 
 
@@ -220,9 +233,10 @@ def require_memory(model: nn.Module, device: torch.device, key: str) -> None:
     else:
         free, sharing = _available_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if needed * sharing > free:
-        raise ValueError(
+        raise ArgumentError(
+            key,
             f"{key} needs {needed / 2**30:.1f} GiB on each of {sharing} processes of this machine, and "
-            f"{free / 2**30:.1f} GiB are free; shard it over more ranks, give it dtype bfloat16, or take a smaller one"
+            f"{free / 2**30:.1f} GiB are free; shard it over more ranks, give it dtype bfloat16, or take a smaller one",
         )
 
 
@@ -231,9 +245,10 @@ def require_adapter_alone(model: nn.Module) -> None:
     kept = {id(parameter) for _, parameter in am_peft.Adapter(model).named_parameters()}
     lost = [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in kept]
     if lost:
-        raise ValueError(
+        raise ArgumentError(
+            "freeze",
             f"{len(lost)} parameters would train beside the adapter, such as {lost[0]}, and its files would not hold "
-            "them; name their modules in peft.modules_to_save instead of unfreezing them"
+            "them; name their modules in peft.modules_to_save instead of unfreezing them",
         )
 
 
@@ -252,9 +267,10 @@ def require_trained(model: nn.Module, parts: Iterable[str], folder: Path) -> Non
     """Refuse to leave `parts` of the model as they are, whose weights in `folder` are random: ValueError."""
     for part in parts:
         if not any(parameter.requires_grad for parameter in model.get_submodule(part).parameters()):
-            raise ValueError(
+            raise ArgumentError(
+                "freeze",
                 f"{folder} gives {part} random weights, and nothing of it would train; without an adapter say which "
-                "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save"
+                "parts do with freeze, for instance `freeze: []` for all, with one name it in peft.modules_to_save",
             )
 
 

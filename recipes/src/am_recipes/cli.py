@@ -34,13 +34,14 @@ Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
 options:
   -c, --config CONFIG     the config file
   --nproc-per-node N      processes on this machine (default: one per GPU, one where there is none)
-  --dry-run               check the config, print it with every default, and stop
+  --dry-run               do all that comes before reading weights, print the config with every default, and stop
   --keys                  every key of a recipe's config, with type, default and meaning
   --debug                 show tracebacks (also: AUTOMODEL_TRACEBACK=1)
   -h, --help              this text
 
 overrides, for any key of the config:
   --optimizer.lr 1e-5     --step_scheduler.max_steps=100     --generate.prompts.0 "Hello"     --peft null
+  --dataset.truncation    a key without a value is true; null, none and ~ are no value
 
 Ctrl-C finishes the step and commits it; a second one quits at once (status 130). The same command again
 continues the run from its latest checkpoint. Under torchrun and on several machines:
@@ -75,7 +76,8 @@ class Arguments:
     def worker_arguments(self) -> list[str]:
         """The command line of the recipe module in each process that this one starts."""
         overrides = [f"--{path}={text}" for path, text in self.overrides]
-        return ["-c", str(self.path), *overrides, *(["--debug"] if self.debug else [])]
+        flags = [flag for flag, is_set in (("--debug", self.debug), ("--dry-run", self.dry_run)) if is_set]
+        return ["-c", str(self.path), *overrides, *flags]
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -96,9 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             positional.append(token)
         elif name in _WITH_VALUE or (name.startswith("--") and ("." in name or "-" not in name[2:])):
             if not equals:
-                if not tokens or tokens[0].startswith("--"):
-                    raise UsageError(f"{name} needs a value{did_you_mean(name, [*_FLAGS, *_WITH_VALUE])}")
-                value = tokens.pop(0)
+                value = _value_of(name, tokens)
             if name in _WITH_VALUE:
                 values[_WITH_VALUE[name]] = value
             else:
@@ -119,6 +119,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         debug="debug" in flags,
         help="help" in flags,
     )
+
+
+def _value_of(name: str, tokens: list[str]) -> str:
+    """What follows the option `name`, taken off `tokens`; a key of the config alone is one that is turned on."""
+    if tokens and not tokens[0].startswith("--"):
+        return tokens.pop(0)
+    hint = did_you_mean(name, [*_FLAGS, *_WITH_VALUE])
+    if name in _WITH_VALUE or ("." not in name and hint):
+        raise UsageError(f"{name} needs a value{hint}")
+    return "true"
 
 
 def _recipe(positional: list[str]) -> str | None:
@@ -239,21 +249,34 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
     for demanded in (arguments.recipe, recipe):
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
-    if arguments.dry_run:
-        check_targets(config)
-        print(config, end="")
-        return 0
     if not _is_worker():
-        # A recipe's own file is one process, unless it is told otherwise.
-        processes = arguments.processes or (_default_processes() if program is None else 1)
+        # A recipe's own file and a dry run are one process, unless they are told otherwise.
+        one = program is not None or arguments.dry_run
+        processes = arguments.processes or (1 if one else _default_processes())
         if processes > 1:
             return launch.run(program or f"am_recipes.{config.recipe}", arguments.worker_arguments(), processes)
+    program = program or f"am_recipes.{config.recipe}"
+    if arguments.dry_run:
+        return _dry_run(config, program)
     return errors.reported(lambda: _train(config, program), debug=debug, run_dir=config.run_dir)
 
 
-def _train(config: RunConfig, program: str | None) -> int:
+def _train(config: RunConfig, program: str) -> int:
     check_targets(config)
-    return int(_load(program or f"am_recipes.{config.recipe}").main(config))
+    with config.at():
+        return int(_load(program).main(config))
+
+
+def _dry_run(config: RunConfig, program: str) -> int:
+    check_targets(config)
+    # Imports torch.
+    from am_recipes import dry_run
+
+    with config.at():
+        dry_run.dry_run(config, _load(program).train)
+    if os.environ.get("RANK", "0") == "0":
+        print(config.spelt_out(), end="")
+    return 0
 
 
 def _load(program: str) -> ModuleType:

@@ -10,7 +10,7 @@ they were.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -23,6 +23,7 @@ from am_recipes.settings import (
     DefaultTarget,
     Node,
     Target,
+    did_you_mean,
     load,
     override,
     read_section,
@@ -116,6 +117,11 @@ class KdConfig(SftConfig):
     """The whole loss of a step, from the hidden states of both models."""
     teacher_distributed: sections.Distributed | None = None
     """The teacher's own layout over the same ranks; null: the student's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kd_ratio > 0 and self.loss_fn != Target(DEFAULT_LOSS):
+            raise self.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
 
     def models(self) -> Mapping[str, sections.Model]:
         return {"model": self.model, "teacher_model": self.teacher_model}
@@ -222,6 +228,7 @@ def parse(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> RunCon
         raise recipe.error(f"must be one of {', '.join(RECIPES)}, got {recipe.shown()}")
     kind = RECIPES[recipe.value]
     _refuse(root, kind)
+    _refuse_without_section(root, kind)
     if "clip_grad_norm" in root.value:
         root.value["clip_grad_norm"] = _spell_out_no_clipping(root.value["clip_grad_norm"])
     default = {"run_dir": Node(root.place.child("run_dir"), DEFAULT_RUN_DIR.format(config=source.stem))}
@@ -241,6 +248,23 @@ def _refuse(root: Node, kind: type[RunConfig]) -> None:
     for key, reason in kind.REFUSED.items():
         if key in nodes:
             raise nodes[key].error(f"not in recipe {kind.NAME}: {reason}")
+
+
+def _refuse_without_section(root: Node, kind: type[RunConfig]) -> None:
+    """Refuse `--lr` with what it is called in full: a key at the top that is one of a section, or the end of one."""
+    # Reads sources for the meaning of keys, which nobody needs here; so only once something is wrong.
+    known = {item.name for item in fields(kind)}
+    for name, node in root.value.items():
+        if name in known or name.startswith(f"{HELD_OUT.key}_") or name == HELD_OUT.key:
+            continue
+        from am_recipes.settings import keys
+
+        paths = [f"{path}.{key.name}" for path, _, section in keys.sections(kind) if path for key in section]
+        paths += [path for path, _ in walk(root) if path != name]
+        found = [path for path in dict.fromkeys(paths) if path.endswith(f".{name}")]
+        found = found or [path for path in dict.fromkeys(paths) if path.endswith(f"_{name}")]
+        if found and not did_you_mean(name, known):
+            raise node.error(f"unknown key; did you mean {' or '.join(map(repr, found[:4]))}?")
 
 
 def _spell_out_no_clipping(node: Node) -> Node:

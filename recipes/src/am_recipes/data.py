@@ -25,18 +25,19 @@ def loader(
     Every rank calls it, and gets its share of each global batch. Raises what `am_data.DataLoader` does.
     """
     chosen = config.dataloader
-    return am_data.DataLoader(
-        dataset,
-        collate=collate if chosen.collate is None else chosen.collate.callable(),
-        global_batch_size=config.step_scheduler.global_batch_size,
-        local_batch_size=config.step_scheduler.local_batch_size,
-        mesh=dims.row_ranks,
-        seed=config.seed,
-        shuffle=training and chosen.shuffle,
-        num_epochs=config.step_scheduler.num_epochs if training else 1,
-        drop_last=training and chosen.drop_last,
-        prefetch=chosen.prefetch,
-    )
+    with config.at("step_scheduler"):
+        return am_data.DataLoader(
+            dataset,
+            collate=collate if chosen.collate is None else chosen.collate.callable(),
+            global_batch_size=config.step_scheduler.global_batch_size,
+            local_batch_size=config.step_scheduler.local_batch_size,
+            mesh=dims.row_ranks,
+            seed=config.seed,
+            shuffle=training and chosen.shuffle,
+            num_epochs=config.step_scheduler.num_epochs if training else 1,
+            drop_last=training and chosen.drop_last,
+            prefetch=chosen.prefetch,
+        )
 
 
 def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:

@@ -30,35 +30,32 @@ import am_mesh
 import am_models
 import am_peft
 from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources
-from am_recipes.configs import DEFAULT_LOSS, KdConfig
+from am_recipes.configs import KdConfig
 from am_recipes.progress import Progress, StopSignal
-from am_recipes.settings import Target
-from am_recipes.tokenizer import load_tokenizer
+from am_recipes.tokenizer import load_tokenizer, tokenizer_of
 
 
 def main(config: KdConfig) -> int:
     """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
-    if config.kd_ratio > 0 and config.loss_fn != Target(DEFAULT_LOSS):
-        raise config.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
     minutes = config.distributed.timeout_minutes
     with am_mesh.process_group(minutes) as device, StopSignal() as stop, run_dir.claim(config) as finished:
         return 0 if finished else train(config, device, stop)
 
 
 def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
-    dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+    dims = build.dims(config, device)
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    teacher_folder = sources.resolve(config.teacher_model.name_or_path) if config.teacher_model.name_or_path else None
-    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    folder = sources.model_folder(config)
+    teacher_folder = sources.model_folder(config, "teacher_model")
+    tokenizer = tokenizer_of(config, folder)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
     validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
     total_steps = data.total_steps(config, loader)
 
-    with torch.device("meta"):
+    with config.at("model"), torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(
             config.model.hf_config(folder), kernels="off", **config.model.families()
         )
@@ -83,8 +80,7 @@ def train(config: KdConfig, device: torch.device, stop: StopSignal) -> int:
     kd_loss_fn = distillation_loss(config, tokenizer, (model,) if teacher is None else (model, teacher), device)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
-    optimizer = optim.build_optimizer(model, **config.optimizer.options())
-    schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
+    optimizer, schedule = build.optimizer(config, model, total_steps)
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     weights = built.weights({"teacher": teacher_folder})
@@ -137,7 +133,7 @@ def load_teacher(
     """The frozen teacher in its own dtype and layout; it must read the student's tokens and embed those of the data."""
     if folder is not None:
         checks.require_same_tokens(tokenizer, load_tokenizer(folder, None), "teacher_model")
-    with torch.device("meta"):
+    with config.at("teacher_model"), torch.device("meta"):
         teacher = am_models.AutoModelForCausalLM.from_config(
             config.teacher_model.hf_config(folder), kernels="off", **config.teacher_model.families()
         )
@@ -205,6 +201,7 @@ def make_loader(
 ) -> am_data.DataLoader:
     """Steps over `dataset` packed or padded as the config says."""
     pack_size = config.packed_sequence.packed_sequence_size
-    rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
+    with config.at("packed_sequence"):
+        rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
     collate = functools.partial(am_data.collate, layout="packed" if pack_size else "padded")
     return data.loader(config, rows, dims, collate, training=training)

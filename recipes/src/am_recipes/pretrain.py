@@ -26,7 +26,8 @@ import am_peft
 from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import PretrainConfig
 from am_recipes.progress import Progress, StopSignal
-from am_recipes.tokenizer import load_tokenizer
+from am_recipes.settings import ArgumentError
+from am_recipes.tokenizer import tokenizer_of
 
 
 def main(config: PretrainConfig) -> int:
@@ -37,12 +38,13 @@ def main(config: PretrainConfig) -> int:
 
 
 def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int:
-    dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+    dims = build.dims(config, device)
 
     # Data: windows of the token stream; every rank takes its share of each global batch.
-    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
-    hf_config = config.model.hf_config(folder)
+    folder = sources.model_folder(config)
+    tokenizer = tokenizer_of(config, folder)
+    with config.at("model"):
+        hf_config = config.model.hf_config(folder)
     given = {"tokenizer": tokenizer, "vocab_size": hf_config.vocab_size}
     dataset = config.dataset.build(**given)
     held_out = {name: target.build(**given) for name, target in config.validation_datasets.items()}
@@ -50,7 +52,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
     total_steps = count_steps(config, loader)
 
-    with torch.device("meta"):
+    with config.at("model"), torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
     facts = data.facts(config, dataset, held_out, loader)
@@ -69,8 +71,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     )
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
-    optimizer = optim.build_optimizer(model, **config.optimizer.options())
-    schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
+    optimizer, schedule = build.optimizer(config, model, total_steps)
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
@@ -124,8 +125,9 @@ def count_steps(config: PretrainConfig, loader: am_data.DataLoader) -> int:
     available = len(loader) * scheduler.num_epochs
     steps = min(data.asked_steps(config, loader), default=available)
     if steps > available:
-        raise ValueError(
+        raise ArgumentError(
+            "step_scheduler",
             f"the run is to have {steps} steps, but num_epochs={scheduler.num_epochs} of the dataset are {available}; "
-            f"lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}"
+            f"lower max_steps or max_tokens, or repeat the data with num_epochs={-(-steps // len(loader))}",
         )
     return steps

@@ -24,6 +24,10 @@ from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, StopSignal, any_rank, seed_everything
 
 
+class BeginsHere(Exception):
+    """Raised by a `Run` in place of its beginning, in a dry run."""
+
+
 class Run:
     """One run from its first step, or the newest checkpoint, to its end. Every rank makes one and calls all of it.
 
@@ -46,6 +50,8 @@ class Run:
         total_steps: int,
         weights: Weights,
     ) -> None:
+        if config.dry_run:
+            raise BeginsHere
         self._config, self._dims, self._stop, self._state = config, dims, stop, state
         self._progress: Progress = state["progress"]
         self.total_steps = total_steps

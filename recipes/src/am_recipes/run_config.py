@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from am_recipes import schedules, sections
 from am_recipes.settings import (
+    ArgumentError,
     Call,
     ConfigError,
     DefaultTarget,
@@ -17,7 +19,9 @@ from am_recipes.settings import (
     Target,
     dump,
     fingerprints,
+    first_name,
     plain,
+    unusable,
     written,
 )
 
@@ -32,7 +36,8 @@ class RunConfig:
 
     `validation_datasets` maps the name of the logged metric to its dataset: `validation_dataset` is `val_loss`,
     `validation_dataset_math` is `val_loss_math`. `source` is the file that was read, `places` says where each dotted
-    path was set, `environment` maps dotted paths to the `${VAR}` text their value came from.
+    path was set, `environment` maps dotted paths to the `${VAR}` text their value came from. `dry_run` is no key: such
+    a run ends where it would read weights and begin (`am_recipes.dry_run`).
     """
 
     # What the recipe is called in a config and on the command line, and what it does in a line.
@@ -82,6 +87,7 @@ class RunConfig:
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
+    dry_run: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         self._require_validations()
@@ -154,17 +160,40 @@ class RunConfig:
         for number, sink in enumerate(self.sinks):
             yield Call(f"sinks.{number}", sink)
 
+    def spelt_out(self) -> Self:
+        """The same config with the defaults of the datasets' classes, which the classes alone know, written out."""
+        given = self.DATASET_ARGUMENTS
+        held_out = {name: target.spelt_out(given) for name, target in self.validation_datasets.items()}
+        return replace(self, dataset=self.dataset.spelt_out(given), validation_datasets=held_out)
+
     def freeze_rules(self) -> list[dict[str, str]] | None:
         """`freeze` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
         return None if self.freeze is None else [rule.rule() for rule in self.freeze]
 
     def error(self, path: str, message: str) -> ConfigError:
         """An error about the value at a dotted path, with the line that set it or the section it would be in."""
+        return self._place(path).error(message)
+
+    def at(self, path: str = "") -> AbstractContextManager[None]:
+        """Give what is refused within its place in the config: ValueError and OSError become `UnusableError`.
+
+        It is `path`, or the value of it that the message begins with (`name=`), where the config sets that; of an
+        `ArgumentError`, which checks raise, its own. Without `path` that is all.
+        """
+
+        def place(error: Exception) -> Place:
+            if isinstance(error, ArgumentError):
+                return self._place(error.path)
+            return self.places.get(f"{path}.{first_name(error)}") or self._place(path)
+
+        return unusable(place, (ValueError, OSError) if path else (ArgumentError,))
+
+    def _place(self, path: str) -> Place:
         parent = path
         while parent not in self.places and parent:
             parent = parent.rpartition(".")[0]
         where = self.places[parent].where if parent in self.places else str(self.source)
-        return Place(where, path).error(message)
+        return Place(where, path)
 
     def __str__(self) -> str:
         return self.to_yaml()

@@ -62,9 +62,10 @@ def _on_rank_zero(function: Callable[[], Outcome]) -> Outcome:
 
 def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
     run_dir = config.run_dir
-    _require_writable(run_dir)
-    _require_no_strangers(run_dir)
+    require_usable(config)
     stack.enter_context(lock.held(run_dir))
+    # Once more: it may have become another run's meanwhile.
+    require_usable(config)
     if already_finished(run_dir, config.identity(), config.goal(), config.ending()):
         print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
         return True
@@ -96,6 +97,14 @@ def _require_no_strangers(run_dir: Path) -> None:
             f"run_dir={run_dir} holds {shown} and no run (no {record.NAME}); a run would write among them: choose a "
             "folder that is new or empty"
         )
+
+
+def require_usable(config: RunConfig) -> None:
+    """Refuse a directory that the run cannot write, or that holds another run or other files; reads only."""
+    with config.at("run_dir"):
+        _require_writable(config.run_dir)
+        _require_no_strangers(config.run_dir)
+        already_finished(config.run_dir, config.identity(), config.goal(), config.ending())
 
 
 def _require_writable(run_dir: Path) -> None:

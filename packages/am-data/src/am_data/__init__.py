@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from am_data._render import render_and_mask
     from am_data._report import DatasetReport
     from am_data._shard_files import write_token_shards
+    from am_data._templates import chat_template
     from am_data._token_shards import TokenShards, TokenShardsReport
     from am_data._tokens import TokenDataset
     from am_data._vision import VisionChatDataset
@@ -43,6 +44,7 @@ __all__ = [
     "TokenShardsReport",
     "VisionChatDataset",
     "VisionProcessor",
+    "chat_template",
     "collate",
     "pack",
     "render_and_mask",
@@ -69,6 +71,7 @@ _MODULES = {
     "TokenShardsReport": "am_data._token_shards",
     "VisionChatDataset": "am_data._vision",
     "VisionProcessor": "am_data._vision_processor",
+    "chat_template": "am_data._templates",
     "collate": "am_data._batch",
     "pack": "am_data._pack",
     "render_and_mask": "am_data._render",

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from am_data._messages import Message, RowRefusedError, check_messages
 from am_data._skeleton import MARKER, Piece, Skeleton, Turn, locate, mark_contents, marker, marker_index, refuse_dropped
+from am_data._templates import TEMPLATES
+from am_data._templates import chat_template as resolve_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,10 +70,11 @@ class Renderer:
             raise TypeError(f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer")
         if chat_template is None and tokenizer.chat_template is None:
             raise ValueError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; pass chat_template= (Jinja text)"
+                f"chat_template=None, and the tokenizer {tokenizer.name_or_path!r} has no chat template; give one: a "
+                f"name ({', '.join(TEMPLATES)}), the path of a .jinja file, or Jinja text"
             )
         self._tokenizer = tokenizer
-        self.chat_template = chat_template
+        self.chat_template = None if chat_template is None else resolve_template(chat_template)
         self.template_kwargs = dict(chat_template_kwargs or {})
         added = tokenizer.added_tokens_decoder.items()
         self._special_ids = {token for token, value in added if value.special} | set(tokenizer.all_special_ids)

@@ -42,6 +42,8 @@ def check_options(format: Format, on_bad_row: str, max_length: int | None, trunc
     check_format(format)
     if on_bad_row not in ("drop", "raise"):
         raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'drop' or 'raise'")
+    if not (max_length is None or isinstance(max_length, int)):
+        raise ValueError(f"max_length={max_length!r} must be a whole number of tokens, or None for no limit")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length={max_length} must be at least 1 token, or None for no limit")
     if truncation and max_length is None:

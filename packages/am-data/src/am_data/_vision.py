@@ -35,6 +35,7 @@ from am_data._row_filter import (
     segments,
 )
 from am_data._rows import Rows, columns_of, read_rows
+from am_data._templates import TEMPLATES
 from am_data._tokens import TextExample, TokenDataset
 from am_data._vision_images import load_image, require_pillow, undecoded
 from am_data._vision_processor import VisionProcessor, vision_processor
@@ -91,7 +92,10 @@ class VisionChatDataset:
         template = chat_template or adapter.processor.chat_template
         if not isinstance(template, str):
             holder = type(adapter.processor).__name__
-            raise ValueError(f"the {holder} has chat_template={template!r}; pass chat_template= (Jinja text)")
+            raise ValueError(
+                f"chat_template={chat_template!r}, and that of the {holder} is {template!r}; give one: a name "
+                f"({', '.join(TEMPLATES)}), the path of a .jinja file, or Jinja text"
+            )
         renderer = Renderer(tokenizer, chat_template=template, chat_template_kwargs=chat_template_kwargs)
         masker = _Masker(adapter, renderer, layout, _folder(images, path), train_on, max_length, truncation)
         indices, kept, dropped = collect(map(masker, source), source, path, on_bad_row)

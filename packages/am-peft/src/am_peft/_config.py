@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import fnmatch
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -82,6 +83,12 @@ def check_config(config: LoraConfig) -> None:
     }.items():
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"{name}={r!r} must be a positive integer")
+    for name, alpha in {
+        "lora_alpha": config.lora_alpha,
+        **{f"alpha_pattern[{key!r}]": alpha for key, alpha in (config.alpha_pattern or {}).items()},
+    }.items():
+        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise ValueError(f"{name}={alpha!r} must be a positive number: the update is scaled by it over r")
     if not config.target_modules:
         raise ValueError(f"target_modules={config.target_modules!r} selects nothing; name modules or use 'all-linear'")
 

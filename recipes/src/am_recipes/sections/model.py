@@ -89,7 +89,7 @@ class Reader:
     name_or_path: Source | None = None
     """Where it is: a folder, a Hub id, or a target that returns a folder; null: the model's."""
     chat_template: Text | None = None
-    """A Jinja text that replaces its own."""
+    """Replaces its own: chatml, gemma, llama3, phi3, zephyr, the path of a .jinja file, or Jinja text."""
 
     def calls(self, key: str) -> Iterator[Call]:
         """The targets of the section, which stands at `key`."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from am_recipes.settings.yaml import is_secret
+from am_recipes.settings.yaml import escaped, is_secret
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
@@ -20,10 +20,10 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
     def write(path: str, value: Any) -> Any:
         if is_secret(path) and value is not None:
             source = environment.get(path, f"${{{path.rsplit('.', 1)[-1].upper()}}}")
-            return re.sub(r"(\$\{\w+),[^}]*\}", r"\1}", source)
+            return re.sub(r"(\$\{[\w.:]+),[^}]*\}", r"\1}", source)
         if path in environment:
             return environment[path]
-        return value.replace("${", "$${") if isinstance(value, str) else value
+        return escaped(value) if isinstance(value, str) else value
 
     return _replace_leaves(values, "", write)
 

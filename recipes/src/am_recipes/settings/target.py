@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from am_recipes.settings.yaml import Place, nearest
+from am_recipes.settings.yaml import Place, first_name, nearest, unusable
 
 _DEFAULT_PLACE = Place("default", "")
 P = ParamSpec("P")
@@ -30,9 +30,10 @@ class DefaultTarget:
 
 
 class ArgumentError(ValueError):
-    """An argument of a callable that its signature allows and the callable does not.
+    """A value that the schema or a signature allows and its use does not.
 
-    `path` is where it is: the name of the argument, and with dots what is wrong within it.
+    `path` is where it is: the name of the argument, and with dots what is wrong within it; of a check of a recipe, the
+    whole dotted path in the config.
     """
 
     def __init__(self, path: str, message: str) -> None:
@@ -121,9 +122,30 @@ class Target:
             except ArgumentError as error:
                 raise self._place(error.path).error(str(error)) from error
 
+    def spelt_out(self, provided: Iterable[str] = ()) -> Target:
+        """The same with the defaults of the callable written out, those that a config could hold."""
+        try:
+            parameters = inspect.signature(self._import()).parameters
+        except ValueError:
+            return self
+        plain = (type(None), bool, int, float, str)
+        defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if name not in provided and type(parameter.default) in plain
+        }
+        return replace(
+            self, arguments=dict(self.arguments) | {k: v for k, v in defaults.items() if k not in self.arguments}
+        )
+
     def build(self, **runtime: Any) -> Any:
-        """Call it with its arguments, nested targets built first; `runtime` arguments win."""
-        return self._import()(**(self.built_arguments() | runtime))
+        """Call it with its arguments, nested targets built first; `runtime` arguments win.
+
+        A ValueError or OSError from it becomes an `UnusableError` of the argument that it begins with, or of all.
+        """
+        function, arguments = self._import(), self.built_arguments() | runtime
+        with unusable(lambda error: self._blamed(function, first_name(error))):
+            return function(**arguments)
 
     def built_arguments(self) -> dict[str, Any]:
         """The arguments, with nested targets built."""
@@ -133,6 +155,13 @@ class Target:
         """The callable with the configured arguments applied, for whoever passes the rest."""
         function = self._import()
         return functools.partial(function, **self.built_arguments()) if self.arguments else function
+
+    def _blamed(self, function: Callable[..., Any], name: str) -> Place:
+        """The place of the argument `name`, given or left out, if `function` has one; else that of the target."""
+        try:
+            return self._place(name) if name in inspect.signature(function).parameters else self.place
+        except ValueError:
+            return self.places.get(name, self.place) if name else self.place
 
     def _place(self, path: str) -> Place:
         """Where the argument at the dotted `path` was given, by the nearest line that is known."""

@@ -6,17 +6,28 @@ references to environment variables are resolved last, keeping their source text
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_]\w*)(?:,(?P<default>[^}]*))?\}|(?P<malformed>\$\{[^}]*\}?)")
+_REFERENCE = re.compile(
+    r"\$\$\{"
+    r"|\$\{(?:oc\.env:)?(?P<name>[A-Za-z_]\w*)(?:,(?P<default>[^}]*))?\}"
+    # Without braces at the beginning alone, as of a path: text such as "$x^2$" has dollars of its own.
+    r"|^\$(?P<bare>[A-Za-z_]\w*)(?=/|\Z)|^(?P<plain>\$+)(?=\$[A-Za-z_]\w*(?:/|\Z))"
+    r"|(?P<malformed>\$\{[^}]*\}?)"
+)
+# What `_REFERENCE` takes for one without braces, or for an escaped one.
+_BARE = re.compile(r"\$+[A-Za-z_]\w*(?:/|\Z)")
+_HERE = re.compile(r"(?<!\$)\$\{here\}")
+_NULLS = ("none", "None")
 _SECRET = re.compile(
     r"(^|_)(password|passwd|secret|credentials?|authorization|apikey)($|_)"
     r"|^token$|(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?<!image)(?<!video)(?<!audio)_token$"
@@ -54,7 +65,11 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; the message starts with file, line and dotted path."""
+    """A config that is wrong by itself; the message starts with file, line and dotted path."""
+
+
+class UnusableError(ValueError):
+    """A value that a run found to be of no use, once it used it; the message starts as that of a `ConfigError`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,25 @@ class Node:
         return "null" if self.value is None else repr(self.value)
 
 
+@contextlib.contextmanager
+def unusable(
+    place: Callable[[Exception], Place], kinds: tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """Turn an exception of `kinds` from within into an `UnusableError` of the place that `place` knows for it."""
+    try:
+        yield
+    except (ConfigError, UnusableError):
+        raise
+    except kinds as error:
+        raise UnusableError(str(place(error).error(str(error)))) from error
+
+
+def first_name(error: Exception) -> str:
+    """The name of the value that a message is about where it begins `name=`, as ours do; empty for another message."""
+    begin = re.match(r"([A-Za-z_]\w*)=", str(error))
+    return begin[1] if begin else ""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest name, nothing when none is close."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
@@ -120,7 +154,10 @@ def is_secret(path: str) -> bool:
 
 
 def load(path: Path) -> Node:
-    """Read one YAML file; duplicate keys, unknown tags and anything but a mapping at the top are refused."""
+    """Read one YAML file; duplicate keys, unknown tags and anything but a mapping at the top are refused.
+
+    `${here}` in it is the folder of the file, so that what lies beside it is found from anywhere.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -130,7 +167,19 @@ def load(path: Path) -> Node:
     root = _parse(text, Place(str(path), ""))
     if not isinstance(root.value, dict):
         raise ConfigError(f"{path}:1: expected a mapping of sections, got {root.shown()}")
-    return root
+    return _with_folder(root, str(path.absolute().parent))
+
+
+def _with_folder(node: Node, folder: str) -> Node:
+    if isinstance(node.value, dict):
+        return replace(node, value={key: _with_folder(child, folder) for key, child in node.value.items()})
+    if isinstance(node.value, list):
+        return replace(node, value=[_with_folder(child, folder) for child in node.value])
+    if not isinstance(node.value, str) or not _HERE.search(node.value):
+        return node
+    path = _HERE.sub(lambda _: folder.replace("${", "$${"), node.value)
+    # One spelling, whatever the way to it: it tells whether two runs are the same.
+    return replace(node, value=os.path.normpath(path) if _HERE.match(node.value) else path)
 
 
 def dump(values: Mapping[str, Any]) -> str:
@@ -167,6 +216,9 @@ def override(root: Node, flag: str, text: str) -> None:
 
 
 def _typed(text: str, place: Place, created: bool) -> Node:
+    if text in _NULLS:
+        # As "null" and "~" are; the schema still sees the text, for a key that has it among its choices.
+        return Node(place, None, text=text, created=created)
     if text[:1] in ("[", "{", '"', "'"):
         try:
             parsed = _parse(text, place)
@@ -247,33 +299,42 @@ def _node(source: yaml.Node, place: Place, of_file: bool, ancestors: tuple[int, 
 def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
     """Replace `${VAR}` and `${VAR,default}` in every text of the tree (`$${` stands for `${`).
 
-    A value that is one reference and nothing else takes the type its text has in YAML. Raises `ConfigError` for a
-    variable that is neither set nor given a default.
+    `${oc.env:VAR,default}` is the same, and so is `$VAR` at the beginning of a text, alone or before a slash (`$$VAR`
+    stands for `$VAR`). A value that is one reference and nothing else takes the type its text has in YAML. Raises
+    `ConfigError` for a variable that is neither set nor given a default.
     """
     variables = os.environ if environment is None else environment
     if isinstance(node.value, dict):
         return replace(node, value={key: resolve(child, variables) for key, child in node.value.items()})
     if isinstance(node.value, list):
         return replace(node, value=[resolve(child, variables) for child in node.value])
-    if not isinstance(node.value, str) or "${" not in node.value:
+    if not isinstance(node.value, str) or not ("${" in node.value or _BARE.match(node.value)):
         return node
 
     def substitute(match: re.Match[str]) -> str:
         if match[0] == "$${":
             return "${"
+        if match["plain"]:
+            return match["plain"][1:]
         if match["malformed"]:
             raise node.error(
                 f"{match[0]} is not a reference; write ${{NAME}} or ${{NAME,default}}, and $${{ for a plain ${{"
             )
-        name, default = match["name"], match["default"]
+        name, default = match["name"] or match["bare"], match["default"]
         if name not in variables and default is None:
             hint = did_you_mean(name, variables) or f"; set it, or write ${{{name},default}}"
             raise node.error(f"the environment variable {name} is not set{hint}")
         return variables[name] if name in variables else (default or "").strip()
 
     text = _REFERENCE.sub(substitute, node.value)
-    whole = _REFERENCE.fullmatch(node.value) is not None and node.value != "$${" and not is_secret(node.place.path)
+    only = _REFERENCE.fullmatch(node.value)
+    whole = only is not None and bool(only["name"] or only["bare"]) and not is_secret(node.place.path)
     return replace(node, value=_scalar(text) if whole else text, text=text, reference=node.value)
+
+
+def escaped(text: str) -> str:
+    """A text that `resolve` turns back into `text`."""
+    return ("$" if _BARE.match(text) else "") + text.replace("${", "$${")
 
 
 def walk(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:
