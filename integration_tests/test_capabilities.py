@@ -42,6 +42,7 @@ EXPERTS = {
     **SMALL,
 }
 MAMBA = {"model_type": "mamba", "vocab_size": 4096, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+BERT = {"model_type": "bert", "vocab_size": 4096, "max_position_embeddings": 1024, **SMALL}
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 20, "num_attention_heads": 64}
 PACKED = {"packed_sequence": {"packed_sequence_size": 1024}}
 DOCUMENTS = {"dataset": {"split_documents": True}}
@@ -121,6 +122,18 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
     ),
     ("documents kept apart", "pretrain"): (replaced(MAMBA) | DOCUMENTS, r"mamba: the logits of document 2 move"),
     ("documents kept apart", "vlm"): (PACKED, r"packed_sequence: not in recipe vlm: rows with images are padded"),
+    **{
+        ("a model that sees the future", recipe): (
+            replaced(BERT) | change,
+            r"bert: the logits of earlier tokens move by .* set is_decoder to true",
+        )
+        # Rows are padded, and nothing but the model itself hides a token's successor.
+        for recipe, change in {"sft": {"packed_sequence": None}, "pretrain": {}, "kd": {"kd_ratio": 0.0}}.items()
+    },
+    ("a model that sees the future", "vlm"): (
+        {"model": {"config": {"text_config": None}}, "+model": {"config": {"text_config": BERT | {"vocab_size": 384}}}},
+        r"idefics3: the logits of earlier tokens move by",
+    ),
     **{
         ("router losses and loads", recipe): (
             replaced(EXPERTS) | {"moe": {"balance_loss": 0.01, "z_loss": 0.001}},

@@ -253,9 +253,9 @@ def test_faults_are_caught(fault: str, layout: Layout, folders: dict[str, str], 
 
 def test_a_leaked_document_is_refused(folders: dict[str, str]) -> None:
     model = am_models.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
     # An attention without a mask function gets no mask, silently: two documents in a row see each other.
     AttentionInterface.register("maskless", ALL_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("maskless")
     with pytest.raises(ValueError, match=r"document 2 move by .* when document 1 changes"):
-        am_models.require_separate_documents(model)
+        am_models.require_no_leak(model, packed=True)

@@ -33,11 +33,14 @@ class Allowed:
     reason: str
 
 
-CRASH_TESTED = "crash-tested as it stands; split when the modules of am-ckpt are grouped into folders"
 # By rule and place: a file, or a file and the dotted name in it. An entry that allows nothing any more is an error too.
 ALLOWED: dict[tuple[str, str], Allowed] = {
-    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_train/checkpointer.py"): Allowed(437, CRASH_TESTED),
-    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_tools/merge.py::merge"): Allowed(71, CRASH_TESTED),
+    ("lines of the file", "packages/am-ckpt/src/am_ckpt/_train/checkpointer.py"): Allowed(
+        426, "one class, a third of it docstrings; what it asks stands in modules beside it"
+    ),
+    ("lines of the function", "packages/am-ckpt/src/am_ckpt/_tools/merge.py::merge"): Allowed(
+        71, "forty lines of docstring, one for each option"
+    ),
     ("parameters", "packages/am-ckpt/src/am_ckpt/_tools/merge.py::merge"): Allowed(
         13, "the options of the command, a keyword for each"
     ),

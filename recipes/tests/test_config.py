@@ -608,6 +608,32 @@ def test_an_inline_model_config_is_held_against_its_class(write):
     assert message == "config.yaml:4: model.config.model_type: unknown 'lama'; did you mean 'llama'?"
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        # Not declared by the class, but its attention asks for it.
+        ("{model_type: qwen3_moe, head_dim: 128}", None),
+        ("{model_type: granite, head_dim: 16}", None),
+        # The class makes another field of it.
+        ("{model_type: llama, rope_theta: 10000.0}", None),
+        ("{model_type: qwen2, rope_scaling: {rope_type: linear, factor: 2.0}}", None),
+        ("{model_type: llama, torch_dtype: float32}", None),
+        # Nothing reads it, or nothing but the rotary embedding, whose width would no longer fit the heads.
+        ("{model_type: llama, sliding_window: 64}", "model.config.sliding_window: LlamaConfig has no such field"),
+        ("{model_type: llama, rope_thetta: 1.0}", "model.config.rope_thetta: LlamaConfig has no such field"),
+        ("{model_type: gpt_neox, head_dim: 16}", "model.config.head_dim: GPTNeoXConfig has no such field"),
+        # It belongs to a part.
+        ("{model_type: gemma3, head_dim: 16}", "model.config.head_dim: Gemma3Config has no such field"),
+    ],
+)
+def test_the_keys_of_a_model_config_are_those_that_class_and_attention_take(write, given, message):
+    text = write(MINIMAL.replace("name_or_path: some/folder", f"config: {given}") + "tokenizer: {name_or_path: t}\n")
+    if message is None:
+        check_targets(parse(text))
+    else:
+        assert message in refused(text, targets=True)
+
+
 def test_the_teacher_of_a_kd_run_is_checked_too(write):
     text = MINIMAL.replace("recipe: sft", "recipe: kd")
     text += "teacher_model:\n  config:\n    model_type: llama\n    hidden_size: 64\n"

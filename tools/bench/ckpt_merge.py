@@ -3,11 +3,11 @@
 A part of ckpt.py. Shards are files as torch's `HuggingFaceStorageWriter` lays them out: FSDP (dim 0) and tensor
 parallel (dim 1 of every matrix). Every measurement is a fresh process that imports first; methods are interleaved,
 ratios are paired by round, the page cache is warm. `cp` does not wait for the disk, so it is compared with
-`fsync=False`, and `cp` and `sync` with the default. All memory that is free is used once before each measurement: on a
-virtual machine the first use of a page costs several times a later one, and would be paid by whoever comes first.
-Results are compared bit for bit once. Then: the peak of resident memory, above that before the merge and in all, for
-sparse files of 1 and 20 GB; and the time to plan 10,000 to 1,000,000 chunks. NeMo AutoModel's consolidation runs where
-the Python of an environment that has it is given.
+`fsync=False`, and `cp` and `sync` with the default. Free memory is used once before each measurement: on a virtual
+machine the first use of a page costs several times a later one, and would be paid by whoever comes first. Results are
+compared bit for bit once. Then: the peak of resident memory, above that before the merge and in all, for sparse files
+of 1 and 20 GB; and the time to plan 10,000 to 1,000,000 chunks. NeMo AutoModel's consolidation runs where the Python of
+an environment that has it is given.
 """
 
 from __future__ import annotations
@@ -218,13 +218,12 @@ def measure(method: str, source: Path, target: Path, names: list[str], python: s
 
 
 def touch_free_memory() -> None:
-    """Use the free memory, but for a GB, once and give it back."""
+    """Use several times the memory that a measurement needs, and give it back: what was freed last is taken first."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemFree"))
-    if free > 2**30:
-        with mmap.mmap(-1, free - 2**30) as memory:
-            for page in range(0, len(memory), mmap.PAGESIZE):
-                memory[page] = 1
+    with mmap.mmap(-1, max(min(4 * 2**30, free - 2**30), mmap.PAGESIZE)) as memory:
+        for page in range(0, len(memory), mmap.PAGESIZE):
+            memory[page] = 1
 
 
 def compare(

@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], int, str]] = {
     "another dtype": (lambda m: data(m).update(dtype="torch.int64"), 2, "are of different saves"),
     "partial sums": (lambda m: data(m).update(placements=[{"type": "Partial"}] * 2), 2, "is no cut of it"),
     "a dim it has not": (lambda m: data(m)["placements"][1].update(dim=7), 2, "split_factor is not known"),
+    "a placement of text": (lambda m: data(m)["placements"].__setitem__(1, "Shard(0)"), 2, "is placed as ["),
     "another stride": (lambda m: data(m)["placements"][0].update(split_factor=3), 2, "split_factor is not known"),
     "a mesh of other ranks": (lambda m: data(m)["mesh_spec"].update(mesh_shape=(3, 2)), 2, "is on the mesh"),
 }

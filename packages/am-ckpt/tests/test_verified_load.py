@@ -184,6 +184,38 @@ def test_retention_does_not_count_a_step_that_was_skipped(tmp_path: Path) -> Non
     assert checkpoints.load(state_of(9)) == 3
 
 
+def test_a_step_that_was_set_aside_and_written_anew_stays(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    flip(next((tmp_path / "step_000002" / "model").iterdir()), -1)
+    with pytest.warns(UserWarning, match="going back to step_000001"):
+        assert checkpoints.load(state_of(9)) == 1
+    with pytest.warns(UserWarning, match=r"set a damaged checkpoint aside as \.damaged-step_000002"):
+        checkpoints.save(2, state_of(2))
+    for step in (3, 4):
+        checkpoints.save(step, state_of(step))
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_{step:06d}" for step in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("section", ["model", "optim", "state"])
+@pytest.mark.parametrize("position", [12, -1])
+def test_a_step_that_was_skipped_does_not_stop_the_saves_of_what_was_loaded(
+    section: str, position: int, tmp_path: Path
+) -> None:
+    """Wherever the damage was found: in a header, by which every load knows it, or in the data."""
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=1)
+    checkpoints.save(1, state_of(1))
+    checkpoints.pin(1)
+    checkpoints.save(5, state_of(5))
+    flip(next((tmp_path / "step_000005" / section).iterdir()), position)
+    with pytest.warns(UserWarning, match="going back to step_000001"):
+        assert checkpoints.load(state_of(9)) == 1
+    with pytest.warns(UserWarning, match=r"set a damaged checkpoint aside as \.damaged-step_000005"):
+        checkpoints.save(2, state_of(2))
+    assert checkpoints.load(state_of(9)) == 2
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("layout", ["sharded", "direct"])
 def test_torchs_own_load_verifies_what_it_reads_from(layout: str, tmp_path: Path) -> None:

@@ -188,5 +188,5 @@ def test_unknown_options_and_missing_templates_are_errors(tokenizer):
     with pytest.raises(ValueError, match="train_on='all' is unknown; choose 'assistant' or 'last'"):
         am_data.render_and_mask(tokenizer, [USER, ANSWER], train_on="all")
     without = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="no chat template; pass chat_template="):
+    with pytest.raises(ValueError, match="no chat template; give one: a name"):
         am_data.render_and_mask(without, [USER, ANSWER])

@@ -323,7 +323,7 @@ def test_processors_without_adapter_template_or_declared_tensors():
         am_data.vision_processor({})
     processor = make_llava()
     processor.chat_template = None
-    with pytest.raises(ValueError, match="the LlavaProcessor has chat_template=None; pass chat_template="):
+    with pytest.raises(ValueError, match="that of the LlavaProcessor is None; give one: a name"):
         am_data.VisionChatDataset([row()], processor=processor)
     adapter = dataclasses.replace(am_data.vision_processor(make_llava()), tensor_names=("pixel_values", "image_sizes"))
     with pytest.raises(ValueError, match=r"returns \['pixel_values'\] for images, its adapter declares \['image_s"):

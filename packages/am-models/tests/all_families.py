@@ -58,7 +58,12 @@ FURTHER: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "nemotron_h": {"layer_types": ["mamba", "attention"], "n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 16},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "n_groups": 1,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+    },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "roc_bert": {
         "pronunciation_vocab_size": 30,

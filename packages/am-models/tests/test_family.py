@@ -115,7 +115,7 @@ def test_a_users_row_puts_a_users_model_on_our_kernels():
     assert report.parts["rope"] == "am_kernels (2 modules)"
     assert report.parts["attention"].startswith("am_kernels")
     assert report.loss == "hidden states"
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
     batch = documents([7, 1, 5], padding=3)
     expected = stock_loss(reference, batch)
     loss = am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch))

@@ -226,9 +226,10 @@ def test_generation_from_images_equals_stock(family):
 
 
 @pytest.mark.parametrize("family", VISION_CONFIGS)
-def test_require_separate_documents_passes(family):
+def test_require_no_leak_passes(family):
     _, model = pair(family)
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
+    am_models.require_no_leak(model, packed=False)
 
 
 def test_auto_class_returns_the_transformers_class(tmp_path):
@@ -296,7 +297,7 @@ def _gradients_of_shards(family, frozen_tower):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
     batch = joined(family, image_rows(family, [2, 1] if rank == 0 else [0]))
     am_models.forward_with_loss(model, linear_cross_entropy, *am_models.split_batch(model, batch)).backward()
     named = model.named_parameters()

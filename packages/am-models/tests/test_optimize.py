@@ -221,37 +221,39 @@ def test_document_ids_are_refused_where_they_would_be_ignored():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_require_separate_documents_passes_and_changes_nothing(family):
+def test_require_no_leak_passes_and_changes_nothing(family):
     model = stock(family)
     am_models.optimize(model)
     model.get_input_embeddings().eval()
     modes = [module.training for module in model.modules()]
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
+    am_models.require_no_leak(model, packed=False)
     assert [module.training for module in model.modules()] == modes
 
 
-def test_require_separate_documents_names_what_leaked():
+def test_require_no_leak_names_what_leaked():
     # An attention name without a mask function: transformers then makes no mask at all.
     transformers.AttentionInterface.register("leaky", transformers.integrations.sdpa_attention.sdpa_attention_forward)
     model = stock("llama")
     model.set_attn_implementation("leaky")
     with pytest.raises(ValueError, match=r"llama: the logits of document 2 move .* when document 1 changes"):
-        am_models.require_separate_documents(model)
+        am_models.require_no_leak(model, packed=True)
+    am_models.require_no_leak(model, packed=False)
 
 
-def test_require_separate_documents_refuses_broken_weights():
+def test_require_no_leak_refuses_broken_weights():
     model = stock("llama")
     with torch.no_grad():
         model.lm_head.weight[3] = float("inf")
     with pytest.raises(ValueError, match=r"llama: 48 of \d+ logits .* NaN or infinite; the weights are broken"):
-        am_models.require_separate_documents(model)
+        am_models.require_no_leak(model, packed=True)
 
 
-def test_require_separate_documents_needs_weights():
+def test_require_no_leak_needs_weights():
     with torch.device("meta"):
         model = am_models.AutoModelForCausalLM.from_config(config_of("llama"))
     with pytest.raises(ValueError, match="meta device"):
-        am_models.require_separate_documents(model)
+        am_models.require_no_leak(model, packed=True)
 
 
 def tensors_by_map(model: torch.nn.Module, records: list[dict]) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ def _sharded_gradients(family):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
-    am_models.require_separate_documents(model)
+    am_models.require_no_leak(model, packed=True)
     loss = am_models.forward_with_loss(model, _loss, *am_models.split_batch(model, _batch(rank)))
     loss.backward()
     return loss.item(), {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}

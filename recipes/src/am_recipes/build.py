@@ -99,7 +99,8 @@ def build(
         tokenizer: the tokenizer or processor that is exported with it.
         losses: the loss functions that will be called, by their key in the config.
         freeze: the rules of `am_peft.freeze`, applied once the adapters are there.
-        separate_documents: prove that documents which share a row do not see each other.
+        separate_documents: prove that documents which share a row do not see each other; that nothing sees the future,
+            padding or other rows is always proved.
 
     Raises ValueError for what cannot train, see `am_recipes.checks`.
     """
@@ -129,7 +130,7 @@ def build(
     checks.require_export(config, model)
     if not config.dry_run:
         chosen = precision.measured(chosen, model, dims)
-    _require_separate_documents(config, model, separate_documents, "model")
+    _require_no_leak(config, model, separate_documents, "model")
     if peft is None:
         return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
@@ -168,7 +169,7 @@ def build_teacher(
     model.requires_grad_(False).eval()
     fresh = () if folder else ("*",)
     _lay_out(config, model, layout.options(), dims, device, folder, mapping, fresh, "teacher_model")
-    _require_separate_documents(config, model, separate_documents, "teacher_model")
+    _require_no_leak(config, model, separate_documents, "teacher_model")
 
 
 def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
@@ -262,8 +263,8 @@ def _lay_out(
         )
 
 
-def _require_separate_documents(config: RunConfig, model: PreTrainedModel, may_share_rows: bool, key: str) -> None:
-    """Prove that documents which share a row do not see each other, which takes weights."""
-    if may_share_rows and not config.dry_run:
+def _require_no_leak(config: RunConfig, model: PreTrainedModel, may_share_rows: bool, key: str) -> None:
+    """Prove that no token sees the future, padding, or other documents and rows, which takes weights."""
+    if not config.dry_run:
         with config.at(key):
-            am_models.require_separate_documents(model)
+            am_models.require_no_leak(model, packed=may_share_rows)

@@ -6,9 +6,9 @@ from am_models._auto import AutoModelForCausalLM, AutoModelForImageTextToText
 from am_models._families import FAMILIES, VISION_FAMILIES, Family, VisionFamily
 from am_models._images import VisionParts, multi_axis_positions, num_position_axes, vision_parts
 from am_models._initial import initial_value
+from am_models._leaks import require_no_leak
 from am_models._loss import Loss, RouterLoss, forward_with_loss, further_targets, split_batch
 from am_models._optimize import OptimizeReport, optimize
-from am_models._separate import require_separate_documents
 from am_models._weight_map import weight_map
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ __all__ = [
     "multi_axis_positions",
     "num_position_axes",
     "optimize",
-    "require_separate_documents",
+    "require_no_leak",
     "split_batch",
     "vision_parts",
     "weight_map",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 import am_kernels
+from am_models._rope import depends_on_length, without_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +95,8 @@ def plan_documents(
             "document"
         )
     if isinstance(document_ids, torch.Tensor):
+        if kwargs.get("position_ids") is not None and any(map(depends_on_length, decoder.modules())):
+            kwargs = {**kwargs, "position_ids": without_padding(kwargs["position_ids"], document_ids)}
         kwargs = {**kwargs, "document_ids": am_kernels.document_segments(document_ids)}
     return args, kwargs
 

@@ -16,6 +16,7 @@ import am_kernels
 from am_models._attention import plan_documents, uses_documents
 from am_models._families import Family
 from am_models._images import check_image_keys, image_inputs, image_keys, install_blank_image
+from am_models._rope import depends_on_length, install_document_lengths, without_padding
 from am_models._rows import Rows, family_class, modules_of, rows_of
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def install_forward_with_loss(model: PreTrainedModel, rows: Rows) -> str:
     if "forward_with_loss" not in vars(model):
         vars(model)["forward_with_loss"] = MethodType(_forward_with_loss, model)
         model.base_model.register_forward_pre_hook(plan_documents, with_kwargs=True)
+        install_document_lengths(model)
     if rows.vision is not None:
         install_blank_image(model.base_model, rows.vision)
     if rows.language is None:
@@ -160,6 +162,8 @@ def _forward_with_loss(
     _check_router_loss(self, rows, router_loss)
     document_ids = inputs.get("document_ids")
     arguments: dict[str, Any] = {**image_inputs(self, inputs), "use_cache": False}
+    if document_ids is not None and "position_ids" in inputs and any(map(depends_on_length, self.modules())):
+        arguments["position_ids"] = without_padding(inputs["position_ids"], document_ids)
     # Stock attention finds packed documents in position_ids and needs no padding mask: padding comes last in a row.
     if document_ids is not None and uses_documents(self):
         arguments["document_ids"] = document_ids if documents is None else documents

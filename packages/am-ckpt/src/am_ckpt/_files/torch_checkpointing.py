@@ -159,11 +159,13 @@ def _box(shape: Shape, data: Mapping[str, Any], rank: int, name: str, where: Pat
     fits = is_shape(sizes) and math.prod(sizes) == len(members) and len(placements) == len(sizes)
     if not fits or rank not in members:
         raise ValueError(f"{where} is damaged: {name!r} is on the mesh {brief(mesh)}, rank {rank}")
+    if not all(isinstance(placement, dict) for placement in placements):
+        raise ValueError(f"{where} is damaged: {name!r} is placed as {brief(placements)}")
     place = members.index(rank)
     cuts: list[tuple[int, int, int]] = []
     inner_first: list[tuple[int, int, int]] = []
     for axis, placement in enumerate(placements):
-        kind, dim = (placement.get("type"), placement.get("dim")) if isinstance(placement, dict) else (None, None)
+        kind, dim = placement.get("type"), placement.get("dim")
         if kind == "Replicate":
             continue
         if kind not in ("Shard", "StridedShard") or type(dim) is not int or not 0 <= dim < len(shape):

@@ -25,13 +25,7 @@ from am_ckpt._copy.mapping import records_by_parameter
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
 from am_ckpt._files.safetensors import element_count
-from am_ckpt._files.step import (
-    Best,
-    read_manifest,
-    require_file_name,
-    step_name,
-    steps,
-)
+from am_ckpt._files.step import Best, read_manifest, require_file_name, step_name, steps
 from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
 from am_ckpt._train.choose import choose, is_searched, warn_of_skipped, was_deleted
@@ -40,13 +34,7 @@ from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchange
 from am_ckpt._train.job import Job, file_metadata
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.restore import restore
-from am_ckpt._train.retention import (
-    Keep,
-    discard_newer_steps,
-    pin_path,
-    require_disposable,
-    tidy,
-)
+from am_ckpt._train.retention import Keep, discard_newer_steps, pin_path, require_disposable, tidy
 from am_ckpt._train.shared_files import WeightFiles
 from am_ckpt._train.state import (
     Contents,
@@ -126,7 +114,7 @@ class Checkpointer:
         self._background = Background() if asynchronous else None
         self._memory = StagingMemory()
         self._stop = threading.Event()
-        # Steps whose bytes are not those that were written, by name: found by the last load.
+        # Steps with other bytes than were written, by name: found by the last load, set aside by the next save.
         self._changed: dict[str, str] = {}
         self._files = dict(files or {})
         for name in self._files:
@@ -168,7 +156,8 @@ class Checkpointer:
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
         plan, weights = compute(context, lambda: self._plan(contents, described))
-        exists = is_there(self.directory, step, self._changed, context)
+        changed, self._changed = self._changed, {}
+        exists = is_there(self.directory, step, changed, context)
         save_id = rank_zero(context, lambda: secrets.token_hex(8))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)

@@ -34,7 +34,8 @@ def _make_way(directory: Path, step: int, changed: Mapping[str, str]) -> bool:
     for name, problem in changed.items():
         if (directory / name).is_dir():
             set_damaged_aside(directory / name, problem)
-    newer = newer_steps(directory, step)
+    # What load skips is in nobody's way.
+    newer = [path for path in newer_steps(directory, step) if _is_whole(path)]
     if newer:
         raise ValueError(
             f"{newer[0].name} is newer than step {step} ({len(newer)} such): the next load would take it, and "
@@ -42,8 +43,11 @@ def _make_way(directory: Path, step: int, changed: Mapping[str, str]) -> bool:
             "load(state, step, discard_newer=True); or use another directory"
         )
     path = directory / step_name(step)
-    if not os.path.lexists(path):
-        return False
+    return os.path.lexists(path) and _is_whole(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a step that is there has the sizes, headers and state that it was written with; else it is set aside."""
     try:
         check_step(path)
     except NewerError:
