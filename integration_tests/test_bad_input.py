@@ -492,7 +492,9 @@ import am_loss
 calls = 0
 
 def stopping(hidden, weight, labels, **options):
-    os.kill(os.getpid(), signal.SIGTERM)
+    # In a step, not where the recipe asks about the loss before the first.
+    if hidden.requires_grad and hidden.shape[-1] == 64:
+        os.kill(os.getpid(), signal.SIGTERM)
     return am_loss.linear_cross_entropy(hidden, weight, labels, **options)
 
 def breaking(hidden, weight, labels, *, after, value, **options):

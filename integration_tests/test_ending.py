@@ -124,9 +124,9 @@ def test_the_template_of_training_is_exported_and_another_one_of_validation_is_t
     broken = tmp_path / "validation.jsonl"
     broken.write_text(rows.read_text() + json.dumps({"messages": [{"role": "critic", "content": "x"}]}) + "\n")
     changes = {"validation_dataset.path": broken, "validation_dataset.split": "train[-3:]", "generate.prompts": "[]"}
-    assert sft.main(configs.parse(TINY, overrides(inputs, tmp_path, 3, **changes))) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == TEMPLATE
-    notes = "\n".join(json.loads((tmp_path / "run.json").read_text())["notes"])
+    assert sft.main(configs.parse(TINY, overrides(inputs, tmp_path / "run", 3, **changes))) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/export").chat_template == TEMPLATE
+    notes = "\n".join(json.loads((tmp_path / "run/run.json").read_text())["notes"])
     assert "val_loss: 3 rows read, 2 kept" in notes
     assert "dropped 1: unknown role" in notes
     assert "WARNING val_loss is rendered with another chat template" in notes

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import am_ckpt
 from am_recipes import configs, run_dir, sft
+from am_recipes.sections import Checkpoint
 from integration_tests import runs
 from integration_tests.runs import assert_same_run, finish, kill_when, metrics
 
@@ -191,18 +192,43 @@ def test_an_optimizer_that_is_fused_on_one_process_alone(worlds: tuple[int, int]
     assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
 
 
-def test_a_resume_says_what_it_restored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        saved, loaded = ({"model": torch.nn.Linear(3, 2)} for _ in range(2))
+        state = {"model": torch.nn.Linear(3, 2)}
         checkpoints = am_ckpt.Checkpointer(tmp_path)
-        assert run_dir.resume(checkpoints, loaded, "auto", 9) is None
-        checkpoints.save(4, saved)
-        digest = checkpoints.digest(saved)["xxh3_128"]
-        assert checkpoints.digest(loaded)["xxh3_128"] != digest
-        capsys.readouterr()
-        assert run_dir.resume(checkpoints, loaded, "auto", 9) == 4
-        line = f"resumed from step 4 in {tmp_path}: rank 0 restored 2 tensors, 0.0 MB, xxh3-128 {digest}\n"
-        assert capsys.readouterr().out == line
+        assert run_dir.resume(checkpoints, state, Checkpoint(), 9) is None
+        checkpoints.save(4, state)
+        checkpoints.save(5, state)
+        flip(next((tmp_path / "step_000005/model").glob("*.safetensors")))
+        with pytest.warns(UserWarning, match=r"SKIPPED .* going back to step_000004: .*safetensors"):
+            assert run_dir.resume(checkpoints, state, Checkpoint(), 9) == 4
+        verified = "all that was read has the digests it was saved with"
+        assert capsys.readouterr().out == f"resumed from step 4 in {tmp_path}: {verified}\n"
+        assert run_dir.resume(checkpoints, state, Checkpoint(verify=False), 9) == 5
+        assert capsys.readouterr().out == f"resumed from step 5 in {tmp_path}: not verified (checkpoint.verify)\n"
     finally:
         dist.destroy_process_group()
+
+
+def flip(file: Path) -> None:
+    damaged = bytearray(file.read_bytes())
+    damaged[-3] ^= 0xFF
+    file.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.filterwarnings("ignore:set a damaged checkpoint aside:UserWarning")
+def test_damaged_weights_are_not_trained_on(tmp_path: Path, adapter: bool, uninterrupted: Path) -> None:
+    """The step before is taken, the file named, and the run ends as if nothing had been."""
+    lora = {"peft": "{r: 2, lora_alpha: 4, target_modules: all-linear}", "export.merge_adapter": "true"}
+    more = changes({"checkpoint.keep_last": "9", **(lora if adapter else {})})
+    kill_when(runs.start(CONFIG, tmp_path, more), tmp_path / "checkpoints" / "step_000003")
+    newest = max((tmp_path / "checkpoints").glob("step_*"))
+    (weights,) = (newest / "model").glob("*.safetensors")
+    flip(weights)
+    config = configs.parse(CONFIG, [("run_dir", str(tmp_path)), *more.items()])
+    with pytest.warns(UserWarning, match=f"going back to step_.*{weights.name}"):
+        assert sft.main(config) == 0
+    if not adapter:
+        assert_same_run(tmp_path, uninterrupted)

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 import am_mesh
-from am_recipes.progress import StopSignal
+from am_recipes.progress import StopSignal, any_rank
 from am_testing import run_distributed
 
 
@@ -17,10 +17,11 @@ def steps_until_stop(axes: dict[str, int], told: int) -> int:
     """After how many steps this rank stops, where the rank `told` gets SIGTERM in the third."""
     dims = am_mesh.ParallelDims(**axes).build("cpu")
     with StopSignal() as stop:
+        stop.doing = "the step is finished"
         for step in range(1, 10):
             if step == 3 and dist.get_rank() == told:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if stop.requested(dims):
+            if any_rank(dims, stop.received is not None) == [True]:
                 return step
     return 0
 

@@ -1,8 +1,8 @@
 """The `automodel` command, and the command line of each recipe and of every copy of one.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM and can be continued. A wrong config,
-value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so does everything
-with `--debug` or `AUTOMODEL_TRACEBACK=1`.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM or Ctrl-C and can be continued, 130 quit.
+A wrong config, value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so
+does everything with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ overrides, for any key of the config:
   --optimizer.lr 1e-5     --step_scheduler.max_steps=100     --generate.prompts.0 "Hello"     --peft null
   --dataset.truncation    a key without a value is true; null, none and ~ are no value
 
-The same command again continues the run from its latest checkpoint. Under torchrun and on several machines:
+Ctrl-C finishes the step and commits it; a second one quits at once (status 130). The same command again
+continues the run from its latest checkpoint. Under torchrun and on several machines:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
 A recipe is one file. Copy and change it; the copy takes the same options:
   python mysft.py -c CONFIG [--nproc-per-node N]      torchrun --nproc-per-node 8 mysft.py -c CONFIG
 `automodel report RUN` draws RUN/report.html of a run directory, while it runs or later.
 
-exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM: run it again to continue"""
+exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped: run it again to continue"""
 
 _WITH_VALUE = {"-c": "config", "--config": "config", "--nproc-per-node": "nproc", "--nproc_per_node": "nproc"}
 _FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--keys": "keys", "--debug": "debug"}

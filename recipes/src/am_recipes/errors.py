@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from am_recipes import lock
 from am_recipes.settings import ConfigError
 from am_recipes.sinks import record
 
@@ -36,7 +37,7 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
     """
     rank = os.environ.get("RANK", "0")
     file = None if run_dir is None else run_dir / ("error.txt" if rank == "0" else f"error.rank{rank}.txt")
-    before = _record(run_dir)
+    before = _launches(run_dir)
     try:
         status = function()
     except KeyboardInterrupt:
@@ -44,7 +45,8 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
         return 130
     except Exception as error:  # noqa: BLE001 - here the program ends, and every exception is reported
         is_message = isinstance(error, MESSAGES)
-        begun = not is_message or _record(run_dir) != before
+        # The record of a directory that was refused is another run's.
+        begun = not is_message or (_launches(run_dir) != before and not isinstance(error, lock.Refused))
         written = file if file is not None and begun and _write(file) else None
         if debug or not is_message:
             traceback.print_exc()
@@ -69,10 +71,14 @@ def _prefix(rank: str) -> str:
     return "error: " if rank == "0" else f"[rank {rank}] error: "
 
 
-def _record(run_dir: Path | None) -> bytes | None:
-    """The record of the run, which every launch is added to once it begins; None where there is none."""
-    file = None if run_dir is None else run_dir / record.NAME
-    return file.read_bytes() if file is not None and file.is_file() else None
+def _launches(run_dir: Path | None) -> list[record.Launch]:
+    """The launches of the run that have begun: where this changes, this run is one of them."""
+    if run_dir is None or not (run_dir / record.NAME).is_file():
+        return []
+    try:
+        return record.load(run_dir).launches
+    except (ValueError, OSError):
+        return []
 
 
 def _write(file: Path) -> bool:

@@ -3,8 +3,8 @@
     python -m am_recipes.launch 4 am_recipes.sft -c CONFIG
     python -m am_recipes.launch 4 mysft.py -c CONFIG
 
-torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and SIGINT
-are passed on to the workers, which get ten minutes to finish their step and commit it.
+torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and Ctrl-C
+are passed on to the workers, which get ten minutes to finish their step and commit it; a second Ctrl-C kills them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 
 PREEMPTED = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
@@ -21,6 +23,8 @@ _USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT 
 # How long torchrun waits for workers after a signal, in seconds, before it kills them; its own default of 30 is shorter
 # than a training step and a checkpoint of a large model.
 _STOP_SECONDS = "600"
+# Those that torchrun handles itself.
+_TORCHRUNS = "SIGTERM,SIGHUP,SIGQUIT"
 
 
 def torchrun_arguments(program: str, arguments: Sequence[str], processes: int) -> list[str]:
@@ -32,9 +36,9 @@ def torchrun_arguments(program: str, arguments: Sequence[str], processes: int) -
 def run(program: str, arguments: Sequence[str], processes: int) -> int:
     """Run `program`, a module or a file that ends in .py, on `processes` local ranks and return the exit status of all.
 
-    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM and
-    130 after a SIGINT, however far the workers came: what they committed stands. Call it from the main thread. Sets
-    `OMP_NUM_THREADS` to this machine's cores divided by the ranks where it is not set.
+    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM or a
+    Ctrl-C, however far the workers came: what they committed stands. A second Ctrl-C kills them: 130. Call it from the
+    main thread. Sets `OMP_NUM_THREADS` to this machine's cores divided by the ranks where it is not set.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
@@ -48,17 +52,51 @@ def run(program: str, arguments: Sequence[str], processes: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_SECONDS)
     replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in replaced]
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        if len(interrupts) == 1:
+            # torchrun passes it on; a second such exception it would let through, past workers that go on alone.
+            raise SignalException("Ctrl-C", signal.SIGINT)
+        for child in _children():
+            os.kill(child, signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        torchrun(parse_args(torchrun_arguments(program, arguments, processes)))
+        torchrun(parse_args([f"--signals-to-handle={_TORCHRUNS}", *torchrun_arguments(program, arguments, processes)]))
     except ChildFailedError as error:
+        _tell_killed({rank: failure.exitcode for rank, failure in error.failures.items()})
         return worst_status(failure.exitcode for failure in error.failures.values())
     except SignalException as error:
-        return PREEMPTED if error.sigval == signal.SIGTERM else 128 + error.sigval
+        if len(interrupts) > 1:
+            return 128 + signal.SIGINT
+        return PREEMPTED if error.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + error.sigval
     finally:
         # torchrun installs its own and leaves them behind.
         for number, handler in zip(replaced, handlers, strict=True):
             signal.signal(number, handler)
     return 0
+
+
+def _children() -> list[int]:
+    """The processes that this one has started and that still run; none where the system does not tell."""
+    try:
+        return [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def _tell_killed(statuses: Mapping[int, int]) -> None:
+    """Say which ranks a signal has killed: nobody else does, and the others only miss them."""
+    for rank, status in statuses.items():
+        if status < 0 and -status != signal.SIGTERM:
+            reason = " (out of memory?)" if -status == signal.SIGKILL else ""
+            print(
+                f"error: rank {rank} was killed by {signal.Signals(-status).name}{reason}; the same command continues "
+                "from the latest checkpoint",
+                file=sys.stderr,
+            )
 
 
 def worst_status(statuses: Iterable[int]) -> int:

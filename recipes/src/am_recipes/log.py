@@ -214,18 +214,25 @@ class Log:
             self._metrics.sync()
 
     def finish(
-        self, *, goal: Mapping[str, object] | None = None, status: str = "finished", next_steps: Sequence[str] = ()
+        self,
+        *,
+        goal: Mapping[str, object] | None = None,
+        ending: Mapping[str, object] | None = None,
+        status: str = "finished",
+        next_steps: Sequence[str] = (),
     ) -> None:
         """End the log, once.
 
-        `goal` is how long the run was asked to train, written to run.json as `finished`; leave it out where the run was
-        stopped before. `next_steps` are shell commands to show, with `# ...` lines for comments.
+        `goal` is how long the run was asked to train, written to run.json as `finished`, with what else decided its
+        `ending`; leave them out where the run was stopped before. `next_steps` are shell commands to show, with
+        `# ...` lines for comments.
         """
         if not self._active:
             return
         self._record.next_steps = list(next_steps)
         if goal is not None:
             self._record.finished = dict(goal)
+            self._record.ending = dict(ending or {})
         self._close(status, None)
         for name, before, after in self._validation_losses():
             self._console.note(f"\n{name} {before:.4f} before, {after:.4f} after")
@@ -251,9 +258,9 @@ class Log:
         self._tell(f"WARNING {warning}; written as null")
 
     def _validation_losses(self) -> list[tuple[str, float, float]]:
-        """Name, value before training and latest value of each validation loss that was measured before training."""
+        """Name, value before training and latest value of each validation loss that was measured before and since."""
         before, after = self._metrics.first_validation, self._metrics.last_validation
-        if before is None or after is None or before["step"] != 0:
+        if before is None or after is None or before["step"] != 0 or after["step"] == 0:
             return []
         return [(name, value, after[name]) for name, value in before.items() if name != "step" and name in after]
 

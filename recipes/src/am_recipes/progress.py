@@ -1,30 +1,56 @@
-"""How far a run is, what it draws there, and when it is told to stop."""
+"""How far a run is, what its validations say, what it draws there, and when it is told to stop."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 
 import am_mesh
+from am_recipes.launch import PREEMPTED
+
+_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+# A terminal gives one Ctrl-C to every process of a job, and torchrun passes it on to its workers once more.
+_SECONDS_OF_ONE_INTERRUPT = 1.0
 
 
 class Progress:
-    """How far a run is: optimizer steps done. Checkpointed beside the model."""
+    """How far a run is: optimizer steps done, and what its validations have said. Checkpointed beside the model.
+
+    `best`: (loss, step) of the lowest losses, lowest first; of equal ones the later first, as am-ckpt has it.
+    `waited`: validations in a row since a loss last counted for early stopping, and `counted` that loss.
+    """
 
     def __init__(self) -> None:
         self.step = 0
+        self.best: list[tuple[float, int]] = []
+        self.last: tuple[float, int] | None = None
+        self.counted = math.inf
+        self.waited = 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.step = state["step"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+
+    def validated(self, loss: float, keep: int, min_delta: float) -> bool:
+        """Take the loss of the first validation set; whether it is among the `keep` lowest."""
+        self.last = (loss, self.step)
+        self.best = sorted([*self.best, self.last], key=lambda entry: (entry[0], -entry[1]))[:keep]
+        if loss < self.counted - min_delta:
+            self.counted, self.waited = loss, 0
+        else:
+            self.waited += 1
+        return self.last in self.best
 
 
 @dataclass
@@ -41,26 +67,62 @@ class Step:
 
 
 class StopSignal:
-    """While entered, SIGTERM asks for an orderly stop instead of killing the process."""
+    """While entered, Ctrl-C (SIGINT) and SIGTERM ask for an orderly stop instead of ending the process.
+
+    Before the first step there is nothing to commit: SIGTERM ends the process with `PREEMPTED`, Ctrl-C interrupts it.
+    `doing` then says what is finished before the process ends. A second Ctrl-C interrupts at once. A SIGTERM is never
+    the second: torchrun may send one for the same Ctrl-C, and so do schedulers, again and again.
+    """
 
     def __init__(self) -> None:
-        self._received = False
+        self.doing: str | None = None
+        self.received: str | None = None
+        self._interrupted: float | None = None
 
     def __enter__(self) -> StopSignal:
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in _NAMES}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def requested(self, dims: am_mesh.ParallelDims) -> bool:
-        """Whether any rank of the world got the signal; every rank calls it, so that all stop after the same step."""
-        return am_mesh.sum_over(dims.all_ranks, int(self._received)) > 0
+    def heard(self) -> None:
+        """Another rank got the signal: say so, once."""
+        if self.received is None:
+            self.received = "signal to another rank"
+            _say(f"another rank was told to stop: {self.doing}")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        name, now = _NAMES[number], time.monotonic()
+        if self.doing is None:
+            _say(f"{name} before the first step: ending, nothing is lost")
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(PREEMPTED)
+        again = self._interrupted is not None and now - self._interrupted > _SECONDS_OF_ONE_INTERRUPT
+        if number == signal.SIGINT and again:
+            _say(f"{name} again: quitting at once; the same command continues from the latest checkpoint")
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self._interrupted = now
+        if self.received is None:
+            self.received = name
+            _say(f"{name} received: {self.doing}. Ctrl-C {'again ' * (number == signal.SIGINT)}quits at once")
+
+
+def any_rank(dims: am_mesh.ParallelDims, *flags: bool) -> list[bool]:
+    """Which of `flags` any rank of the world gives as true; every rank calls it, so that all do the same."""
+    votes = torch.tensor([int(flag) for flag in flags], device=dims.all_ranks.device_type)
+    return [count > 0 for count in am_mesh.sum_over(dims.all_ranks, votes).tolist()]
+
+
+def _say(text: str) -> None:
+    """One line on stderr, of the first rank of a machine; a signal may come in the middle of a print."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, f"\n{text}\n".encode())
 
 
 def seed_everything(seed: int, *coordinates: int) -> None:

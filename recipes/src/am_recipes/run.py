@@ -21,7 +21,7 @@ from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
-from am_recipes.progress import Progress, Step, StopSignal, seed_everything
+from am_recipes.progress import Progress, Step, StopSignal, any_rank, seed_everything
 
 
 class BeginsHere(Exception):
@@ -55,20 +55,27 @@ class Run:
         self._config, self._dims, self._stop, self._state = config, dims, stop, state
         self._progress: Progress = state["progress"]
         self.total_steps = total_steps
-        keep_best, names = config.checkpoint.keep_best, list(config.validation_datasets)
+        # The first validation set says what is best.
+        self._metric = next(iter(config.validation_datasets), "")
+        keep_best = config.checkpoint.keep_best
+        self._keep_best = keep_best or int(config.wants_best_export)
+        if config.checkpoint.keep_last is not None:
+            # Otherwise nothing is deleted.
+            keep_best = self._keep_best or None
         self._checkpoints = am_ckpt.Checkpointer(
             config.run_dir / "checkpoints",
             asynchronous=config.checkpoint.asynchronous,
             layout=config.checkpoint.layout,
             keep_last=config.checkpoint.keep_last,
-            keep_best=(names[0], "min", keep_best) if keep_best is not None else None,
+            keep_best=(self._metric, "min", keep_best) if keep_best is not None else None,
             files=weights.files,
             mapping=weights.mapping,
-            fingerprints=weights.fingerprints,
+            fingerprints={**weights.fingerprints, **run_dir.identity_texts(config)},
         )
-        self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint.resume, total_steps)
-        self._stopping = False
+        self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
+        self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
+        self._saved_at = time.monotonic()
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -87,7 +94,20 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.log.__exit__(kind, error, trace)
+        lost = error if isinstance(error, RuntimeError) and self._is_loss_of_a_rank(error) else None
+        if lost is None:
+            return self.log.__exit__(kind, error, trace)
+        told = ConnectionError(
+            f"another rank is gone or cannot be reached: what ended it is above, or in its own log; the same command "
+            f"continues from the latest checkpoint ({str(lost).splitlines()[0]})"
+        )
+        self.log.__exit__(ConnectionError, told, trace)
+        raise told from lost
+
+    def _is_loss_of_a_rank(self, error: RuntimeError) -> bool:
+        """Whether communication failed; gloo has no class of its own for that."""
+        failed = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+        return failed and self._dims.world_size > 1
 
     def begin(self, dataset: object, *facts: object) -> None:
         """Log what is known before the first step: what the dataset reports, where it does, and `facts`."""
@@ -103,15 +123,25 @@ class Run:
         return self._progress.step
 
     def steps(self, loader: am_data.DataLoader) -> Iterator[list[am_data.Batch]]:
-        """The micro-batches of every step that is left, until the last one or a signal to stop.
+        """The micro-batches of every step that is left, until the last one, a signal or validations that say so.
 
         Raises ValueError, after a commit, where a stream ends before.
         """
-        for micro_batches in itertools.islice(loader, self.total_steps - self.step):
+        scheduler = self._config.step_scheduler
+        if scheduler.ckpt_every_epoch and loader.is_stream:
+            raise self._config.error(
+                "step_scheduler.ckpt_every_epoch", "true: the dataset is a stream, and nobody knows where it ends"
+            )
+        self._steps_per_epoch = len(loader) if scheduler.ckpt_every_epoch else None
+        self._stop.doing = "the current step is finished and committed"
+        steps = itertools.islice(loader, 0 if self._waited_enough else self.total_steps - self.step)
+        for micro_batches in steps:
             self._now = Step(time.monotonic(), loader.epoch)
             yield micro_batches
-            if self._stopping:
+            if self._stopping or self._waited_enough:
                 return
+        if self._waited_enough:
+            return
         if self.step < self.total_steps:
             self._checkpoints.save(self.step, self._state, metrics=self._validated)
             self._checkpoints.wait()
@@ -162,8 +192,13 @@ class Run:
             seconds=time.monotonic() - now.began,
             others=now.losses | dict(others),
         )
-        self._validated = None
-        self._stopping = self._stop.requested(self._dims)
+        self._validated, self._is_among_best = None, False
+        # Clocks differ between ranks, and a signal reaches one before another.
+        minutes = self._config.step_scheduler.ckpt_every_minutes
+        over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        self._stopping, self._minutes_are_over = any_rank(self._dims, self._stop.received is not None, over)
+        if self._stopping:
+            self._stop.heard()
 
     @property
     def validation_is_due(self) -> bool:
@@ -176,31 +211,80 @@ class Run:
         """Log held-out losses. Raises FloatingPointError where one is not finite."""
         self._validated = dict(losses)
         self.log.validation(self.step, losses)
-        if self.step:
-            checks.require_finite(self.step, **losses)
+        if not self.step:
+            return
+        checks.require_finite(self.step, **losses)
+        stopping = self._config.early_stopping
+        min_delta = 0.0 if stopping is None else stopping.min_delta
+        among_best = self._progress.validated(losses[self._metric], self._keep_best or 1, min_delta)
+        self._is_among_best = among_best and self._keep_best > 0
+        (self._stopping,) = any_rank(self._dims, self._stop.received is not None)
 
     def save(self) -> None:
         """Commit a checkpoint where one is due, or the run is told to stop."""
-        due = self._config.checkpoint.enabled and self._is_due(self._config.step_scheduler.ckpt_every_steps)
-        if due or self._stopping:
+        scheduler = self._config.step_scheduler
+        due = (
+            self._is_due(scheduler.ckpt_every_steps)
+            or self._minutes_are_over
+            or self._is_among_best
+            or self._waited_enough
+            or (self._steps_per_epoch is not None and self.step % self._steps_per_epoch == 0)
+        )
+        if self._stopping or (due and self._config.checkpoint.enabled):
             self.log.sync()
             self._checkpoints.save(self.step, self._state, metrics=self._validated)
+            self._saved_at = time.monotonic()
 
     def stopped(self) -> bool:
         """Wait until every checkpoint is durable; whether the run was told to stop before its end."""
         self._checkpoints.wait()
-        return self._stopping and self.step < self.total_steps
+        self._stop.doing = "training is done, the rest is finished, and the same command would do that again"
+        return self._stopping and self.step < self.total_steps and not self._waited_enough
 
     def preempted(self) -> int:
         """End the record of a run that was stopped; the exit status."""
-        self.log.finish(status=f"stopped after step {self.step}; the same command continues")
+        done = f"after step {self.step} of {self.total_steps}, which is committed"
+        self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
         return PREEMPTED
+
+    def choose_weights(self) -> None:
+        """Load what `export.which` asks for; say so where the last validation is worse than the best."""
+        if not self._progress.best or self._progress.last is None:
+            return
+        (loss, step), (last, last_step) = self._progress.best[0], self._progress.last
+        if self._config.wants_best_export and step != self.step:
+            model = {"model": self._state["model"]}
+            self._checkpoints.load(model, step, verify=self._config.checkpoint.verify)
+            self.log.note(f"export: step {step}, {self._metric} {loss:.4f}; after step {last_step} it is {last:.4f}")
+        elif last > loss:
+            kept = (self._checkpoints.directory / f"step_{step:06d}").exists()
+            how = "the same command with --export.which best" if kept else "export.which: best in a run of its own"
+            self.log.note(
+                f"WARNING {self._metric} is {last:.4f} after step {last_step} and was {loss:.4f} after step {step}; "
+                f"{how} exports that one"
+            )
 
     def finish(self, ask: str | None = None) -> int:
         """End the record; `ask` is how to ask the exported model (see `run_dir.next_steps`). The exit status."""
-        asked = ask if self._config.export.enabled else None
-        self.log.finish(goal=self._config.goal(), next_steps=run_dir.next_steps(self._config.run_dir, asked))
+        status = "finished"
+        if self._waited_enough and self.step < self.total_steps:
+            status += (
+                f": early, after step {self.step} of {self.total_steps}, as {self._metric} has not fallen below "
+                f"{self._progress.counted:.4f} in {self._progress.waited} validations"
+            )
+        self.log.finish(
+            goal=self._config.goal(),
+            ending=self._config.ending(),
+            status=status,
+            next_steps=run_dir.next_steps(self._config.run_dir, ask if self._config.export.enabled else None),
+        )
         return 0
+
+    @property
+    def _waited_enough(self) -> bool:
+        """Whether early stopping ends the run here."""
+        stopping = self._config.early_stopping
+        return stopping is not None and self._progress.waited >= stopping.patience
 
     def _is_due(self, every: int | None) -> bool:
         return self.step == self.total_steps or (every is not None and self.step % every == 0)

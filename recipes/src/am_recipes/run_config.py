@@ -80,6 +80,7 @@ class RunConfig:
     checkpoint: sections.Checkpoint = field(default_factory=sections.Checkpoint)
     kernels: Literal["auto", "off"] | Mapping[str, Any] = "auto"
     """Our faster parts: all that fit, none, or a mapping of part to choice (am_models.optimize)."""
+    early_stopping: sections.EarlyStopping | None = None
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
     sinks: tuple[Target, ...] = ()
     """What else is told of every step (am_recipes.sinks.Sink)."""
@@ -89,11 +90,7 @@ class RunConfig:
     dry_run: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.checkpoint.keep_best is not None and not self.validation_datasets:
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} needs a validation_dataset, whose loss says what is "
-                "best; add one, or use checkpoint.keep_last"
-            )
+        self._require_validations()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -113,6 +110,34 @@ class RunConfig:
                 "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
                 "weights it belongs to; set export.merge_adapter or give model.name_or_path"
             )
+
+    def _require_validations(self) -> None:
+        """Refuse to choose by validation losses that will not be there."""
+        chosen_by = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "export.which": "best" if self.wants_best_export else None,
+            "early_stopping": self.early_stopping and f"{{patience: {self.early_stopping.patience}}}",
+        }
+        for key, value in chosen_by.items():
+            if value is None:
+                continue
+            if not self.validation_datasets:
+                fix = "add one, or use checkpoint.keep_last" if key == "checkpoint.keep_best" else "add one"
+                raise ValueError(f"{key}={value} needs a validation_dataset, whose loss says what is best; {fix}")
+            if self.step_scheduler.val_every_steps is None:
+                raise ValueError(
+                    f"{key}={value} chooses among validations, and with val_every_steps=None there is one, at the end; "
+                    "set step_scheduler.val_every_steps"
+                )
+            if key != "early_stopping" and not self.checkpoint.enabled:
+                raise ValueError(
+                    f"{key}={value} needs the checkpoints that checkpoint.enabled=False does not write; set it to true"
+                )
+
+    @property
+    def wants_best_export(self) -> bool:
+        """Whether the export is to be the best validation's."""
+        return self.export.enabled and self.export.which == "best"
 
     def models(self) -> Mapping[str, sections.Model]:
         """The sections that describe a model, by their key."""
@@ -196,6 +221,11 @@ class RunConfig:
     def goal(self) -> dict[str, int | None]:
         """How long to train: what decides whether a run is finished, and may grow between two calls of one command."""
         return self.step_scheduler.goal()
+
+    def ending(self) -> dict[str, Any]:
+        """What else decides how a run ends: a finished run that is asked for another ending goes on, to that one."""
+        values = plain(self)
+        return {"early_stopping": values["early_stopping"], "export": values["export"]}
 
     def to_yaml(self) -> str:
         """The resolved config: defaults written out, environment references as they were, secrets as references."""

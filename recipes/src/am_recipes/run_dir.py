@@ -1,16 +1,21 @@
-"""The directory of a run: whether it can be written, what it already holds, where a run goes on, what to do next."""
+"""The directory of a run: whose it is, what it already holds, where a run goes on, what to do next."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import am_ckpt
+from am_recipes import lock, sections
 from am_recipes.run_config import RunConfig, identity_difference
 from am_recipes.sinks import record
 
@@ -21,26 +26,85 @@ CHAT = (
 TEXT = '("text-generation", "{export}")("The", do_sample=True, max_new_tokens=60)[0]["generated_text"]'
 
 
-def is_finished(config: RunConfig) -> bool:
-    """Whether the very run that `config` describes has finished in its directory; says so where it has.
+# What may lie in a directory that holds no run yet, beside hidden files: what an attempt that never began has left.
+_NO_RUN = re.compile(rf"\..*|{re.escape(lock.NAME)}|error(\.rank\d+)?\.txt")
 
-    Every rank calls this before anything is loaded or written. Raises NotADirectoryError or PermissionError where the
-    run could not write, ValueError where the directory holds another run (with the keys that differ) or a record that
-    is broken.
+Outcome = TypeVar("Outcome")
+
+
+@contextlib.contextmanager
+def claim(config: RunConfig) -> Iterator[bool]:
+    """Own the run directory while entered; whether the very run that `config` describes has finished there.
+
+    Every rank enters it before anything is loaded or written, and gets the same answer, or the same error: Refused
+    where another process has the directory, or it holds another run (with the keys that differ) or files of somebody
+    else; NotADirectoryError or PermissionError where the run could not write. From here on run.json says whose the
+    directory is. A run that ends before its first launch is recorded leaves no trace.
     """
+    with contextlib.ExitStack() as stack:
+        yield _on_rank_zero(lambda: _take(config, stack))
+
+
+def _on_rank_zero(function: Callable[[], Outcome]) -> Outcome:
+    """What `function` returns or raises on rank 0, on every rank."""
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [function()]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    result: Outcome = answer[0]
+    return result
+
+
+def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
     run_dir = config.run_dir
     require_usable(config)
-    finished = already_finished(run_dir, config.identity(), config.goal())
-    if finished:
+    stack.enter_context(lock.held(run_dir))
+    # Once more: it may have become another run's meanwhile.
+    require_usable(config)
+    if already_finished(run_dir, config.identity(), config.goal(), config.ending()):
         print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
-    return finished
+        return True
+    if not _has_begun(run_dir):
+        identity = json.loads(json.dumps(config.identity()))
+        record.Record(total_steps=0, identity=identity, launches=[], status="loading").save(run_dir)
+        stack.callback(_forget_unless_begun, run_dir)
+    return False
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether a run in the directory came so far that its launch was recorded."""
+    return (run_dir / record.NAME).exists() and bool(record.load(run_dir).launches)
+
+
+def _forget_unless_begun(run_dir: Path) -> None:
+    if (run_dir / record.NAME).exists() and not _has_begun(run_dir):
+        (run_dir / record.NAME).unlink()
+
+
+def _require_no_strangers(run_dir: Path) -> None:
+    """Refuse a folder of somebody else's files. Checkpoints without a record are a run's, and say of which."""
+    if (run_dir / record.NAME).exists() or not run_dir.exists() or any((run_dir / "checkpoints").glob("step_*")):
+        return
+    others = sorted(path.name for path in run_dir.iterdir() if not _NO_RUN.fullmatch(path.name))
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise lock.Refused(
+            f"run_dir={run_dir} holds {shown} and no run (no {record.NAME}); a run would write among them: choose a "
+            "folder that is new or empty"
+        )
 
 
 def require_usable(config: RunConfig) -> None:
-    """Refuse a directory that the run cannot write, or that holds another run; reads only."""
+    """Refuse a directory that the run cannot write, or that holds another run or other files; reads only."""
     with config.at("run_dir"):
         _require_writable(config.run_dir)
-        already_finished(config.run_dir, config.identity(), config.goal())
+        _require_no_strangers(config.run_dir)
+        already_finished(config.run_dir, config.identity(), config.goal(), config.ending())
 
 
 def _require_writable(run_dir: Path) -> None:
@@ -59,27 +123,33 @@ def _require_writable(run_dir: Path) -> None:
             )
 
 
-def already_finished(run_dir: Path, identity: Mapping[str, Any], goal: Mapping[str, Any]) -> bool:
+def already_finished(
+    run_dir: Path, identity: Mapping[str, Any], goal: Mapping[str, Any], ending: Mapping[str, Any]
+) -> bool:
     """Refuse a directory that holds another run; say whether this very run has already finished there.
 
     `identity`: what makes two runs the same run, as nested JSON values. `goal`: how long it was asked to train.
-    Both are compared with `run.json`. Every rank calls this, before anything is written.
+    `ending`: what else it was asked to end with; another one is made from the checkpoints, so it needs them.
 
-    Raises ValueError with the keys that differ and their old and new values, or where run.json is damaged.
+    Raises Refused with the keys that differ and their old and new values, ValueError where run.json is damaged.
     """
     if not (run_dir / record.NAME).exists():
         return False
     recorded = record.load(run_dir)
+    if not recorded.launches:
+        return False
     old, new = recorded.identity, json.loads(json.dumps(identity))
     different = identity_difference(old, new)
     if different:
         lines = [f"  {key}: {_lookup(old, key)!r} there, {_lookup(new, key)!r} now" for key in different]
-        raise ValueError(
+        raise lock.Refused(
             f"{run_dir} holds a different run:\n" + "\n".join(lines) + "\n"
             "Give this one its own run_dir, remove that directory, or restore these values to continue it."
             + _on_lengthening(different, new)
         )
-    return recorded.finished == dict(goal)
+    if recorded.finished != dict(goal):
+        return False
+    return recorded.ending == dict(ending) or not (run_dir / "checkpoints" / "latest").exists()
 
 
 def _on_lengthening(different: Sequence[str], identity: Mapping[str, Any]) -> str:
@@ -102,14 +172,21 @@ def _lookup(values: Mapping[str, Any], dotted: str) -> Any:
     return values
 
 
-def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: str, total_steps: int) -> int | None:
-    """Restore `state` from the newest checkpoint as `checkpoint.resume` says; the step, or None for a fresh start.
+def identity_texts(config: RunConfig) -> dict[str, str]:
+    """What identifies a run, by section, as a checkpoint keeps it: it says whose it is, also where run.json is gone."""
+    return {f"config.{key}": json.dumps(value, sort_keys=True) for key, value in config.identity().items()}
+
+
+def resume(
+    checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], settings: sections.Checkpoint, total_steps: int
+) -> int | None:
+    """Restore `state` from the newest checkpoint as `settings.resume` says; the step, or None for a fresh start.
 
     `auto`: where there is one; `must`: or raise FileNotFoundError; `never`: raise FileExistsError if there is
     one, since training on would mix two runs in one directory. ValueError where the checkpoint is of a later step than
-    the run's last. Rank 0 prints what it restored, with a digest of it. Every rank calls it.
+    the run's last. Rank 0 prints what was restored. Every rank calls it.
     """
-    if mode == "never":
+    if settings.resume == "never":
         existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))
         if existing:
             raise FileExistsError(
@@ -117,8 +194,8 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
                 "remove them, choose another run_dir, or set checkpoint.resume to auto"
             )
         return None
-    step = checkpoints.load(state)
-    if step is None and mode == "must":
+    step = checkpoints.load(state, verify=settings.verify)
+    if step is None and settings.resume == "must":
         raise FileNotFoundError(
             f"checkpoint.resume is must, but {checkpoints.directory} holds no checkpoint; "
             "check run_dir, or set checkpoint.resume to auto"
@@ -128,22 +205,28 @@ def resume(checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], mode: st
             f"{checkpoints.directory} is at step {step}, and the run would end at step {total_steps}; "
             "lengthen the run in step_scheduler, or choose another run_dir"
         )
-    if step is not None:
-        restored = checkpoints.digest(state)
-        if torch.distributed.get_rank() == 0:
-            print(
-                f"resumed from step {step} in {checkpoints.directory}: rank 0 restored {restored['tensors']} tensors, "
-                f"{restored['bytes'] / 1e6:.1f} MB, xxh3-128 {restored['xxh3_128']}",
-                flush=True,
-            )
+    if step is not None and torch.distributed.get_rank() == 0:
+        verified = (
+            "all that was read has the digests it was saved with"
+            if settings.verify
+            else "not verified (checkpoint.verify)"
+        )
+        print(f"resumed from step {step} in {checkpoints.directory}: {verified}", flush=True)
     return step
 
 
 def next_steps(run_dir: Path, ask: str | None) -> list[str]:
-    """What to type after the run, as shell lines; `ask` is how to ask its export, None where it has none."""
-    lines = ["# Loss curves, what was under loss, samples:", f"open {run_dir / 'report.html'}"]
-    if ask is not None:
-        question = ask.format(export=run_dir / "export")
-        lines += ["# The exported model in stock transformers:"]
-        lines += [f"python -c 'from transformers import pipeline; print(pipeline{question})'"]
-    return lines
+    """What to type after the run, where it was started; `ask` is how to ask its export, None where it has none.
+
+    Python by its path: the shell need not have the environment that the run had.
+    """
+    if ask is None:
+        return []
+    program = f"from transformers import pipeline; print(pipeline{ask.format(export=run_dir / 'export')})"
+    return ["# The exported model in stock transformers:", shlex.join([_python(), "-c", program])]
+
+
+def _python() -> str:
+    """This Python, from where the run was started."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)

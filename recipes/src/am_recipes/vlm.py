@@ -31,11 +31,10 @@ from am_recipes.tokenizer import processor_of
 
 
 def main(config: VlmConfig) -> int:
-    """Train as `config` says; return the exit status: 0 when finished, 75 when stopped by SIGTERM after a commit."""
-    if run_dir.is_finished(config):
-        return 0
-    with am_mesh.process_group(config.distributed.timeout_minutes) as device, StopSignal() as stop:
-        return train(config, device, stop)
+    """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
+    minutes = config.distributed.timeout_minutes
+    with am_mesh.process_group(minutes) as device, StopSignal() as stop, run_dir.claim(config) as finished:
+        return 0 if finished else train(config, device, stop)
 
 
 def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
@@ -116,6 +115,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
         if this.stopped():
             return this.preempted()
 
+        this.choose_weights()
         build.export(config, built, processor)
         ask("after")
         return this.finish()

@@ -159,3 +159,5 @@ class AdapterExport:
     """Whether to write it."""
     merge_adapter: bool = False
     """Fold a LoRA adapter into the weights; false exports the adapter alone."""
+    which: Literal["best", "last"] = "last"
+    """The weights after the last step, or those of the lowest loss of the first validation set."""

@@ -91,7 +91,11 @@ class StepScheduler:
     max_tokens: PositiveInt | None = None
     """Tokens of the run at most, over all ranks and without padding; the last step is a whole one."""
     ckpt_every_steps: PositiveInt | None = 100
-    """Steps between checkpoints; null: only at the end."""
+    """Steps between checkpoints; null: not by steps. The end has one in any case."""
+    ckpt_every_minutes: PositiveFloat | None = 10.0
+    """Minutes after which a step without a checkpoint of its own gets one; null: not by time."""
+    ckpt_every_epoch: bool = False
+    """Whether the last step of every epoch gets a checkpoint too."""
     val_every_steps: PositiveInt | None = None
     """Steps between validations; null: only before the first step and at the end."""
 
@@ -231,7 +235,19 @@ class Checkpoint:
     """direct makes model/ of every checkpoint a Hugging Face folder, for ranks of one machine."""
     resume: Literal["auto", "must", "never"] = "auto"
     """From the latest checkpoint: where there is one (auto), or fail without (must), or never."""
+    verify: bool = True
+    """Hold what is loaded against the digests it was saved with; a damaged step is left out with a warning."""
     keep_last: PositiveInt | None = None
     """How many of the newest to keep; null: all."""
     keep_best: PositiveInt | None = None
-    """How many of the lowest validation loss to keep beside them."""
+    """How many of the lowest validation loss to keep beside them; a validation among them gets a checkpoint."""
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Ends the run, as finished, when the loss of the first validation set does not fall any more."""
+
+    patience: PositiveInt
+    """How many validations in a row may bring nothing."""
+    min_delta: NonNegativeFloat = 0.0
+    """By how much a loss has to be lower than the last that counted, to count."""

@@ -43,10 +43,11 @@ class Record:
     Args:
         total_steps: optimizer steps of the whole run.
         identity: JSON values that make two runs the same run.
-        launches: one for each start, the oldest first.
+        launches: one for each start, the oldest first; none while the first is loading: such a record binds nobody.
         title: heading of the page; None is the name of the run directory.
-        status: `running` until the run was closed.
+        status: `loading` before the first launch, `running` until the run was closed.
         finished: how long the finished run was asked to train; None where it has not finished.
+        ending: what else decided how the finished run ended: early stopping and export.
         notes: facts of the latest launch.
         warnings: step and text.
         samples: training samples as pieces of text, each with whether the loss counts it.
@@ -60,6 +61,7 @@ class Record:
     title: str | None = None
     status: str = "running"
     finished: dict[str, object] | None = None
+    ending: dict[str, object] | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     samples: list[list[tuple[str, bool]]] = field(default_factory=list)

@@ -1,0 +1,75 @@
+"""Signals to a run, and what it remembers of its validations."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from am_recipes import progress
+
+
+@pytest.fixture
+def told(capfd):
+    return lambda: capfd.readouterr().err
+
+
+def test_before_the_first_step_a_signal_ends_the_process(told):
+    with pytest.raises(KeyboardInterrupt), progress.StopSignal():
+        signal.raise_signal(signal.SIGINT)
+    assert told() == "\nCtrl-C before the first step: ending, nothing is lost\n"
+    with pytest.raises(SystemExit) as ended, progress.StopSignal():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 75
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_the_first_signal_is_told_at_once_and_remembered(told, number, name):
+    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    with progress.StopSignal() as stop:
+        stop.doing = "the current step is finished and committed"
+        signal.raise_signal(number)
+        assert told().startswith(f"\n{name} received: the current step is finished and committed. Ctrl-C ")
+        assert stop.received == name
+    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+
+
+def test_only_a_second_interrupt_by_a_person_quits_at_once(told, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.StopSignal() as stop:
+        stop.doing = "the current step is finished and committed"
+        signal.raise_signal(signal.SIGINT)
+        # torchrun passes the terminal's Ctrl-C on, and sends SIGTERM.
+        now += 0.2
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        now += 30
+        signal.raise_signal(signal.SIGTERM)
+        assert told().count("\n") == 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "Ctrl-C again: quitting at once; the same command continues from the latest checkpoint" in told()
+
+
+def test_other_ranks_of_a_machine_say_nothing(told, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with progress.StopSignal() as stop:
+        stop.doing = "..."
+        signal.raise_signal(signal.SIGTERM)
+    assert told() == ""
+
+
+def test_progress_knows_the_lowest_losses_and_how_long_it_waits():
+    one = progress.Progress()
+    among = []
+    for step, loss in enumerate((3.0, 2.0, 2.0, 1.95, 2.5, 1.0), start=1):
+        one.step = step
+        among.append((one.validated(loss, 2, min_delta=0.1), one.waited))
+    # Of equal losses the later one counts, as retention has it; 1.95 is lower, but not by 0.1.
+    assert among == [(True, 0), (True, 0), (True, 1), (True, 2), (False, 3), (True, 0)]
+    assert one.best == [(1.0, 6), (1.95, 4)]
+    assert one.last == (1.0, 6)
+    other = progress.Progress()
+    other.load_state_dict(one.state_dict())
+    assert vars(other) == vars(one)
