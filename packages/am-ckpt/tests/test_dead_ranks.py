@@ -134,9 +134,12 @@ def test_a_writer_whose_folder_went_before_it_had_signed_gives_up(tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-def test_a_process_of_another_machine_is_not_called_dead_where_machines_do_not_say_when_they_started() -> None:
-    """No /proc/sys: what its number stands for here says nothing about it there."""
-    ended = own_lease() | {"boot_id": "", "pid_namespace": "", "start_time": "", "pid": 2**22 + 1}
-    own = own_lease() | {"boot_id": "", "pid_namespace": ""}
+def test_a_process_of_another_machine_is_not_called_dead() -> None:
+    """What its number stands for here says nothing about it there: nor where machines have one name, or no boot id."""
+    ended = own_lease() | {"start_time": "", "pid": 2**22 + 1}
+    assert process_state(ended, own_lease()) == "dead"
+    assert process_state(ended | {"boot_id": "another"}, own_lease()) == "unknown"
+    nothing_known = {"boot_id": "", "pid_namespace": ""}
+    ended, own = ended | nothing_known, own_lease() | nothing_known
     assert process_state(ended, own) == "dead"
     assert process_state(ended | {"host": "elsewhere"}, own) == "unknown"

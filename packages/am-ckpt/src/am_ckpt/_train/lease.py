@@ -151,8 +151,11 @@ def lease_state(path: Path) -> str:
     Where the file is missing or no lease, the writer is `unsigned`.
     """
     try:
-        lease = json.loads(path.read_bytes())
-        return process_state(lease, own_lease())
+        lease, own = json.loads(path.read_bytes()), own_lease()
+        # Before this machine was started again.
+        if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"]:
+            return "dead"
+        return process_state(lease, own)
     except (OSError, ValueError, KeyError, TypeError):
         return "unsigned"
 
@@ -169,7 +172,7 @@ def process_state(lease: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     """
     pid, start_time = int(lease["pid"]), lease["start_time"]
     if (machine(lease), lease["pid_namespace"]) != (machine(own), own["pid_namespace"]):
-        return "dead" if lease["host"] == own["host"] and lease["boot_id"] != own["boot_id"] else "unknown"
+        return "unknown"
     if pid == own["pid"] and start_time == own["start_time"]:
         return "dead"
     if start_time:
