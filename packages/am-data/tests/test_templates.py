@@ -50,3 +50,12 @@ def test_a_path_text_and_what_is_neither(tmp_path):
         am_data.chat_template("chatlm")
     with pytest.raises(FileNotFoundError, match=r"chat_template='no\.jinja' cannot be read"):
         am_data.chat_template("no.jinja")
+
+
+def test_a_name_that_the_tokenizer_has_is_its_own_template(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    mine = tokenizer.chat_template
+    tokenizer.chat_template = {"default": "{{ 'no' }}", "brief": mine, "chatml": mine}
+    for name in ("brief", "chatml"):
+        dataset = am_data.ChatDataset([{"messages": MESSAGES}], tokenizer, chat_template=name)
+        assert dataset.chat_template == mine

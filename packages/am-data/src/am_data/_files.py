@@ -89,7 +89,7 @@ def fault(path: Path) -> str | None:
 
 def _fault_in(stream: IO[bytes], suffix: str) -> str | None:
     lines: list[str] = []
-    array = False
+    document: bool | None = None
     for number, raw in enumerate(stream, start=1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -97,8 +97,10 @@ def _fault_in(stream: IO[bytes], suffix: str) -> str | None:
             return f"line {number:,} is not UTF-8 at its byte {error.start + 1} ({raw[error.start]:#x})"
         if suffix not in (".jsonl", ".ndjson", ".json"):
             continue
-        array = array or (suffix == ".json" and not lines and line.lstrip()[:1] == "[")
-        if array:
+        if document is None and line.strip():
+            # A .json file has a row on each line, or is one value over many.
+            document = suffix == ".json" and (line.lstrip()[0] == "[" or _json_fault(line) is not None)
+        if document:
             lines.append(line)
             continue
         fault = _json_fault(line)

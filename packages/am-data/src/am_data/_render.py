@@ -74,6 +74,10 @@ class Renderer:
                 f"name ({', '.join(TEMPLATES)}), the path of a .jinja file, or Jinja text"
             )
         self._tokenizer = tokenizer
+        own = tokenizer.chat_template
+        if isinstance(own, dict) and chat_template in own:
+            # One of several that the tokenizer has, by the name that it has there.
+            chat_template = own[chat_template]
         self.chat_template = None if chat_template is None else resolve_template(chat_template)
         self.template_kwargs = dict(chat_template_kwargs or {})
         added = tokenizer.added_tokens_decoder.items()
