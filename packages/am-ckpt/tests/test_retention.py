@@ -163,10 +163,22 @@ def test_newer_steps_are_discarded_on_request(which: Any, tmp_path: Path) -> Non
     state = model_of()
     assert checkpoints.load(state, which, discard_newer=True) == 20
     assert steps_in(tmp_path) == [20]
+    assert {name: os.readlink(tmp_path / name) for name in ("latest", "best")} == dict.fromkeys(
+        ("latest", "best"), "step_000020"
+    )
     checkpoints.save(25, state)
     checkpoints.save(30, model_of(31))
     assert checkpoints.load(state) == 30
     assert state["model"].weight[0, 0] == 31
+
+
+def test_a_best_step_that_is_discarded_leaves_no_link(tmp_path: Path) -> None:
+    checkpoints = am_ckpt.Checkpointer(tmp_path, keep_last=3, keep_best=("loss", "min", 1))
+    for step, loss in ((10, 3.0), (20, 1.0)):
+        checkpoints.save(step, model_of(step), metrics={"loss": loss})
+    assert checkpoints.load(model_of(), 10, discard_newer=True) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000010"]
+    assert (tmp_path / "latest").resolve() == (tmp_path / "step_000010").resolve()
 
 
 def test_newer_steps_stay_where_discarding_is_not_possible(tmp_path: Path) -> None:

@@ -82,12 +82,17 @@ def require_disposable(directory: Path, path: Path) -> None:
 
 
 def discard_newer_steps(directory: Path, step: int) -> None:
-    """Delete the complete steps after `step`; of one that is a link, the link."""
+    """Delete the complete steps after `step`; of one that is a link, the link. `latest` is `step` then."""
     for path in newer_steps(directory, step):
         if path.is_symlink():
             path.unlink()
         else:
             remove(path)
+    if (directory / "latest").is_symlink():
+        point(directory / "latest", step_name(step))
+    if not (directory / "best").exists():
+        # Of a step that went; the next save finds the best that is left.
+        (directory / "best").unlink(missing_ok=True)
 
 
 def tidy(directory: Path, keep: Keep, saved: int) -> None:
