@@ -104,6 +104,15 @@ def test_a_worse_last_validation_is_told_and_the_same_command_exports_the_best(
     assert "holds this run, finished" in capsys.readouterr().out
 
 
+def test_a_best_step_that_was_not_kept_is_refused_before_anything_happens(tmp_path: Path) -> None:
+    run = {"step_scheduler__max_steps": "8", **UP_AGAIN}
+    assert sft.main(tiny(tmp_path, **run)) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"export.which: best so far is step 4 with val_loss .* no checkpoint of it"):
+        sft.main(tiny(tmp_path, **run, export__which="best"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_early_stopping_ends_the_run_as_finished_also_when_it_was_killed(tmp_path: Path) -> None:
     early = {"early_stopping": "{patience: 2}", "step_scheduler__max_steps": "30", "checkpoint__keep_last": "2"}
     assert sft.main(tiny(tmp_path / "whole", **early, **UP_AGAIN)) == 0

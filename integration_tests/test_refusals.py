@@ -19,6 +19,12 @@ TINY = {
     "vlm": "recipes/configs/vlm/tiny.yaml",
 }
 LORA = {"peft": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}, "export.merge_adapter": True}
+TABLE = {"model_type": "gpt2", "vocab_size": 2048, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+STREAM = {
+    "dataset": {"_target_": "integration_tests.user_code.Counting"},
+    "dataloader": {"shuffle": False},
+    "packed_sequence": None,
+}
 # Recipe, what is set in the config beside the wrong value, the key that is wrong, its value, and what is said.
 WRONG: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("sft", LORA, "peft.r", 0, r"r=0 must be a positive integer"),
@@ -47,6 +53,8 @@ WRONG: list[tuple[str, dict[str, Any], str, Any, str]] = [
     ("pretrain", {}, "dataset.sequence_length", 10**7, "10000000|10,000,000"),
     ("kd", {}, "teacher_model.config.num_attention_heads", 5, "5"),
     ("kd", {"kd_ratio": 0.5}, "loss_fn", {"_target_": "am_loss.linear_cross_entropy", "z_loss": 0.1}, "kd_ratio 0"),
+    ("kd", {"teacher_model.config": TABLE}, "dataset.max_length", 512, "the gpt2 model has a table of n_positions=16"),
+    ("sft", STREAM, "step_scheduler.ckpt_every_epoch", True, "a stream, and nobody knows where it ends"),
     ("vlm", {}, "processor.name_or_path", "recipes/data/chat", "has no processor that can be loaded"),
     ("vlm", {}, "dataset.path", "recipes/data/vlm/train.parqet", "train.parqet"),
 ]
@@ -87,6 +95,13 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_both_say_where(
     assert re.search(said, text), text
     assert not (tmp_path / "run").exists()
     assert runs.command(str(config), *in_folder) == (dry, text)
+
+
+def test_a_dry_run_on_one_process_leaves_out_the_sizes_of_every_layout(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    layouts = {"distributed.dp_size": 4, "distributed.dp_replicate_size": 2}
+    config_with("kd", config, layouts, "teacher_distributed", {"dp_size": 4})
+    assert runs.command(str(config), "--run_dir", str(tmp_path / "run"), "--dry-run") == (0, "")
 
 
 @pytest.mark.parametrize("recipe", TINY)

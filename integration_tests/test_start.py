@@ -145,17 +145,16 @@ def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_an_attempt_that_was_killed_while_loading_binds_nobody(tmp_path: Path) -> None:
     process = automodel(tmp_path / "run", tmp_path / "output", OTHER)
-    while not (tmp_path / "run/run.json").exists():
+    while not (tmp_path / "run" / lock.NAME).exists():
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert json.loads((tmp_path / "run/run.json").read_text())["identity"]["optimizer"]["lr"] == 0.05
-    assert files(tmp_path / "run") >= {"run.json", lock.NAME}
+    assert files(tmp_path / "run") == {lock.NAME}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with run_dir.claim(tiny(tmp_path / "run")) as finished:
             assert not finished
-            assert json.loads((tmp_path / "run/run.json").read_text())["identity"]["optimizer"]["lr"] == 0.002
+            assert str(os.getpid()) in (tmp_path / "run" / lock.NAME).read_text()
     finally:
         dist.destroy_process_group()
     assert files(tmp_path / "run") == set()

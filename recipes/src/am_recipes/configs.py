@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from am_recipes import sections
 from am_recipes.run_config import DEFAULT_LOSS, HELD_OUT, RunConfig, identity_difference
@@ -125,6 +125,10 @@ class KdConfig(SftConfig):
 
     def models(self) -> Mapping[str, sections.Model]:
         return {"model": self.model, "teacher_model": self.teacher_model}
+
+    def on_one_process(self) -> Self:
+        theirs = self.teacher_distributed
+        return replace(super().on_one_process(), teacher_distributed=theirs and theirs.on_one_process())
 
     def targets(self) -> Iterator[Call]:
         yield from super().targets()

@@ -43,9 +43,15 @@ def loader(
 def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:
     """Optimizer steps of the run: whichever of `step_scheduler`'s limits comes first.
 
-    Raises ConfigError where a stream, whose length nobody knows, is to be read by another limit than `max_steps`.
+    Raises ConfigError where a stream, whose length nobody knows, is to be read by another limit than `max_steps`, or
+    saved at the ends of its epochs.
     """
     scheduler = config.step_scheduler
+    if loader.is_stream and scheduler.ckpt_every_epoch:
+        raise config.error(
+            "step_scheduler.ckpt_every_epoch",
+            "true: the dataset is a stream, and nobody knows where it ends; leave it out",
+        )
     if loader.is_stream and (scheduler.max_steps is None or scheduler.max_tokens is not None):
         raise config.error(
             "step_scheduler",

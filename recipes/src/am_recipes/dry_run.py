@@ -27,14 +27,13 @@ Config = TypeVar("Config", bound=RunConfig)
 def dry_run(config: Config, train: Callable[[Config, torch.device, StopSignal], Any]) -> None:
     """Do what `train` of a recipe does with `config` until it would begin. Raises what it does.
 
-    Where one process stands for the ranks of the run, sizes in `distributed` that need more are left out.
+    Where one process stands for the ranks of the run, sizes of its layouts that need more are left out.
     """
     run_dir.require_usable(config)
-    changes: dict[str, Any] = {"dry_run": True}
     if "RANK" not in os.environ:
-        changes["distributed"] = replace(config.distributed, dp_size=None, dp_replicate_size=1)
+        config = config.on_one_process()
     with am_mesh.process_group(config.distributed.timeout_minutes) as device, StopSignal() as stop:
         try:
-            train(replace(config, **changes), device, stop)
+            train(replace(config, dry_run=True), device, stop)
         except BeginsHere:
             return

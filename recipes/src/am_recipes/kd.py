@@ -138,6 +138,7 @@ def load_teacher(
             config.teacher_model.hf_config(folder), kernels="off", **config.teacher_model.families()
         )
     checks.require_embeddings(teacher, tokenizer, (dataset,), "teacher_model")
+    checks.require_positions(teacher, (dataset,))
     build.build_teacher(
         config,
         teacher,

@@ -73,6 +73,7 @@ class Run:
             fingerprints={**weights.fingerprints, **run_dir.identity_texts(config)},
         )
         self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
+        self._require_best()
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
@@ -127,12 +128,7 @@ class Run:
 
         Raises ValueError, after a commit, where a stream ends before.
         """
-        scheduler = self._config.step_scheduler
-        if scheduler.ckpt_every_epoch and loader.is_stream:
-            raise self._config.error(
-                "step_scheduler.ckpt_every_epoch", "true: the dataset is a stream, and nobody knows where it ends"
-            )
-        self._steps_per_epoch = len(loader) if scheduler.ckpt_every_epoch else None
+        self._steps_per_epoch = len(loader) if self._config.step_scheduler.ckpt_every_epoch else None
         self._stop.doing = "the current step is finished and committed"
         steps = itertools.islice(loader, 0 if self._waited_enough else self.total_steps - self.step)
         for micro_batches in steps:
@@ -193,12 +189,7 @@ class Run:
             others=now.losses | dict(others),
         )
         self._validated, self._is_among_best = None, False
-        # Clocks differ between ranks, and a signal reaches one before another.
-        minutes = self._config.step_scheduler.ckpt_every_minutes
-        over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        self._stopping, self._minutes_are_over = any_rank(self._dims, self._stop.received is not None, over)
-        if self._stopping:
-            self._stop.heard()
+        self._ask_every_rank()
 
     @property
     def validation_is_due(self) -> bool:
@@ -218,7 +209,8 @@ class Run:
         min_delta = 0.0 if stopping is None else stopping.min_delta
         among_best = self._progress.validated(losses[self._metric], self._keep_best or 1, min_delta)
         self._is_among_best = among_best and self._keep_best > 0
-        (self._stopping,) = any_rank(self._dims, self._stop.received is not None)
+        # A validation takes long.
+        self._ask_every_rank()
 
     def save(self) -> None:
         """Commit a checkpoint where one is due, or the run is told to stop."""
@@ -257,7 +249,7 @@ class Run:
             self._checkpoints.load(model, step, verify=self._config.checkpoint.verify)
             self.log.note(f"export: step {step}, {self._metric} {loss:.4f}; after step {last_step} it is {last:.4f}")
         elif last > loss:
-            kept = (self._checkpoints.directory / f"step_{step:06d}").exists()
+            kept = self._is_kept(step)
             how = "the same command with --export.which best" if kept else "export.which: best in a run of its own"
             self.log.note(
                 f"WARNING {self._metric} is {last:.4f} after step {last_step} and was {loss:.4f} after step {step}; "
@@ -279,6 +271,29 @@ class Run:
             next_steps=run_dir.next_steps(self._config.run_dir, ask if self._config.export.enabled else None),
         )
         return 0
+
+    def _ask_every_rank(self) -> None:
+        """Whether to stop, or to save: a signal reaches one rank before another, and their clocks differ."""
+        minutes = self._config.step_scheduler.ckpt_every_minutes
+        over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        self._stopping, self._minutes_are_over = any_rank(self._dims, self._stop.received is not None, over)
+        if self._stopping:
+            self._stop.heard()
+
+    def _require_best(self) -> None:
+        """Refuse before anything is trained or recorded to export a best step that an earlier launch did not keep."""
+        if not (self._config.wants_best_export and self._progress.best):
+            return
+        loss, step = self._progress.best[0]
+        if step != self.step and not self._is_kept(step):
+            raise self._config.error(
+                "export.which",
+                f"best so far is step {step} with {self._metric} {loss:.4f}, and no checkpoint of it was kept, as the "
+                "run began without export.which best; export the last, or begin anew in another run_dir",
+            )
+
+    def _is_kept(self, step: int) -> bool:
+        return (self._checkpoints.directory / f"step_{step:06d}").exists()
 
     @property
     def _waited_enough(self) -> bool:

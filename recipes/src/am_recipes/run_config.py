@@ -166,6 +166,10 @@ class RunConfig:
         held_out = {name: target.spelt_out(given) for name, target in self.validation_datasets.items()}
         return replace(self, dataset=self.dataset.spelt_out(given), validation_datasets=held_out)
 
+    def on_one_process(self) -> Self:
+        """The same config with layouts that fit one process."""
+        return replace(self, distributed=self.distributed.on_one_process())
+
     def freeze_rules(self) -> list[dict[str, str]] | None:
         """`freeze` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""
         return None if self.freeze is None else [rule.rule() for rule in self.freeze]

@@ -38,8 +38,8 @@ def claim(config: RunConfig) -> Iterator[bool]:
 
     Every rank enters it before anything is loaded or written, and gets the same answer, or the same error: Refused
     where another process has the directory, or it holds another run (with the keys that differ) or files of somebody
-    else; NotADirectoryError or PermissionError where the run could not write. From here on run.json says whose the
-    directory is. A run that ends before its first launch is recorded leaves no trace.
+    else; NotADirectoryError or PermissionError where the run could not write. What ends before its first launch is
+    recorded in run.json leaves no trace.
     """
     with contextlib.ExitStack() as stack:
         yield _on_rank_zero(lambda: _take(config, stack))
@@ -61,29 +61,13 @@ def _on_rank_zero(function: Callable[[], Outcome]) -> Outcome:
 
 
 def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
-    run_dir = config.run_dir
     require_usable(config)
-    stack.enter_context(lock.held(run_dir))
+    stack.enter_context(lock.held(config.run_dir))
     # Once more: it may have become another run's meanwhile.
-    require_usable(config)
-    if already_finished(run_dir, config.identity(), config.goal(), config.ending()):
-        print(f"{run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
-        return True
-    if not _has_begun(run_dir):
-        identity = json.loads(json.dumps(config.identity()))
-        record.Record(total_steps=0, identity=identity, launches=[], status="loading").save(run_dir)
-        stack.callback(_forget_unless_begun, run_dir)
-    return False
-
-
-def _has_begun(run_dir: Path) -> bool:
-    """Whether a run in the directory came so far that its launch was recorded."""
-    return (run_dir / record.NAME).exists() and bool(record.load(run_dir).launches)
-
-
-def _forget_unless_begun(run_dir: Path) -> None:
-    if (run_dir / record.NAME).exists() and not _has_begun(run_dir):
-        (run_dir / record.NAME).unlink()
+    finished = require_usable(config)
+    if finished:
+        print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+    return finished
 
 
 def _require_no_strangers(run_dir: Path) -> None:
@@ -99,12 +83,14 @@ def _require_no_strangers(run_dir: Path) -> None:
         )
 
 
-def require_usable(config: RunConfig) -> None:
-    """Refuse a directory that the run cannot write, or that holds another run or other files; reads only."""
+def require_usable(config: RunConfig) -> bool:
+    """Refuse a directory that the run cannot write, or that holds another run or other files; whether this very run has
+    finished there. Reads only.
+    """
     with config.at("run_dir"):
         _require_writable(config.run_dir)
         _require_no_strangers(config.run_dir)
-        already_finished(config.run_dir, config.identity(), config.goal(), config.ending())
+        return already_finished(config.run_dir, config.identity(), config.goal(), config.ending())
 
 
 def _require_writable(run_dir: Path) -> None:
@@ -136,8 +122,6 @@ def already_finished(
     if not (run_dir / record.NAME).exists():
         return False
     recorded = record.load(run_dir)
-    if not recorded.launches:
-        return False
     old, new = recorded.identity, json.loads(json.dumps(identity))
     different = identity_difference(old, new)
     if different:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from am_recipes.schedules import DecayType, Style
@@ -65,6 +65,10 @@ class Distributed:
         shard = -1 if self.dp_size is None else self.dp_size // self.dp_replicate_size
         others = {"cp": self.cp_size, "tp": self.tp_size, "pp": self.pp_size, "ep": self.ep_size}
         return {"dp_replicate": self.dp_replicate_size, "dp_shard": shard} | others
+
+    def on_one_process(self) -> Distributed:
+        """The same without the sizes that need more ranks than one."""
+        return replace(self, dp_size=None, dp_replicate_size=1)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of `am_mesh.parallelize`."""

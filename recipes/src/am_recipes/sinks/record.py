@@ -43,9 +43,9 @@ class Record:
     Args:
         total_steps: optimizer steps of the whole run.
         identity: JSON values that make two runs the same run.
-        launches: one for each start, the oldest first; none while the first is loading: such a record binds nobody.
+        launches: one for each start, the oldest first.
         title: heading of the page; None is the name of the run directory.
-        status: `loading` before the first launch, `running` until the run was closed.
+        status: `running` until the run was closed.
         finished: how long the finished run was asked to train; None where it has not finished.
         ending: what else decided how the finished run ended: early stopping and export.
         notes: facts of the latest launch.

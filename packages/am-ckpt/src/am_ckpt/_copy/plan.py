@@ -17,11 +17,10 @@ import xxhash
 from am_ckpt._boxes import Box, Shape, row_major
 from am_ckpt._copy.mapping import Record, dropped_dims, output_shape
 from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.ranges import TILE_BYTES
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._sources import Group, Rows, Source, Table, by_table, places_of, row_major_strides
 
-# Small enough to stay in the cache between reading and writing.
-TILE_BYTES = 2 * 2**20
 # Parts with shorter runs than this go through tiles: there, a read serves many runs.
 _MIN_RUN_BYTES = 2**18
 _MAX_RANGE_BYTES = 64 * 2**20

@@ -10,11 +10,12 @@ from types import TracebackType
 import numpy
 
 from am_ckpt._boxes import Box, split
-from am_ckpt._copy.engine import Buffers, fill
+from am_ckpt._copy.engine import fill
 from am_ckpt._copy.mapping import Record, whole_record
-from am_ckpt._copy.plan import TILE_BYTES, parts_of
+from am_ckpt._copy.plan import parts_of
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.archive import locate
+from am_ckpt._files.ranges import TILE_BYTES, Buffers
 from am_ckpt._io import open_for_reading
 from am_ckpt._sources import Source, share_tables
 

@@ -18,9 +18,9 @@ from reprlib import repr as brief
 from typing import Any
 
 from am_ckpt._boxes import Box, Shape, row_major
-from am_ckpt._copy.engine import file_pieces
 from am_ckpt._dtypes import FROM_STORAGE, FROM_TORCH, ITEM_BYTES
 from am_ckpt._files.pickles import is_shape, ordered_dict, torch_size, unpickle, unused
+from am_ckpt._files.ranges import file_pieces
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._io import open_for_reading, read_exactly
 from am_ckpt._sources import Chunk, Source, read_weight_map

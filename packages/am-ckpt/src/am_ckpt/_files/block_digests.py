@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from am_ckpt._copy.engine import file_pieces
+from am_ckpt._files.ranges import file_pieces
 from am_ckpt._files.safetensors import Header
 from am_ckpt._io import BLOCK_BYTES
 

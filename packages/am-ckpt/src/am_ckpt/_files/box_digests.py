@@ -10,8 +10,8 @@ from typing import Any
 import numpy
 
 from am_ckpt._boxes import Box, describe, require_exact_cover, row_major
-from am_ckpt._copy.engine import Buffers, read_box
 from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.ranges import Buffers, read_box
 from am_ckpt._files.safetensors import Header
 from am_ckpt._io import digest, open_for_reading
 

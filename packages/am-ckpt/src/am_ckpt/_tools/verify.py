@@ -12,7 +12,6 @@ import numpy
 import xxhash
 
 from am_ckpt._boxes import describe
-from am_ckpt._copy.engine import file_pieces
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import DTYPES, ITEM_BYTES
 from am_ckpt._files.archive import changed_ranges
@@ -29,6 +28,7 @@ from am_ckpt._files.model_config import (
     tied_embedding,
     uneven_layers,
 )
+from am_ckpt._files.ranges import file_pieces
 from am_ckpt._files.safetensors import is_sizes, parse_json, read_header
 from am_ckpt._files.step import MANIFEST, MAX_SMALL_BYTES, read_file, read_manifest
 from am_ckpt._io import digest, file_digest, linked_file

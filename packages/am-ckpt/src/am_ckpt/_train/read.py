@@ -18,8 +18,9 @@ import numpy
 import torch
 
 from am_ckpt._boxes import Box, describe, require_exact_cover, split
-from am_ckpt._copy.engine import Buffers, fill
+from am_ckpt._copy.engine import fill
 from am_ckpt._dtypes import ITEM_BYTES
+from am_ckpt._files.ranges import Buffers
 from am_ckpt._io import open_for_reading
 from am_ckpt._sources import Source
 from am_ckpt._train.pieces import TORCH_DTYPES, Piece, as_bytes, cut, is_direct
