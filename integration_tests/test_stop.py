@@ -1,9 +1,11 @@
-"""A signal on one rank stops every rank of the world after the same step, also those that split no rows."""
+"""What reaches one rank reaches all: a signal, also where they split no rows, and the death of another."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import am_mesh
 from am_recipes.progress import StopSignal, any_rank
 from am_testing import run_distributed
+from integration_tests import runs
 
 
 def steps_until_stop(axes: dict[str, int], told: int) -> int:
@@ -31,3 +34,22 @@ def steps_until_stop(axes: dict[str, int], told: int) -> int:
 def test_two_ranks_stop_after_the_same_step(axis: str, told: int) -> None:
     axes = {"dp_shard": 1} | {axis: 2}
     assert run_distributed(steps_until_stop, 2, axes, told) == [3, 3]
+
+
+def test_a_rank_that_was_killed_is_missed_with_what_to_do(tmp_path: Path) -> None:
+    recipe, config = "recipes/src/am_recipes/sft.py", "recipes/configs/tiny.yaml"
+    many = ("--step_scheduler.max_steps", "1000", "--lr_scheduler", "{}", "--step_scheduler.ckpt_every_steps", "null")
+    run_dir, printed = tmp_path / "run", tmp_path / "printed"
+    arguments = ["-c", config, "--run_dir", str(run_dir), *many, "--step_scheduler.val_every_steps", "null"]
+    left, killed = runs.start_file(runs.ROOT / recipe, arguments, runs.ROOT, printed, world_size=2)
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("grad_norm") < 2:
+        assert left.is_alive(), (printed / "0.txt").read_text()
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert runs.finish([left]) == 1
+    told = (printed / "0.txt").read_text()
+    assert "error: another rank is gone or cannot be reached" in told
+    assert "the same command continues from the latest checkpoint" in told
+    assert "Traceback" not in told
+    assert "Traceback" in (run_dir / "error.txt").read_text()

@@ -300,10 +300,6 @@ def test_a_row_that_is_being_written_is_read_the_next_time(tmp_path: Path) -> No
         assert [bucket.mean for bucket in metrics.validation["val_loss"].buckets] == [1.0, 1 / 2, 1 / 3]
 
 
-if __name__ == "__main__":
-    killed_while_writing(sys.argv[1])
-
-
 def test_the_headline_loss_is_the_smoothed_one(tmp_path: Path) -> None:
     random.seed(0)
     losses = [3.0 + random.choice((-1.0, 1.0)) for _ in range(200)]
@@ -342,3 +338,7 @@ def test_a_sample_is_on_the_page_once_and_in_a_few_lines_on_the_terminal(tmp_pat
     assert lines[1:4] == ["  <|user|>", "  <|user|>", "  ... 5 lines"]
     assert lines[6].startswith("  [[One sentence among many")
     assert lines[6].endswith("of a terminal. ]]")
+
+
+if __name__ == "__main__":
+    killed_while_writing(sys.argv[1])
