@@ -31,6 +31,8 @@ import yaml
 from am_recipes import cli, configs
 
 ROOT = Path(__file__).resolve().parents[1]
+# The config of each recipe that runs in seconds, in `recipes/configs`.
+TINY = {"sft": "tiny.yaml", "pretrain": "pretrain/tiny.yaml", "kd": "kd/tiny.yaml", "vlm": "vlm/tiny.yaml"}
 # What two equal runs differ in.
 TIMINGS = ("time", "tokens_per_second", "peak_memory_bytes")
 SERVER = multiprocessing.get_context("forkserver")

@@ -13,8 +13,7 @@ import yaml
 
 from am_recipes import sft
 from integration_tests import runs
-from integration_tests.test_capabilities import TINY
-from integration_tests.test_resume import CONFIG, ROOT, changes, tiny
+from integration_tests.test_resume import CONFIG, changes, tiny
 
 # Rates that make each recipe's model worse after it was better.
 RISING = {"sft": 0.05, "kd": 0.2, "pretrain": 0.05, "vlm": 0.05}
@@ -45,9 +44,9 @@ def same_weights(folder: Path, other: Path) -> bool:
     return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-@pytest.mark.parametrize(("recipe", "peft"), [(recipe, None) for recipe in TINY] + [("sft", LORA)])
+@pytest.mark.parametrize(("recipe", "peft"), [(recipe, None) for recipe in runs.TINY] + [("sft", LORA)])
 def test_the_best_validation_is_exported(tmp_path: Path, recipe: str, peft: dict[str, Any] | None) -> None:
-    config = yaml.safe_load((ROOT / TINY[recipe]).read_text())
+    config = runs.shipped(runs.TINY[recipe])
     steps = {"max_steps": 4, "max_tokens": None, "val_every_steps": 1, "ckpt_every_steps": None}
     change = {
         "step_scheduler": steps,

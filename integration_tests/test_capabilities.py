@@ -18,12 +18,6 @@ import yaml
 from am_recipes.configs import RECIPES
 from integration_tests import runs
 
-TINY = {
-    "sft": "recipes/configs/tiny.yaml",
-    "pretrain": "recipes/configs/pretrain/tiny.yaml",
-    "kd": "recipes/configs/kd/tiny.yaml",
-    "vlm": "recipes/configs/vlm/tiny.yaml",
-}
 SHORT = {
     "step_scheduler": {"max_steps": 2, "ckpt_every_steps": 2, "val_every_steps": None, "max_tokens": None},
     "lr_scheduler": None,
@@ -192,7 +186,7 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
 
 def outcome(folder: Path, recipe: str, *changes: Mapping[str, Any]) -> tuple[tuple[int, str], Path]:
     """The command on the tiny config of a recipe with `changes` merged in order; its run directory."""
-    config = runs.shipped(TINY[recipe].removeprefix("recipes/configs/"))
+    config = runs.shipped(runs.TINY[recipe])
     for change in changes:
         for key, value in change.items():
             runs.merge(config, {key.removeprefix("+"): value})
@@ -211,7 +205,7 @@ def trained(folder: Path, recipe: str, *changes: Mapping[str, Any]) -> Path:
 def test_every_recipe_answers_every_capability() -> None:
     capabilities = {capability for capability, _ in TABLE}
     assert {(capability, recipe) for capability in capabilities for recipe in RECIPES} == set(TABLE)
-    assert TINY.keys() == RECIPES.keys()
+    assert runs.TINY.keys() == RECIPES.keys()
 
 
 @pytest.mark.parametrize(("capability", "recipe"), list(TABLE), ids=lambda value: value.replace(" ", "-"))

@@ -12,7 +12,6 @@ import pytest
 from am_recipes import configs
 from integration_tests import runs
 
-TINY = {"sft": "tiny.yaml", "pretrain": "pretrain/tiny.yaml", "kd": "kd/tiny.yaml", "vlm": "vlm/tiny.yaml"}
 FEW = ("--step_scheduler.max_steps", "2", "--lr_scheduler", "{}")
 DONE = "            this.done("
 
@@ -48,7 +47,7 @@ def first_loss(run_dir: Path) -> float:
 
 
 def arguments(recipe: str, run_dir: Path) -> list[str]:
-    return ["-c", f"recipes/configs/{TINY[recipe]}", "--run_dir", str(run_dir), *FEW]
+    return ["-c", f"recipes/configs/{runs.TINY[recipe]}", "--run_dir", str(run_dir), *FEW]
 
 
 @pytest.mark.parametrize(("recipe", "world_size"), [("sft", 1), ("sft", 2), ("pretrain", 1), ("kd", 1), ("vlm", 1)])

@@ -12,12 +12,6 @@ import yaml
 
 from integration_tests import runs
 
-TINY = {
-    "sft": "recipes/configs/tiny.yaml",
-    "pretrain": "recipes/configs/pretrain/tiny.yaml",
-    "kd": "recipes/configs/kd/tiny.yaml",
-    "vlm": "recipes/configs/vlm/tiny.yaml",
-}
 LORA = {"peft": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}, "export.merge_adapter": True}
 TABLE = {"model_type": "gpt2", "vocab_size": 2048, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
 STREAM = {
@@ -71,7 +65,7 @@ def line_of(text: str, key: str) -> int:
 
 def config_with(recipe: str, path: Path, beside: Mapping[str, Any], key: str, value: Any) -> int:
     """Write a tiny config with these values; the line of `key`."""
-    base = runs.shipped(TINY[recipe].removeprefix("recipes/configs/"))
+    base = runs.shipped(runs.TINY[recipe])
     base["step_scheduler"] |= {"max_steps": 2} if recipe != "pretrain" else {}
     path.write_text(yaml.safe_dump(runs.changed(runs.changed(base, beside), {key: value}), sort_keys=False))
     return line_of(path.read_text(), key)
@@ -104,10 +98,14 @@ def test_a_dry_run_on_one_process_leaves_out_the_sizes_of_every_layout(tmp_path:
     assert runs.command(str(config), "--run_dir", str(tmp_path / "run"), "--dry-run") == (0, "")
 
 
-@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("recipe", runs.TINY)
 def test_a_dry_run_of_a_good_config_begins_nothing(
     tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert runs.command(TINY[recipe], "--run_dir", str(tmp_path / "run"), "--dry-run") == (0, "")
+    config = f"recipes/configs/{runs.TINY[recipe]}"
+    assert runs.command(config, "--run_dir", str(tmp_path / "run"), "--dry-run") == (
+        0,
+        "",
+    )
     assert capsys.readouterr().out.startswith(f"recipe: {recipe}\n")
     assert list(tmp_path.iterdir()) == []
