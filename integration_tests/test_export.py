@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,11 +94,13 @@ def test_a_merge_that_would_fail_at_the_end_is_refused_at_the_start(recipe: str,
 
 
 def test_an_export_folder_with_other_files_is_refused_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "run" / "export").mkdir(parents=True)
-    (tmp_path / "run" / "export" / "notes.txt").touch()
-    outcome = runs.command(str(CONFIG), "--run_dir", str(tmp_path / "run"))
+    run_dir = runs.train(tmp_path, "run", CONFIG, SHORT | {"export.enabled": "false"})
+    (run_dir / "export").mkdir()
+    (run_dir / "export" / "notes.txt").touch()
+    short = [f"--{key}={value}" for key, value in SHORT.items()]
+    outcome = runs.command(str(CONFIG), "--run_dir", str(run_dir), *short)
     runs.require_refusal(outcome, 1, r"export is not replaced: it holds notes\.txt")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert os.listdir(run_dir / "export") == ["notes.txt"]
 
 
 def launched(run_dir: Path) -> None:

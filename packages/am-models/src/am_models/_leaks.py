@@ -104,8 +104,8 @@ def _leak(model: PreTrainedModel, name: str, distance: float, limit: float) -> s
     whose, cause, fix = _LEAKS[name]
     attention = model.config.get_text_config()._attn_implementation
     return (
-        f"{model.config.model_type}: the logits of {whose} move by {distance:.3g} (limit {limit:.3g}) when {cause}, with "
-        f"attention {attention!r}; {fix}"
+        f"{model.config.model_type}: the logits of {whose} move by {distance:.3g} (limit {limit:.3g}) when {cause}, "
+        f"with attention {attention!r}; {fix}"
     )
 
 
