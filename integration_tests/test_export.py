@@ -93,11 +93,15 @@ def test_a_merge_that_would_fail_at_the_end_is_refused_at_the_start(recipe: str,
 
 
 def test_an_export_folder_with_other_files_is_refused_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "run" / "export").mkdir(parents=True)
-    (tmp_path / "run" / "export" / "notes.txt").touch()
-    outcome = runs.command(str(CONFIG), "--run_dir", str(tmp_path / "run"))
+    """Where a run is already; before one is there, the whole directory is refused."""
+    run_dir = run(tmp_path / "run", ("export.enabled", "false"))
+    (run_dir / "export").mkdir()
+    (run_dir / "export" / "notes.txt").touch()
+    before = (run_dir / "run.json").read_bytes()
+    options = [f"--{key}={value}" for key, value in SHORT.items()]
+    outcome = runs.command(str(CONFIG), "--run_dir", str(run_dir), *options)
     runs.require_refusal(outcome, 1, r"export is not replaced: it holds notes\.txt")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert (run_dir / "run.json").read_bytes() == before
 
 
 def launched(run_dir: Path) -> None:
