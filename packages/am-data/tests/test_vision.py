@@ -73,6 +73,22 @@ def test_labels_are_the_answer_and_its_end(family):
     assert not (labels == processor.image_token_id).any()
 
 
+def test_a_template_does_not_see_which_answers_are_to_be_learned():
+    turns = [*row(make_image())["messages"], *row()["messages"]]
+    processor = make_llava()
+    # A question begins with the number of keys of the answer before it.
+    keys = "{% if message['role'] == 'user' and not loop.first %}{{ loop.previtem | length }} {% endif %}"
+    template = LLAVA_TEMPLATE.replace("{% for message in messages %}", "{% for message in messages %}" + keys)
+    assert template != LLAVA_TEMPLATE
+    ids = []
+    for weight in ({}, {"train": False}):
+        rows = [{"messages": [turns[0], turns[1] | weight, *turns[2:]]}]
+        example = am_data.VisionChatDataset(rows, processor=processor, chat_template=template, on_bad_row="raise")[0]
+        ids.append(example["input_ids"].tolist())
+    assert ids[0] == ids[1]
+    assert processor.tokenizer.decode(example["input_ids"][example["labels"] != -100]).count(ANSWER) == 1
+
+
 def test_the_report_counts_images_and_shows_them_short():
     rows = [row(make_image()), row(make_image(30, 30), make_image(), id="two"), row("missing.png", id="bad")]
     dataset = am_data.VisionChatDataset(rows, processor=make_llava())

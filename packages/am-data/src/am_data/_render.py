@@ -89,7 +89,6 @@ class Renderer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """`(input_ids, labels)` of checked messages, int64 `[S]`; raises RowRefusedError."""
         trained = _trained_turns(messages, train_on)
-        messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
         text = self.render(messages, tools)
         encoding = self._encode(text, offsets=True)
         ids: list[int] = encoding["input_ids"]
@@ -115,7 +114,8 @@ class Renderer:
             raise RowRefusedError("no prompt before an assistant turn", "the conversation starts with it")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                # Whether an answer is to be learned is none of the template's business.
+                [{key: value for key, value in message.items() if key != "train"} for message in messages],
                 tools=None if tools is None else list(tools),
                 chat_template=self.chat_template,
                 add_generation_prompt=generation_prompt,
