@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,13 +93,15 @@ def test_a_merge_that_would_fail_at_the_end_is_refused_at_the_start(recipe: str,
 
 
 def test_an_export_folder_with_other_files_is_refused_at_the_start(tmp_path: Path) -> None:
-    run_dir = runs.train(tmp_path, "run", CONFIG, SHORT | {"export.enabled": "false"})
+    """Where a run is already; before one is there, the whole directory is refused."""
+    run_dir = run(tmp_path / "run", ("export.enabled", "false"))
     (run_dir / "export").mkdir()
     (run_dir / "export" / "notes.txt").touch()
-    short = [f"--{key}={value}" for key, value in SHORT.items()]
-    outcome = runs.command(str(CONFIG), "--run_dir", str(run_dir), *short)
+    before = (run_dir / "run.json").read_bytes()
+    options = [f"--{key}={value}" for key, value in SHORT.items()]
+    outcome = runs.command(str(CONFIG), "--run_dir", str(run_dir), *options)
     runs.require_refusal(outcome, 1, r"export is not replaced: it holds notes\.txt")
-    assert os.listdir(run_dir / "export") == ["notes.txt"]
+    assert (run_dir / "run.json").read_bytes() == before
 
 
 def launched(run_dir: Path) -> None:

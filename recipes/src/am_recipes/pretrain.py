@@ -56,6 +56,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
         model = am_models.AutoModelForCausalLM.from_config(hf_config, kernels="off", **config.model.families())
     checks.require_positions(model, (dataset, *held_out.values()))
     facts = data.facts(config, dataset, held_out, loader)
+    # Windows have no turns: where those end is nothing to tell.
     ending.follow(model, tokenizer, folder, dataset)
     loss_fn = config.loss_fn.callable()
     built = build.build(
