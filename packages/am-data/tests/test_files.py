@@ -126,6 +126,36 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(tokenizer, tmp_path, c
     assert "in row" not in capfd.readouterr().err, "datasets says another place beside ours"
 
 
+def test_what_cannot_be_read_is_named_wherever_it_is_found(tokenizer, tmp_path):
+    (tmp_path / "fine.jsonl").write_text(lines(row(0)))
+    # Arrow lets it pass, and the first row is read before all others, for its columns.
+    (tmp_path / "first.jsonl").write_bytes(lines(row(0)).replace("What", "café").encode("latin-1"))
+    for suffix in ("gz", "bz2", "xz"):
+        (tmp_path / f"plain.jsonl.{suffix}").write_text(lines(row(0)))
+    damaged = bytearray(gzip.compress("".join(lines(row(number)) for number in range(2000)).encode()))
+    damaged[len(damaged) // 2 :] = bytes(len(damaged) - len(damaged) // 2)
+    (tmp_path / "damaged.jsonl.gz").write_bytes(damaged)
+    (tmp_path / "control.jsonl").write_text(lines(row(0)) + lines(row(1)).replace("What", "\t"))
+    found = {
+        "first.jsonl": r"first.jsonl' cannot be read: line 1 is not UTF-8 at its byte \d+",
+        "plain.jsonl.gz": r"plain.jsonl.gz' .*cannot be read: Not a gzipped file",
+        "plain.jsonl.bz2": "plain.jsonl.bz2' .*cannot be read: Invalid data stream",
+        "plain.jsonl.xz": "plain.jsonl.xz' .*cannot be read: Input format not supported",
+        "damaged.jsonl.gz": "damaged.jsonl.gz' .*cannot be read: ",
+        "control.jsonl": "control.jsonl' .*cannot be read: line 2 is not JSON: Invalid control character at character",
+    }
+    for name, message in found.items():
+        for path in (tmp_path / name, [tmp_path / "fine.jsonl", tmp_path / name]):
+            with pytest.raises(ValueError, match=message):
+                am_data.ChatDataset(path, tokenizer)
+    for name in ("first.jsonl", "control.jsonl"):
+        folder = tmp_path / f"of_{name}"
+        folder.mkdir()
+        (folder / "train.jsonl").write_bytes((tmp_path / name).read_bytes())
+        with pytest.raises(ValueError, match=r"of_\w+.jsonl' .*cannot be read: train.jsonl, line \d is not"):
+            am_data.ChatDataset(folder, tokenizer)
+
+
 def test_images_of_several_files_start_from_their_one_folder(tmp_path):
     Image.new("RGB", (24, 24)).save(tmp_path / "red.png")
     content = [{"type": "image", "path": "red.png"}, {"type": "text", "text": "What is it?"}]
@@ -165,13 +195,15 @@ def test_tokens_are_prepared_from_patterns_and_compressed_files(tokenizer, tmp_p
 
     assert prepared("plain") == prepared("packed") == prepared("packed/*.gz")
     (tmp_path / "bad.jsonl").write_text(lines({"text": "x"}) * 3 + '{"text": }\n')
-    arguments = [
-        "prepare",
-        f"{tmp_path}/bad.jsonl",
-        "--output",
-        f"{tmp_path}/bad",
-        "--tokenizer",
-        f"{tmp_path}/tokenizer",
-    ]
-    assert _cli.main(arguments) == 1
-    assert "bad.jsonl cannot be read: line 4 is not JSON" in capsys.readouterr().err
+    (tmp_path / "plain.jsonl.gz").write_text(lines({"text": "x"}))
+    (tmp_path / "plain.txt.gz").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, message in {
+        "bad.jsonl": "bad.jsonl cannot be read: line 4 is not JSON",
+        "plain.jsonl.gz": "plain.jsonl.gz cannot be read: Not a gzipped file",
+        "plain.txt.gz": "plain.txt.gz cannot be read: Not a gzipped file",
+        "empty.jsonl": "empty.jsonl is empty; give a file",
+    }.items():
+        arguments = ["prepare", f"{tmp_path}/{name}", "--output", f"{tmp_path}/bad"]
+        assert _cli.main([*arguments, "--tokenizer", f"{tmp_path}/tokenizer"]) == 1
+        assert message in capsys.readouterr().err

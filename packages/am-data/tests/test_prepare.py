@@ -151,7 +151,7 @@ def test_what_cannot_be_prepared_exits_with_1_and_leaves_nothing(tmp_path, token
         ([good, tmp_path / "broken.jsonl"], "broken.jsonl cannot be read: "),
         ([tmp_path / "number.jsonl"], "number.jsonl, row 0: 'text' is int, not text; mend the row"),
         ([good, "--text-key", "body"], "good.jsonl, row 0: no 'body' among id, text; name it with --text-key"),
-        ([tmp_path / "latin.txt"], "latin.txt is not UTF-8 at byte 3; convert it"),
+        ([tmp_path / "latin.txt"], "latin.txt cannot be read: line 1 is not UTF-8 at its byte 4 (0xe9); convert it"),
         ([tmp_path / "empty.txt"], "no document of the 1 files, "),
         ([good, "--validation-fraction", "0.0001"], "no document fell into --validation-fraction 0.0001; raise it"),
         (

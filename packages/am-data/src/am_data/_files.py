@@ -8,6 +8,7 @@ import gzip
 import importlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -73,6 +74,15 @@ def open_binary(path: Path) -> IO[bytes]:
     return stream
 
 
+def unpacking_errors(path: Path) -> tuple[type[Exception], ...]:
+    """What is raised where a compressed file is broken, or none of its kind; nothing of files that are not."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        return ()
+    of_zstandard = (importlib.import_module("zstandard").ZstdError,) if path.suffix.lower() == ".zst" else ()
+    # That of bz2 is a plain OSError.
+    return (EOFError, OSError, lzma.LZMAError, zlib.error, *of_zstandard)
+
+
 def fault(path: Path) -> str | None:
     """Where a file cannot be read, as people count: the line and what is wrong there; None where nothing is found.
 
@@ -80,10 +90,11 @@ def fault(path: Path) -> str | None:
     """
     if kind(path) not in _TEXT:
         return None
+    errors: tuple[type[Exception], ...] = (OSError, *unpacking_errors(path))
     try:
         with open_binary(path) as stream:
             return _fault_in(stream, kind(path))
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except errors as error:
         return str(error)
 
 
@@ -105,9 +116,14 @@ def _fault_in(stream: IO[bytes], suffix: str) -> str | None:
             continue
         fault = _json_fault(line)
         if fault is not None:
-            return f"line {number:,} is not JSON: {fault.msg} at character {fault.pos + 1}"
+            return f"line {number:,} is not JSON: {_said(fault)} at character {fault.pos + 1}"
     fault = _json_fault("".join(lines))
-    return None if fault is None else f"line {fault.lineno:,} is not JSON: {fault.msg} at character {fault.colno}"
+    return None if fault is None else f"line {fault.lineno:,} is not JSON: {_said(fault)} at character {fault.colno}"
+
+
+def _said(fault: json.JSONDecodeError) -> str:
+    # Some messages end as if a place followed.
+    return fault.msg.rstrip(": ").removesuffix(" at")
 
 
 def _json_fault(text: str) -> json.JSONDecodeError | None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from am_data._files import COMPRESSIONS, expand, is_pattern, kind, open_binary
+from am_data._files import COMPRESSIONS, expand, fault, is_pattern, kind, open_binary, unpacking_errors
 from am_data._rows import stream_file
 from am_data._shard_files import ShardWriter, TokenType
 
@@ -199,7 +199,9 @@ def _texts(files: list[Path], text_key: str, split_on_blank_lines: bool) -> Iter
             with open_binary(path) as stream, io.TextIOWrapper(stream, encoding="utf-8") as reader:
                 text = reader.read()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it") from error
+            raise ValueError(f"{path} cannot be read: {fault(path)}; convert it to UTF-8") from error
+        except unpacking_errors(path) as error:
+            raise ValueError(f"{path} cannot be read: {error}; mend the file") from error
         yield from re.split(r"\n(?:[ \t]*\n)+", text.strip()) if split_on_blank_lines else [text]
 
 

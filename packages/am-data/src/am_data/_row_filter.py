@@ -58,7 +58,7 @@ def layout_of(source: Source, format: Format, rows: Rows, split: str) -> Format:
         return format
     if not isinstance(source, FileRows):
         return detect_format(list(source[0]))
-    formats = {detect_format(list(part.rows[0])): part.file for part in source.parts if len(part.rows)}
+    formats = {detect_format(list(row)): file for file, row in source.first_rows()}
     if len(formats) > 1:
         found = ", ".join(f"{name} in {file}" for name, file in formats.items())
         raise ValueError(f"the files have rows of different formats ({found}); give files of one format")

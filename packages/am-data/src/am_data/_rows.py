@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from am_data._files import BUILDERS, COMPRESSIONS, expand, fault, is_pattern, kind, open_binary, paths_of
+from am_data._files import (
+    BUILDERS,
+    COMPRESSIONS,
+    expand,
+    fault,
+    is_pattern,
+    kind,
+    open_binary,
+    paths_of,
+    unpacking_errors,
+)
 from am_data._messages import Row
 
 if TYPE_CHECKING:
@@ -21,7 +31,7 @@ Source: TypeAlias = "Sequence[Row] | datasets.Dataset"
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one file, from its row `first` on."""
+    """Rows of one file, or of all that a folder has for a split, from row `first` on."""
 
     file: Path
     rows: Source
@@ -49,6 +59,13 @@ class FileRows(Sequence[Row]):
         part, place = self._locate(index)
         with _naming(part.file):
             return part.rows[place]
+
+    def first_rows(self) -> Iterator[tuple[Path, Row]]:
+        """Each file that has any row, with its first one."""
+        for part in self.parts:
+            with _naming(part.file):
+                if len(part.rows):
+                    yield part.file, part.rows[0]
 
     def place(self, index: int) -> str:
         """What people call row `index`: its number in its file, with the file's name where there are several."""
@@ -134,7 +151,7 @@ def _read_folder(path: Path, split: str, name: str | None) -> Source:
         return splits[split]
     if (path / "dataset_info.json").exists() and (path / "state.json").exists():
         return read_rows(datasets.load_from_disk(str(path)), split=split)
-    return _load(str(path), name=name, split=split, source=path)
+    return FileRows([Part(path, _load(str(path), name=name, split=split, source=path))], several=False)
 
 
 def _read_hub(rows: object, path: Path, split: str, name: str | None) -> datasets.Dataset:
@@ -197,22 +214,30 @@ def stream_file(file: Path) -> Iterator[Row]:
     """The rows of a file, without holding them; ValueError where it cannot be read, with its name and line."""
     import datasets
 
+    _require_opener(file)
     with _quiet():
         try:
             yield from datasets.load_dataset(
                 BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
             )
-        except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+        except (ValueError, datasets.exceptions.DatasetGenerationError, *unpacking_errors(file)) as error:
             raise ValueError(f"{file} cannot be read: {_reason(file, error)}; mend the file") from error
+        except StopIteration as error:
+            raise ValueError(f"{file} is empty; give a file with at least one row") from error
+
+
+def _require_opener(file: Path) -> None:
+    """ModuleNotFoundError that says what is missing to read a compressed file."""
+    if file.suffix.lower() in COMPRESSIONS:
+        open_binary(file).close()
 
 
 def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> datasets.Dataset:
     """`datasets.load_dataset`, whose complaints do not say which rows were asked for, nor where they are wrong."""
     import datasets
 
-    if isinstance(source, Path) and source.suffix.lower() in COMPRESSIONS:
-        # Says what is missing to read it.
-        open_binary(source).close()
+    if isinstance(source, Path):
+        _require_opener(source)
     try:
         with _quiet(), _naming_split(source, split):
             return datasets.load_dataset(builder, split=split, **options)
@@ -224,9 +249,10 @@ def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> da
 def _naming_split(source: str | Path, split: str) -> Iterator[None]:
     import datasets
 
+    of_packed = unpacking_errors(source) if isinstance(source, Path) else ()
     try:
         yield
-    except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError, *of_packed) as error:
         raise ValueError(
             f"{str(source)!r} (split={split!r}) cannot be read: {_reason(source, error)}; mend the file or choose "
             "another split"
@@ -243,8 +269,16 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _reason(source: str | Path, error: Exception) -> str:
-    found = fault(source) if isinstance(source, Path) and source.is_file() else None
+    found = _broken_in(source) if isinstance(source, Path) else None
     return found or str(error.__cause__ or error).strip().splitlines()[0].rstrip(".!")
+
+
+def _broken_in(path: Path) -> str | None:
+    """What is wrong in a file, or in the first of a folder where anything is."""
+    if path.is_file():
+        return fault(path)
+    files = sorted(file for file in path.rglob("*") if kind(file) in BUILDERS and file.is_file())
+    return next((f"{file.relative_to(path)}, {found}" for file in files if (found := fault(file))), None)
 
 
 @contextlib.contextmanager
