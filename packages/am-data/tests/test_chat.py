@@ -153,6 +153,20 @@ def test_the_formats_of_the_readme_are_those_that_are_told_and_taken(tokenizer):
         assert named.fingerprint == told.fingerprint
 
 
+def test_a_format_that_no_row_has_is_refused_with_the_columns_that_are_there(tokenizer):
+    pairs = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError) as refused:
+        am_data.ChatDataset(pairs, tokenizer, format="messages")
+    assert str(refused.value) == (
+        "format='messages' reads `messages`, and the rows have the columns prompt, completion; "
+        "give format='prompt_completion', which they fit"
+    )
+    with pytest.raises(ValueError, match=r"the columns text; rename the columns, or give another format$"):
+        am_data.ChatDataset([{"text": "x"}], tokenizer, format="alpaca")
+    # One row that has them makes it a fault of the others.
+    assert am_data.ChatDataset([*pairs, ROW], tokenizer, format="messages").report.rows_kept == 1
+
+
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
 @pytest.mark.parametrize(
     "row",

@@ -64,6 +64,19 @@ def detect_format(columns: Sequence[str]) -> Format:
     raise ValueError(f"columns {sorted(columns)} fit no known format; rows need {needed}: rename the columns")
 
 
+def require_columns(columns: Sequence[str], format: Format) -> None:
+    """ValueError with the columns that are there, where none of rows of `format` can be read."""
+    needed = ROW_FORMATS[format].columns
+    if set(needed) <= set(columns):
+        return
+    fitting = [name for name, known in ROW_FORMATS.items() if set(known.columns) <= set(columns)]
+    fix = f"give format={fitting[0]!r}, which they fit" if fitting else "rename the columns, or give another format"
+    raise ValueError(
+        f"format={format!r} reads {' and '.join(f'`{column}`' for column in needed)}, and the rows have the columns "
+        f"{', '.join(columns)}; {fix}"
+    )
+
+
 def read_text(content: object, turn: int) -> str:
     """A content that is text, or parts that all are."""
     if isinstance(content, str):

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from am_data._messages import Format, Message, RowRefusedError, check_format, detect_format
+from am_data._messages import Format, Message, RowRefusedError, check_format, detect_format, require_columns
 from am_data._render import IGNORE_INDEX
 from am_data._report import Dropped, Segment, describe_dropped
-from am_data._rows import FileRows, Rows, Source
+from am_data._rows import FileRows, Rows, Source, columns_of
 from am_data._tokens import TextExample
 
 NUM_SAMPLES = 3
@@ -51,10 +51,13 @@ def check_options(format: Format, on_bad_row: str, max_length: int | None, trunc
 
 
 def layout_of(source: Source, format: Format, rows: Rows, split: str) -> Format:
-    """`format`, or that of the first row's columns; ValueError where there is no row, or files differ in it."""
+    """`format`, or that of the first row's columns; ValueError where there is no row, no row has the columns of
+    `format`, or files differ in it.
+    """
     if len(source) == 0:
         raise ValueError(f"0 rows were read from {_describe(rows)} (split={split!r}); give at least one")
     if format != "auto":
+        require_columns(columns_of(source), format)
         return format
     if not isinstance(source, FileRows):
         return detect_format(list(source[0]))
