@@ -207,8 +207,8 @@ def test_what_is_no_message_shows_where_on_the_terminal_and_in_the_run_directory
     status, run_dir = trains(f"{{_target_: losses_for_cli.{function}}}")
     assert status == 1
     written = (run_dir / "error.txt").read_text()
-    # Rows are read anew, with a bar of its own, where nobody has read them before.
-    told = re.sub(r"^\s*Generating[^\n]*?(?=Traceback)", "", capsys.readouterr().err)
+    # Rows are read anew, with bars of their own, where nobody has read them before.
+    told = re.sub(r"^\s*Generating.*?(?=Traceback)", "", capsys.readouterr().err, flags=re.DOTALL)
     for text in (written, told):
         assert text.startswith("Traceback")
         assert line in text
