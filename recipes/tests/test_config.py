@@ -415,6 +415,56 @@ def test_overrides(write, path, text, read):
     assert read(parse(write(source), [(path, text)]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "read"),
+    [
+        ([("generate.prompts.0", "a"), ("generate.prompts.1", "b")], lambda c: c.generate.prompts == ("a", "b")),
+        ([("freeze.0.freeze", "x.*"), ("freeze.1.unfreeze", "x.y")], lambda c: len(c.freeze_rules()) == 2),
+        ([("optimizer.betas.0", "0.5"), ("optimizer.betas.1", "0.6")], lambda c: c.optimizer.betas == (0.5, 0.6)),
+        ([("optimizer.param_group_overrides.0.pattern", "b")], lambda c: len(c.optimizer.overrides()) == 1),
+        ([("dataset.paths.0", "a"), ("dataset.paths.1", "b")], lambda c: c.dataset.arguments["paths"] == ["a", "b"]),
+        ([("generate.prompts", "[]"), ("generate.prompts.0", "a")], lambda c: c.generate.prompts == ("a",)),
+    ],
+)
+def test_numbers_make_and_lengthen_lists(write, overrides, read):
+    assert read(parse(write(), overrides))
+
+
+def test_an_item_is_added_to_a_list_of_the_file(write):
+    source = write(MINIMAL + "generate: {prompts: [first, second]}\n")
+    assert parse(source, [("generate.prompts.2", "third")]).generate.prompts == ("first", "second", "third")
+
+
+def test_a_gap_in_a_list_is_refused_with_the_number_that_fits(write):
+    assert refused(write(), [("generate.prompts.1", "a")]).endswith(
+        "generate.prompts.1: no such item; generate.prompts has 0, numbered from 0; --generate.prompts.0 adds one"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        ("packed_sequence", "{packed_sequence_size: 0}"),
+        ("generate", "{prompts: [], max_new_tokens: 64}"),
+        ("generate.prompts", "[]"),
+        ("lr_scheduler.min_lr", "0.0"),
+        ("dataloader.shuffle", "true"),
+        ("export", "{enabled: true, merge_adapter: false, which: last}"),
+        ("loss_fn", "{_target_: am_loss.linear_cross_entropy}"),
+    ],
+)
+@pytest.mark.parametrize("text", ["null", "none"])
+def test_null_where_it_is_no_value_is_refused_with_the_default(write, path, default, text):
+    assert refused(write(), [(path, text)]).endswith(f", got null; its default is {default}")
+
+
+def test_no_bias_of_an_adapter_is_a_text(write):
+    said = """peft.bias: is a text, and null is none of it; write --peft.bias '"none"', in a file bias: none"""
+    assert refused(write(), [("peft.bias", "none")]) == f"config.yaml:1 (--peft.bias): {said}"
+    assert refused(write(MINIMAL + "peft: {r: 4, bias: null}\n")) == f"config.yaml:10: {said}"
+    assert parse(write(MINIMAL + "peft: {r: 4, bias: none}\n")).peft.lora.arguments == {"r": 4, "bias": "none"}
+
+
 def test_a_section_of_null_turns_clipping_off(write, monkeypatch):
     source = write(MINIMAL + "clip_grad_norm: null\n")
     assert parse(source).clip_grad_norm.max_norm is None

@@ -41,7 +41,8 @@ options:
 
 overrides, for any key of the config:
   --optimizer.lr 1e-5     --step_scheduler.max_steps=100     --generate.prompts.0 "Hello"     --peft null
-  --dataset.truncation    a key without a value is true; null, none and ~ are no value
+  --freeze.0.freeze "*"   an item of a list by its number; the next one adds an item, 0 where there is none yet
+  --dataset.truncation    a key without a value is true; null, none and ~ are no value, where the key may have none
 
 Ctrl-C finishes the step and commits it; a second one quits at once (status 130). The same command again
 continues the run from its latest checkpoint. Under torchrun and on several machines:

@@ -134,6 +134,12 @@ class Peft:
     adapter_dtype: Dtype | None = None
     """What the adapter and modules_to_save are kept in; null: float32."""
 
+    def __post_init__(self) -> None:
+        # The one text of peft.LoraConfig that may be "none", which an override takes for no value.
+        if self.lora.arguments.get("bias", "none") is None:
+            place = self.lora.places.get("bias", self.lora.place.child("bias"))
+            raise place.error("is a text, and null is none of it; write --peft.bias '\"none\"', in a file bias: none")
+
     def lora_config(self) -> LoraConfig:
         return self.lora.build()
 

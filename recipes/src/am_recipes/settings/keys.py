@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from am_recipes.settings.schema import Check, Inline, Prefixed, metadata, plain
+from am_recipes.settings.schema import Check, Inline, Prefixed, default_of, has_default, metadata, plain
 from am_recipes.settings.target import DefaultTarget, Target
 
 _NAMES = {int: "integer", float: "number", bool: "true | false", str: "text", Path: "path"}
@@ -122,13 +122,9 @@ def _key(item: dataclasses.Field[Any], hint: Any, meaning: str) -> Key:
 
 
 def _default(item: dataclasses.Field[Any]) -> str | None:
-    if item.default is not dataclasses.MISSING:
-        value = item.default
-    elif item.default_factory is not dataclasses.MISSING:
-        value = item.default_factory()
-    else:
+    if not has_default(item):
         return None
-    value = plain(value)
+    value = plain(default_of(item))
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -138,8 +134,7 @@ def _presence(item: dataclasses.Field[Any]) -> str:
     """What is said of a section as a whole: whether it has to be there."""
     if item.default is None:
         return " By default null: none."
-    required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-    return " Required." if required else ""
+    return "" if has_default(item) else " Required."
 
 
 def _section_in(hint: Any) -> tuple[type[Any], str] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from am_recipes.settings.target import DefaultTarget, Target
-from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, is_secret, nearest, walk
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, walk
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
             keys = [key for key in remaining if key == prefixed.key or key.startswith(prefixed.key + "_")]
             (annotation,) = typing.get_args(typing.get_args(hints[item.name])[0])[1:]
             nodes = {prefixed.stored + key.removeprefix(prefixed.key): remaining.pop(key) for key in keys}
-            # Null is none of them, as for any key with a default.
+            # Null is none of them.
             values[item.name] = {
                 name: read(child, annotation) for name, child in nodes.items() if child.value is not None
             }
         elif item.name in remaining:
-            values[item.name] = read(remaining.pop(item.name), hints[item.name])
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            values[item.name] = _read_field(remaining.pop(item.name), hints[item.name], item)
+        elif not has_default(item):
             raise node.error(f"the key {item.name!r} is required")
     for name in inline:
         values[name] = read(dataclasses.replace(node, value=remaining), hints[name])
@@ -74,6 +74,26 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         raise
     except ValueError as error:
         raise node.error(str(error)) from error
+
+
+def _read_field(node: Node, annotation: Any, item: dataclasses.Field[Any]) -> Any:
+    """`read`, which where null is no value of the field says its default: null would be taken for off, or for that."""
+    try:
+        return read(node, annotation)
+    except ConfigError as error:
+        if node.value is not None or not has_default(item):
+            raise
+        raise ConfigError(f"{error}; its default is {inline(plain(default_of(item)))}") from None
+
+
+def has_default(item: dataclasses.Field[Any]) -> bool:
+    """Whether a dataclass makes the field itself where it is not given."""
+    return item.default is not dataclasses.MISSING or item.default_factory is not dataclasses.MISSING
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """What the dataclass makes the field."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _refuse_unknown(section: Node, kind: type[Any], inline: list[DefaultTarget]) -> None:

@@ -187,8 +187,17 @@ def dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def inline(value: Any) -> str:
+    """A plain value as YAML on one line, for messages."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
+
+
 def override(root: Node, flag: str, text: str) -> None:
-    """Set the value at `flag` (`optimizer.lr`, `prompts.0`) in the tree; the schema judges the names later."""
+    """Set the value at `flag` (`optimizer.lr`, `prompts.0`) in the tree; the schema judges the names later.
+
+    A number one past the end of a list adds to it, and 0 below what is not there begins a list.
+    """
     keys = flag.split(".")
     if not all(keys):
         raise root.error(f"--{flag}: not a dotted path; write --section.key value")
@@ -198,9 +207,14 @@ def override(root: Node, flag: str, text: str) -> None:
         place = replace(parent.child(key), where=f"{parent.where.split(' (--')[0]} (--{flag})")
         last = depth == len(keys) - 1
         if isinstance(node.value, list):
-            if not key.isdecimal() or int(key) >= len(node.value):
-                raise place.error(f"no such item; {parent.path} has {len(node.value)}, numbered from 0")
+            length = len(node.value)
+            if not key.isdecimal() or int(key) > length:
+                raise place.error(
+                    f"no such item; {parent.path} has {length}, numbered from 0; --{parent.path}.{length} adds one"
+                )
             index: Any = int(key)
+            if index == length:
+                node.value.append(Node(place, None, created=True))
             found = node.value[index]
         elif isinstance(node.value, dict):
             index = key
@@ -210,7 +224,8 @@ def override(root: Node, flag: str, text: str) -> None:
         if last:
             node.value[index] = _typed(text, place, created=found is None)
         elif found is None or found.value is None:
-            node.value[index] = node = Node(place, {}, created=found is None)
+            below: Any = [] if keys[depth + 1].isdecimal() else {}
+            node.value[index] = node = Node(place, below, created=found is None)
         else:
             node = found
 
