@@ -297,6 +297,17 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(folder, capsys):
 
 def test_a_dry_run_looks_for_the_model(folder, capsys):
     assert cli.main(["c.yaml", "--dry-run"]) == 1
+def test_a_dry_run_refuses_a_run_dir_that_cannot_be_written(folder, capsys):
+    """/proc takes no folder, though root is told that it may write there."""
+    tiny = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+    refusals = []
+    for options in ([], ["--dry-run"]):
+        assert cli.main([str(tiny), "--run_dir", "/proc/x", *options]) == 1
+        refusals.append(capsys.readouterr().err)
+    assert "run_dir=/proc/x needs the folder /proc/x/checkpoints, and /proc cannot be written" in refusals[0]
+    assert refusals[0] == refusals[1]
+
+
     assert capsys.readouterr().err.startswith("error: c.yaml:2: model.name_or_path: 'nowhere' is neither an existing")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,7 +87,7 @@ def _require_no_strangers(run_dir: Path) -> None:
 
 def require_usable(config: RunConfig) -> bool:
     """Refuse a directory that the run cannot write, or that holds another run or other files; whether this very run has
-    finished there. Reads only.
+    finished there. Leaves nothing behind.
     """
     with config.at("run_dir"):
         _require_writable(config.run_dir)
@@ -94,7 +96,7 @@ def require_usable(config: RunConfig) -> bool:
 
 
 def _require_writable(run_dir: Path) -> None:
-    """Find out before anything is loaded, not at the first save, that a run cannot write; creates nothing."""
+    """Find out before anything is loaded, not at the first save, that a run cannot write; leaves nothing behind."""
     for folder in (run_dir / "checkpoints", run_dir / "export"):
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
@@ -102,11 +104,17 @@ def _require_writable(run_dir: Path) -> None:
                 f"run_dir={run_dir} needs the folder {folder}, but {existing} is a file; remove it or choose another "
                 "run_dir"
             )
-        if not os.access(existing, os.W_OK | os.X_OK):
+        try:
+            # What `os.access` says is not all: root is told that it may write into /proc.
+            os.rmdir(tempfile.mkdtemp(prefix=".", dir=existing))
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # What is needed and what is free, the first save tells.
+                continue
             raise PermissionError(
                 f"run_dir={run_dir} needs the folder {folder}, and {existing} cannot be written by this user or is "
                 "read-only; choose another run_dir"
-            )
+            ) from error
 
 
 def already_finished(
