@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from am_recipes import cli, errors
-from am_recipes.configs import RECIPES
+from am_recipes.configs import RECIPES, parse
 from am_recipes.settings import keys
 
 CONFIG = """\
@@ -295,8 +297,6 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(folder, capsys):
     assert capsys.readouterr().out == printed
 
 
-def test_a_dry_run_looks_for_the_model(folder, capsys):
-    assert cli.main(["c.yaml", "--dry-run"]) == 1
 def test_a_dry_run_refuses_a_run_dir_that_cannot_be_written(folder, capsys):
     """/proc takes no folder, though root is told that it may write there."""
     tiny = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -308,6 +308,8 @@ def test_a_dry_run_refuses_a_run_dir_that_cannot_be_written(folder, capsys):
     assert refusals[0] == refusals[1]
 
 
+def test_a_dry_run_looks_for_the_model(folder, capsys):
+    assert cli.main(["c.yaml", "--dry-run"]) == 1
     assert capsys.readouterr().err.startswith("error: c.yaml:2: model.name_or_path: 'nowhere' is neither an existing")
 
 
@@ -349,10 +351,27 @@ def test_a_worker_is_told_the_number_of_processes_that_it_is_one_of(folder, caps
 
 
 def test_help_names_every_recipe(folder, capsys):
-    assert cli.main([]) == 0
+    assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     for name, kind in RECIPES.items():
         assert re.search(rf"^  {' '.join(kind.COMMAND)} +{name} +{kind.HELP}$", printed, re.MULTILINE)
+
+
+def test_a_command_line_without_anything_is_wrong_usage(folder, capsys):
+    for command in (cli.main, functools.partial(cli.run_recipe, "sft", "mysft.py")):
+        assert command([]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("usage: automodel CONFIG")
+
+
+def test_what_the_help_shows_of_overrides_is_true(folder):
+    section = cli.HELP.partition("overrides, for any key of the config:\n")[2].partition("\n\n")[0]
+    shown = shlex.split(re.sub(r"   +(a|an) .*", "", section, flags=re.MULTILINE))
+    overrides = cli.parse_arguments(["c.yaml", *shown]).overrides
+    assert ("generate.prompts.0", "Hello") in overrides
+    assert ("freeze.0.freeze", "*") in overrides
+    parse("c.yaml", overrides)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -402,7 +421,7 @@ def test_the_report_of_a_run_directory(trains, folder, capsys):
     assert capsys.readouterr().err.startswith(f"error: {folder} is not the directory of a run")
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["finetune", "--help"], ["sft", "--keys"]])
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["finetune", "--help"], ["sft", "--keys"]])
 def test_help_is_quick_and_imports_nothing_heavy(folder, argv):
     script = (
         "import sys, json; sys.argv[1:] = json.loads(sys.argv[1]); from am_recipes import cli; status = cli.main();"

@@ -197,8 +197,9 @@ def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | 
             return _report(argv[1:])
         arguments = parse_arguments(argv)
         if arguments.help or not argv:
-            print(HELP)
-            return 0
+            # Nothing at all is no question: a script whose variable was empty must not go on.
+            print(HELP, file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
         if arguments.keys:
             return _print_keys(arguments.recipe or recipe, arguments.path)
         if arguments.path is None:
