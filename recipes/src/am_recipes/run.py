@@ -67,7 +67,7 @@ class Run:
             mapping=weights.mapping,
             fingerprints={**weights.fingerprints, **run_dir.identity_texts(config)},
         )
-        self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
+        self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._best.require_kept()
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
@@ -106,7 +106,9 @@ class Run:
         return failed and self._dims.world_size > 1
 
     def begin(self, dataset: object, *facts: object) -> None:
-        """Log what is known before the first step: what the dataset reports, where it does, and `facts`."""
+        """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
+        for fact in self._restored:
+            self.log.note(fact)
         if isinstance(dataset, am_data.Reported):
             self.log.note(dataset.report)
             self.log.samples(dataset.report.samples)
