@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import am_ckpt
+from am_ckpt._files.step import seal
 from am_testing import run_distributed
 
 
@@ -307,3 +309,21 @@ def test_a_named_step_that_cannot_be_read_is_an_error_of_the_system(server: Serv
     first, *_ = answers_of(server, tmp_path, ("/step_000005/model/", 48), 2, "step_000005")
     assert first[0] == "OSError"
     assert "step_000005 could not be read: [Errno 5] Input/output error" in first[1]
+
+
+def test_digests_of_what_is_in_no_file_are_damage(tmp_path: Path) -> None:
+    checkpoints = checkpointer(tmp_path, "direct")
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    path = tmp_path / "step_000002" / "manifest.json"
+    whole = json.loads(path.read_text())
+    del whole["xxh3_128"]
+    for name, box in (("none", [[0], [4], "0"]), ("0.bias", [[0, 0], [2, 2], "0"]), ("0.bias", [[2], [2**40], "0"])):
+        manifest = copy.deepcopy(whole)
+        (record,) = [r for r in manifest["files"] if "0.bias" in r.get("boxes_xxh3_128", ())]
+        record["boxes_xxh3_128"][name] = [box]
+        path.write_bytes(seal(manifest))
+        with pytest.raises(ValueError, match=rf"step_000002/model/.*{name}"):
+            checkpoints.load(state_of(9), 2)
+        with pytest.warns(UserWarning, match=rf"SKIPPED a damaged checkpoint, going back to step_000001: .*{name}"):
+            assert checkpoints.load(state_of(9)) == 1

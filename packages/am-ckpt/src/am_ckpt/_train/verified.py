@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from am_ckpt._files.block_digests import changed_blocks
-from am_ckpt._files.box_digests import BoxDigests, changed_boxes
+from am_ckpt._files.box_digests import BoxDigests, changed_boxes, require_digested
 from am_ckpt._files.safetensors import Header, element_count
 from am_ckpt._files.step import MANIFEST, checked_header, read_manifest
 from am_ckpt._io import file_digest
@@ -95,6 +95,8 @@ def _changed(folder: Path, parts: Sequence[tuple[dict[str, Any], Any]]) -> list[
     for path, record in {record["path"]: record for record, _ in parts}.items():
         if "header_xxh3_128" in record:
             headers[path] = checked_header(folder / path, record)
+        if "boxes_xxh3_128" in record:
+            require_digested(folder / path, headers[path], record["boxes_xxh3_128"])
 
     def problems(item: tuple[dict[str, Any], Any]) -> list[Problem]:
         record, part = item
