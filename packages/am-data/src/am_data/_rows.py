@@ -178,13 +178,22 @@ def stream_file(file: Path) -> Iterator[Row]:
     """The rows of a file, without holding them; ValueError where it cannot be read, with its name and line."""
     import datasets
 
-    with _quiet():
+    rows: Iterator[Row] | None = None
+    while True:
         try:
-            yield from datasets.load_dataset(
-                BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
-            )
+            # Not while the row is used: it is of the whole process.
+            with _quiet():
+                rows = rows or iter(
+                    datasets.load_dataset(
+                        BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
+                    )
+                )
+                row = next(rows)
+        except StopIteration:
+            return
         except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{file} cannot be read: {_reason(file, error)}; mend the file") from error
+        yield row
 
 
 def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> datasets.Dataset:
