@@ -130,7 +130,7 @@ def build(
     checks.require_export(config, model)
     if not config.dry_run:
         chosen = precision.measured(chosen, model, dims)
-    _require_no_leak(config, model, separate_documents, "model")
+    _require_no_leak(config, model, separate_documents, layout, "model")
     if peft is None:
         return Built(model, chosen, model, report, router, mapping, files, files, None, None)
     named = config.model.name_or_path
@@ -168,8 +168,9 @@ def build_teacher(
         mapping = _weight_map(model, folder)
     model.requires_grad_(False).eval()
     fresh = () if folder else ("*",)
-    _lay_out(config, model, layout.options(), dims, device, folder, mapping, fresh, "teacher_model")
-    _require_no_leak(config, model, separate_documents, "teacher_model")
+    options = layout.options()
+    _lay_out(config, model, options, dims, device, folder, mapping, fresh, "teacher_model")
+    _require_no_leak(config, model, separate_documents, options, "teacher_model")
 
 
 def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
@@ -263,8 +264,10 @@ def _lay_out(
         )
 
 
-def _require_no_leak(config: RunConfig, model: PreTrainedModel, may_share_rows: bool, key: str) -> None:
+def _require_no_leak(
+    config: RunConfig, model: PreTrainedModel, may_share_rows: bool, layout: Mapping[str, Any], key: str
+) -> None:
     """Prove that no token sees the future, padding, or other documents and rows, which takes weights."""
     if not config.dry_run:
         with config.at(key):
-            am_models.require_no_leak(model, packed=may_share_rows)
+            am_models.require_no_leak(model, packed=may_share_rows, param_dtype=layout["param_dtype"])

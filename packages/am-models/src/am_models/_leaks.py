@@ -40,15 +40,23 @@ _LEAKS = {
 
 
 @torch.no_grad()
-def require_no_leak(model: PreTrainedModel, *, packed: bool, document_length: int = 5, seed: int = 0) -> None:
+def require_no_leak(
+    model: PreTrainedModel,
+    *,
+    packed: bool,
+    param_dtype: torch.dtype | None = None,
+    document_length: int = 5,
+    seed: int = 0,
+) -> None:
     """Check on the model itself that it predicts a token from the earlier ones of the same document, and nothing else.
 
     Its logits must not depend on the future, on padding, on neighbours (`packed`: other documents of the row; the other
     rows of a batch always) or their length; and positions counted from 0 must be those that it counts by itself.
     Forwards of random tokens that differ in one of these, whose other logits must not move by more than 16 epsilons of
-    the parameters' dtype times the largest logit. Costs 10 rows of 2 * document_length + 2 tokens; nothing is changed.
-    Every rank that holds a shard calls it. Needs weights, whose attention is not all zero. Where rotary frequencies
-    depend on the length, a `document_length` that reaches the original one shows it.
+    the parameters' dtype times the largest logit; `param_dtype` is that of the products, where it is another. Costs 10
+    rows of 2 * document_length + 2 tokens; nothing is changed. Every rank that holds a shard calls it. Needs weights,
+    whose attention is not all zero. Where rotary frequencies depend on the length, a `document_length` that reaches the
+    original one shows it.
 
     Raises ValueError naming the family, what leaked and what to do, and where logits are NaN or infinite. The model is
     fed as `forward_with_loss` feeds it: with stock attention, packing is in `position_ids` alone.
@@ -85,15 +93,20 @@ def require_no_leak(model: PreTrainedModel, *, packed: bool, document_length: in
     moved = {name: _distance(together[0], together[row], stays[name]) for row, name in enumerate(changed, start=1)}
     moved["length"] = _distance(together[0], beside_longer[0], first)
     moved["positions"] = _distance(alone[0], by_itself[0], slice(None))
-    limit = 16 * torch.finfo(model.dtype).eps * together.abs().max().item()
+    epsilon = max(torch.finfo(dtype).eps for dtype in (model.dtype, param_dtype or model.dtype))
+    limit = 16 * epsilon * together.abs().max().item()
     for name, distance in moved.items():
         if not distance <= limit:
-            whose, cause, fix = _LEAKS[name]
-            attention = model.config.get_text_config()._attn_implementation
-            raise ValueError(
-                f"{model.config.model_type}: the logits of {whose} move by {distance:.3g} (limit {limit:.3g}) when "
-                f"{cause}, with attention {attention!r}; {fix}"
-            )
+            raise ValueError(_leak(model, name, distance, limit))
+
+
+def _leak(model: PreTrainedModel, name: str, distance: float, limit: float) -> str:
+    whose, cause, fix = _LEAKS[name]
+    attention = model.config.get_text_config()._attn_implementation
+    return (
+        f"{model.config.model_type}: the logits of {whose} move by {distance:.3g} (limit {limit:.3g}) when {cause}, "
+        f"with attention {attention!r}; {fix}"
+    )
 
 
 def _logits(model: PreTrainedModel, tokens: torch.Tensor, rows: Sequence[Sequence[int]]) -> torch.Tensor:
