@@ -265,6 +265,11 @@ if answers[0][0] == 1:
     arm(0)
     checkpoints.save(2, {"model": model})
     checkpoints.save(3, {"model": model})
+    arm(count)
+    try:
+        checkpoints.save(5, {"model": model})
+    except OSError as error:
+        answers.append(str(error))
 arm(0)
 print("ANSWERS", json.dumps([*answers, load("latest"), sorted(name for name in os.listdir(folder) if "step" in name)]))
 """
@@ -289,7 +294,7 @@ def test_a_read_that_fails_once_is_done_again(place: tuple[str, int], server: Se
 @NO_SHIM
 @pytest.mark.parametrize("place", PLACES)
 def test_a_step_that_could_not_be_read_is_not_damaged(place: tuple[str, int], server: Server, tmp_path: Path) -> None:
-    first, discarding, last, there = answers_of(server, tmp_path, place, 2, "latest")
+    first, discarding, over, last, there = answers_of(server, tmp_path, place, 2, "latest")
     assert first[:2] == [1, 1.0]
     (warning,) = first[2:]
     assert warning.startswith(
@@ -299,7 +304,9 @@ def test_a_step_that_could_not_be_read_is_not_damaged(place: tuple[str, int], se
     assert "damaged" not in warning
     assert discarding[0] == "ValueError"
     assert "would delete step_000005, which could not be read and may be whole" in discarding[1]
-    # Saves went on beside it, and it is there for whoever can read it.
+    # Saves went on beside it, none in its place, and it is there for whoever can read it.
+    assert "step 5 was not saved" in over
+    assert "Input/output error" in over
     assert there == [f"step_{step:06d}" for step in (1, 2, 3, 5)]
     assert last == [5, 5.0]
 
