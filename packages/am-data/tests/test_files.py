@@ -148,11 +148,13 @@ def test_what_cannot_be_read_is_named_wherever_it_is_found(tokenizer, tmp_path):
         for path in (tmp_path / name, [tmp_path / "fine.jsonl", tmp_path / name]):
             with pytest.raises(ValueError, match=message):
                 am_data.ChatDataset(path, tokenizer)
-    for name in ("first.jsonl", "control.jsonl"):
-        folder = tmp_path / f"of_{name}"
+    for name, message in found.items():
+        stem, _, kind = name.partition(".")
+        folder = tmp_path / f"{stem}_{kind}"
         folder.mkdir()
-        (folder / "train.jsonl").write_bytes((tmp_path / name).read_bytes())
-        with pytest.raises(ValueError, match=r"of_\w+.jsonl' .*cannot be read: train.jsonl, line \d is not"):
+        (folder / f"train.{kind}").write_bytes((tmp_path / name).read_bytes())
+        fault = message.partition("read: ")[2]
+        with pytest.raises(ValueError, match=rf"{stem}_{kind}' .*cannot be read: train.{kind}, {fault}"):
             am_data.ChatDataset(folder, tokenizer)
 
 
@@ -202,7 +204,7 @@ def test_tokens_are_prepared_from_patterns_and_compressed_files(tokenizer, tmp_p
         "bad.jsonl": "bad.jsonl cannot be read: line 4 is not JSON",
         "plain.jsonl.gz": "plain.jsonl.gz cannot be read: Not a gzipped file",
         "plain.txt.gz": "plain.txt.gz cannot be read: Not a gzipped file",
-        "empty.jsonl": "empty.jsonl is empty; give a file",
+        "empty.jsonl": "no document of the 1 files, ",
     }.items():
         arguments = ["prepare", f"{tmp_path}/{name}", "--output", f"{tmp_path}/bad"]
         assert _cli.main([*arguments, "--tokenizer", f"{tmp_path}/tokenizer"]) == 1

@@ -75,10 +75,11 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def unpacking_errors(path: Path) -> tuple[type[Exception], ...]:
-    """What is raised where a compressed file is broken, or none of its kind; nothing of files that are not."""
-    if path.suffix.lower() not in COMPRESSIONS:
+    """What is raised where a compressed file, or one of a folder, is broken or none of its kind."""
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS and not path.is_dir():
         return ()
-    of_zstandard = (importlib.import_module("zstandard").ZstdError,) if path.suffix.lower() == ".zst" else ()
+    of_zstandard = (importlib.import_module("zstandard").ZstdError,) if suffix == ".zst" else ()
     # That of bz2 is a plain OSError.
     return (EOFError, OSError, lzma.LZMAError, zlib.error, *of_zstandard)
 

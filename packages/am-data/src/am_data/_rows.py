@@ -20,6 +20,7 @@ from am_data._files import (
     paths_of,
     unpacking_errors,
 )
+from am_data._hub import require_on_hub
 from am_data._messages import Row
 
 if TYPE_CHECKING:
@@ -158,28 +159,8 @@ def _read_hub(rows: object, path: Path, split: str, name: str | None) -> dataset
     named = rows if isinstance(rows, str | Path) else path
     if isinstance(named, Path) or kind(path) in BUILDERS or named.startswith((".", "~", "/")) or len(path.parts) > 2:
         raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub dataset id")
-    _require_on_hub(named)
+    require_on_hub(named)
     return _load(named, name=name, split=split, source=named)
-
-
-def _require_on_hub(name: str) -> None:
-    """Refuse a name that is no dataset of the hub, or of its cache: at once; `datasets` would try for a minute."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return
-    try:
-        # Nothing is downloaded yet.
-        huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[])
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name} does not exist here, and as a dataset of the hub it is not in the cache, and the hub cannot be "
-            "reached; check the path, or download it where the hub can be reached"
-        ) from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise FileNotFoundError(f"{name} does not exist, neither here nor as a dataset of the hub: {error}") from error
 
 
 def _load_file(file: Path) -> datasets.Dataset:
@@ -215,20 +196,27 @@ def stream_file(file: Path) -> Iterator[Row]:
     import datasets
 
     _require_opener(file)
-    with _quiet():
+    rows: Iterator[Row] | None = None
+    while True:
         try:
-            yield from datasets.load_dataset(
-                BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
-            )
+            # Not while the row is used: it is of the whole process.
+            with _quiet():
+                rows = rows or iter(
+                    datasets.load_dataset(
+                        BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
+                    )
+                )
+                row = next(rows)
+        except StopIteration:
+            return
         except (ValueError, datasets.exceptions.DatasetGenerationError, *unpacking_errors(file)) as error:
             raise ValueError(f"{file} cannot be read: {_reason(file, error)}; mend the file") from error
-        except StopIteration as error:
-            raise ValueError(f"{file} is empty; give a file with at least one row") from error
+        yield row
 
 
 def _require_opener(file: Path) -> None:
     """ModuleNotFoundError that says what is missing to read a compressed file."""
-    if file.suffix.lower() in COMPRESSIONS:
+    if file.is_file() and file.suffix.lower() in COMPRESSIONS:
         open_binary(file).close()
 
 
@@ -252,6 +240,8 @@ def _naming_split(source: str | Path, split: str) -> Iterator[None]:
     of_packed = unpacking_errors(source) if isinstance(source, Path) else ()
     try:
         yield
+    except FileNotFoundError:
+        raise
     except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError, *of_packed) as error:
         raise ValueError(
             f"{str(source)!r} (split={split!r}) cannot be read: {_reason(source, error)}; mend the file or choose "
@@ -269,7 +259,9 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _reason(source: str | Path, error: Exception) -> str:
-    found = _broken_in(source) if isinstance(source, Path) else None
+    # A ValueError of a folder is about its splits or names; all of its files would be read for nothing.
+    in_files = isinstance(source, Path) and (source.is_file() or type(error) is not ValueError)
+    found = _broken_in(Path(source)) if in_files else None
     return found or str(error.__cause__ or error).strip().splitlines()[0].rstrip(".!")
 
 

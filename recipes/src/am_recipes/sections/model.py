@@ -140,8 +140,11 @@ class Peft:
             place = self.lora.places.get("bias", self.lora.place.child("bias"))
             raise place.error("is a text, and null is none of it; write --peft.bias '\"none\"', in a file bias: none")
 
-    def lora_config(self) -> LoraConfig:
-        return self.lora.build()
+    def lora_config(self, task_type: str | None) -> LoraConfig:
+        """The configuration, of this `task_type` where it names none itself."""
+        built: LoraConfig = self.lora.build()
+        built.task_type = built.task_type or task_type
+        return built
 
     def dtype(self) -> torch.dtype | None:
         return torch_dtype(self.adapter_dtype)
