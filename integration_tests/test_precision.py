@@ -143,6 +143,10 @@ def test_float16_computes_in_bfloat16(tmp_path: Path) -> None:
     assert {value.dtype for value in weights(run_dir / "export").values()} == {torch.float16}
     adapter = train(tmp_path / "adapter", model, peft={"r": 2, "target_modules": "all-linear"})
     assert "precision: trains in float32, computes in bfloat16" in notes(adapter)
+    adapter = train(
+        tmp_path / "bfloat16", base(tmp_path / "other", torch.bfloat16), peft={"r": 2, "target_modules": "all-linear"}
+    )
+    assert "precision: trains in float32, computes in bfloat16" in notes(adapter)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

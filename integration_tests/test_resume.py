@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -192,21 +193,22 @@ def test_an_optimizer_that_is_fused_on_one_process_alone(worlds: tuple[int, int]
     assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
 
 
-def test_a_resume_says_what_it_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resume_says_what_it_verified(tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         state = {"model": torch.nn.Linear(3, 2)}
         checkpoints = am_ckpt.Checkpointer(tmp_path)
-        assert run_dir.resume(checkpoints, state, Checkpoint(), 9) is None
+        assert run_dir.resume(checkpoints, state, Checkpoint(), 9) == (None, [])
         checkpoints.save(4, state)
         checkpoints.save(5, state)
         flip(next((tmp_path / "step_000005/model").glob("*.safetensors")))
-        with pytest.warns(UserWarning, match=r"SKIPPED .* going back to step_000004: .*safetensors"):
-            assert run_dir.resume(checkpoints, state, Checkpoint(), 9) == 4
+        step, (skipped, restored) = run_dir.resume(checkpoints, state, Checkpoint(), 9)
+        assert step == 4
+        assert re.match(r"WARNING SKIPPED .* going back to step_000004: .*safetensors", skipped, re.DOTALL)
         verified = "all that was read has the digests it was saved with"
-        assert capsys.readouterr().out == f"resumed from step 4 in {tmp_path}: {verified}\n"
-        assert run_dir.resume(checkpoints, state, Checkpoint(verify=False), 9) == 5
-        assert capsys.readouterr().out == f"resumed from step 5 in {tmp_path}: not verified (checkpoint.verify)\n"
+        assert restored == f"resumed from step 4 in {tmp_path}: {verified}"
+        unverified = f"resumed from step 5 in {tmp_path}: not verified (checkpoint.verify)"
+        assert run_dir.resume(checkpoints, state, Checkpoint(verify=False), 9) == (5, [unverified])
     finally:
         dist.destroy_process_group()
 
@@ -228,7 +230,8 @@ def test_damaged_weights_are_not_trained_on(tmp_path: Path, adapter: bool, unint
     (weights,) = (newest / "model").glob("*.safetensors")
     flip(weights)
     config = configs.parse(CONFIG, [("run_dir", str(tmp_path)), *more.items()])
-    with pytest.warns(UserWarning, match=f"going back to step_.*{weights.name}"):
-        assert sft.main(config) == 0
+    assert sft.main(config) == 0
+    notes = json.loads((tmp_path / "run.json").read_text())["notes"]
+    assert re.search(f"going back to step_.*{weights.name}", notes[0])
     if not adapter:
         assert_same_run(tmp_path, uninterrupted)

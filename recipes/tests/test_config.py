@@ -579,7 +579,8 @@ def test_torch_and_peft_targets(write):
     text = CUSTOM + "peft: {r: 4, target_modules: all-linear}\nloss_fn: {_target_: my_targets.scale}\n"
     config = parse(write(text), [("optimizer.amsgrad", "true"), ("optimizer.betas", "[0.9, 0.95]")])
     check_targets(config)
-    assert config.peft.lora_config().r == 4
+    lora = config.peft.lora_config("CAUSAL_LM")
+    assert (lora.r, lora.task_type) == (4, "CAUSAL_LM")
     assert config.optimizer.factory().__name__ == "AdamW"
     assert config.optimizer.hyperparameters() == {"lr": 1e-4, "betas": (0.9, 0.95), "amsgrad": True}
     message = refused(write(text), [("peft.lora_alfa", "3")], targets=True)

@@ -479,7 +479,7 @@ def test_a_step_that_is_deleted_while_it_is_loaded(entries: tuple[str, ...], tmp
 
 
 STALE = """
-import ctypes, sys, torch, am_ckpt
+import ctypes, errno, sys, torch, am_ckpt
 model = torch.nn.Linear(4, 3, bias=False)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 model(torch.ones(4)).sum().backward(); optimizer.step()
@@ -488,7 +488,8 @@ checkpoints = am_ckpt.Checkpointer(sys.argv[1])
 checkpoints.save(1, state)
 before = checkpoints.digest(state)
 optimizer.state[model.weight]["momentum_buffer"].zero_()
-ctypes.CDLL(None).staleshim_arm(int(sys.argv[2]))
+# A row of the tensor has 48 bytes.
+ctypes.CDLL(None).staleshim_arm(b"/optim/", ctypes.c_size_t(48), int(sys.argv[2]), errno.ESTALE)
 print(checkpoints.load(state), checkpoints.digest(state) == before)
 """
 

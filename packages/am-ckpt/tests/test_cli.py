@@ -436,6 +436,41 @@ def test_what_a_config_shows_of_the_last_ranks(rows: int, ranks: int, hidden: in
     assert main(["merge", str(source), str(tmp_path / "again")]) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "experts", "files", "parts", "shown"),
+    [
+        # Cut over eight ranks, the embedding over four; the last four files are there, or not.
+        ("mlp.experts.gate_up_proj", 16, {"num_experts": 16}, 8, 8, False),
+        ("mlp.experts.gate_up_proj", 16, {"num_experts": 16}, 4, 8, False),
+        ("moe.experts.w1", 16, {"num_experts": 16}, 4, 8, False),
+        ("mlp.experts.gate_up_proj", 16, {"moe_num_experts": 16}, 4, 8, False),
+        ("mlp.experts.gate_up_proj", 16, {"num_experts": 16}, 4, 4, True),
+        # Of two ranks, whoever has the embedding's other parts.
+        ("mlp.up_proj.weight", 16, {}, 4, 2, False),
+        # Three parts of two rows, as four ranks cut five.
+        ("mlp.up_proj.bias", 5, {}, 4, 4, True),
+    ],
+)
+def test_parts_that_the_embeddings_ranks_do_not_account_for(
+    name: str, rows: int, experts: dict[str, int], files: int, parts: int, shown: bool, tmp_path: Path, capsys: Any
+) -> None:
+    source = tmp_path / "shards"
+    whole = [("embed_tokens.weight", torch.ones(32, 4), 4), (f"layers.0.{name}", torch.ones(rows, 3), parts)]
+    for rank in range(files):
+        part = {}
+        for tensor_name, tensor, over in whole:
+            step = -(-len(tensor) // over)
+            if len(piece := tensor[rank * step : (rank + 1) * step]):
+                part[tensor_name] = (piece, [rank * step, 0])
+        shard(source, rank + 1, part)
+    (source / "config.json").write_text(json.dumps({"vocab_size": 32, "hidden_size": 4, **experts}))
+    command = ["reshard", str(source), str(tmp_path / "resharded"), "--mesh", "dp=2"]
+    assert main(command) == (0 if shown else 3), capsys.readouterr()
+    if not shown:
+        assert "nothing shows that the files of the last ranks are there" in capsys.readouterr().err
+        assert main([*command, "--assume-complete"]) == 0
+
+
 @pytest.mark.parametrize("by", ["config", "like"])
 def test_a_missing_last_rank_shows_in_config_or_like(by: str, tmp_path: Path, capsys: Any) -> None:
     source = shards(tmp_path / "shards")

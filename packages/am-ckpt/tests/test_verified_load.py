@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from crash_matrix import Server, can_inject
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import am_ckpt
+from am_ckpt._files.step import seal
 from am_testing import run_distributed
 
 
@@ -233,3 +237,100 @@ def test_torchs_own_load_verifies_what_it_reads_from(layout: str, tmp_path: Path
         with safe_open(weights, "pt") as opened:
             assert set(opened.keys()).isdisjoint(other)
         dcp.load(other, storage_reader=am_ckpt.StorageReader(tmp_path / "step_000001"), no_dist=True)
+
+
+UNREAD = """
+import ctypes, errno, json, os, sys, warnings, torch, am_ckpt
+folder, part, size, count, which = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+model = torch.nn.Linear(4, 3, bias=False)
+checkpoints = am_ckpt.Checkpointer(folder)
+for step in (1, 5):
+    torch.nn.init.constant_(model.weight, step)
+    checkpoints.save(step, {"model": model})
+def load(which, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            step = checkpoints.load({"model": model}, which, **options)
+        except (ValueError, OSError) as error:
+            return [type(error).__name__, str(error)]
+    return [step, model.weight[0, 0].item(), *(str(warning.message) for warning in caught)]
+def arm(count):
+    ctypes.CDLL(None).staleshim_arm(part.encode(), ctypes.c_size_t(size), count, errno.EIO)
+arm(count)
+answers = [load(which)]
+if answers[0][0] == 1:
+    arm(count)
+    answers.append(load(which, discard_newer=True))
+    arm(0)
+    checkpoints.save(2, {"model": model})
+    checkpoints.save(3, {"model": model})
+    arm(count)
+    try:
+        checkpoints.save(5, {"model": model})
+    except OSError as error:
+        answers.append(str(error))
+arm(0)
+print("ANSWERS", json.dumps([*answers, load("latest"), sorted(name for name in os.listdir(folder) if "step" in name)]))
+"""
+NO_SHIM = pytest.mark.skipif(not can_inject(), reason="reads are made to fail with LD_PRELOAD: Linux and cc")
+# A header's length, that of a manifest is longer, and all values of the tensor.
+PLACES = [("/step_000005/model/", 8), ("/step_000005/manifest.json", 0), ("/step_000005/model/", 48)]
+
+
+def answers_of(server: Server, folder: Path, place: tuple[str, int], count: int, which: str) -> list[Any]:
+    ended, text = server.run(UNREAD, str(folder), place[0], str(place[1]), str(count), which)
+    assert ended == 0, text
+    return json.loads(text.partition("ANSWERS ")[2].splitlines()[0])
+
+
+@NO_SHIM
+@pytest.mark.parametrize("place", PLACES)
+def test_a_read_that_fails_once_is_done_again(place: tuple[str, int], server: Server, tmp_path: Path) -> None:
+    first, second, there = answers_of(server, tmp_path, place, 1, "latest")
+    assert (first, second, there) == ([5, 5.0], [5, 5.0], ["step_000001", "step_000005"])
+
+
+@NO_SHIM
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_could_not_be_read_is_not_damaged(place: tuple[str, int], server: Server, tmp_path: Path) -> None:
+    first, discarding, over, last, there = answers_of(server, tmp_path, place, 2, "latest")
+    assert first[:2] == [1, 1.0]
+    (warning,) = first[2:]
+    assert warning.startswith(
+        "SKIPPED a checkpoint that could not be read, going back to step_000001: step_000005 could"
+    )
+    assert "Input/output error" in warning
+    assert "damaged" not in warning
+    assert discarding[0] == "ValueError"
+    assert "would delete step_000005, which could not be read and may be whole" in discarding[1]
+    # Saves went on beside it, none in its place, and it is there for whoever can read it.
+    assert "step 5 was not saved" in over
+    assert "Input/output error" in over
+    assert there == [f"step_{step:06d}" for step in (1, 2, 3, 5)]
+    assert last == [5, 5.0]
+
+
+@NO_SHIM
+def test_a_named_step_that_cannot_be_read_is_an_error_of_the_system(server: Server, tmp_path: Path) -> None:
+    first, *_ = answers_of(server, tmp_path, ("/step_000005/model/", 48), 2, "step_000005")
+    assert first[0] == "OSError"
+    assert "step_000005 could not be read: [Errno 5] Input/output error" in first[1]
+
+
+def test_digests_of_what_is_in_no_file_are_damage(tmp_path: Path) -> None:
+    checkpoints = checkpointer(tmp_path, "direct")
+    for step in (1, 2):
+        checkpoints.save(step, state_of(step))
+    path = tmp_path / "step_000002" / "manifest.json"
+    whole = json.loads(path.read_text())
+    del whole["xxh3_128"]
+    for name, box in (("none", [[0], [4], "0"]), ("0.bias", [[0, 0], [2, 2], "0"]), ("0.bias", [[2], [2**40], "0"])):
+        manifest = copy.deepcopy(whole)
+        (record,) = [r for r in manifest["files"] if "0.bias" in r.get("boxes_xxh3_128", ())]
+        record["boxes_xxh3_128"][name] = [box]
+        path.write_bytes(seal(manifest))
+        with pytest.raises(ValueError, match=rf"step_000002/model/.*{name}"):
+            checkpoints.load(state_of(9), 2)
+        with pytest.warns(UserWarning, match=rf"SKIPPED a damaged checkpoint, going back to step_000001: .*{name}"):
+            assert checkpoints.load(state_of(9)) == 1

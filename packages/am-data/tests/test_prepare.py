@@ -255,3 +255,20 @@ def test_a_terminal_gets_a_bar_with_tokens_per_second(tmp_path, tokenizer_folder
     os.close(terminal)
     assert re.search(r"100%\|.*\| 20.0k/20.0k \[.*tokens/s\]", shown.decode())
     assert "20,000 tokens" in done.stdout
+
+
+def test_logs_are_silenced_only_while_a_row_is_read(tmp_path, tokenizer_folder):
+    # More documents than are encoded at a time.
+    write_jsonl(tmp_path / "a.jsonl", [f"number {number}" for number in range(3000)])
+    before, between = datasets.logging.get_verbosity(), set()
+
+    def see(frame, event, called):
+        if event == "c_call" and called.__name__ == "encode_batch_fast":
+            between.add(datasets.logging.get_verbosity())
+
+    sys.setprofile(see)
+    try:
+        assert run(tmp_path / "a.jsonl", "--output", tmp_path / "tokens", "--tokenizer", tokenizer_folder) == 0
+    finally:
+        sys.setprofile(None)
+    assert between == {before} != {datasets.logging.CRITICAL}

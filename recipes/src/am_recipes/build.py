@@ -107,7 +107,7 @@ def build(
     peft = config.peft
     if peft is not None:
         with config.at("peft"):
-            am_peft.apply_lora(model, peft.lora_config(), adapter_dtype=peft.dtype())
+            am_peft.apply_lora(model, peft.lora_config(config.PEFT_TASK_TYPE), adapter_dtype=peft.dtype())
     with config.at("freeze"):
         am_peft.freeze(model, freeze)
     if folder is not None:

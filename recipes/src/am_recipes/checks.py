@@ -146,11 +146,16 @@ def require_finite(step: int, **values: float) -> None:
         )
 
 
-def num_embeddings(model: PreTrainedModel) -> int:
-    """How many token ids `model` embeds."""
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The embeddings of `model`'s token ids `[V, D]`."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
-    return embeddings.num_embeddings
+    return embeddings.weight
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many token ids `model` embeds."""
+    return len(embedding_weight(model))
 
 
 def require_embeddings(

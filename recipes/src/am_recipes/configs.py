@@ -179,6 +179,7 @@ class VlmConfig(RunConfig):
     NAME: ClassVar[str] = "vlm"
     COMMAND: ClassVar[tuple[str, str]] = ("finetune", "vlm")
     HELP: ClassVar[str] = "fine-tune a vision-language model on conversations with images"
+    PEFT_TASK_TYPE: ClassVar[str | None] = None
     DATASET: ClassVar[DefaultTarget] = DefaultTarget("am_data.VisionChatDataset")
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("processor",)
     IDENTITY: ClassVar[tuple[str, ...]] = (*RunConfig.IDENTITY, "processor")

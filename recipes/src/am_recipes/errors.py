@@ -33,7 +33,8 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
     Args:
         debug: show the traceback of a message too.
         run_dir: where error.txt goes, error.rank3.txt for another rank than the first. A refusal before the run has
-            begun leaves no trace there; success removes what an earlier attempt has left.
+            begun leaves no trace there, nor does a bug before that where a run is already; success removes what an
+            earlier attempt has left.
     """
     rank = os.environ.get("RANK", "0")
     file = None if run_dir is None else run_dir / ("error.txt" if rank == "0" else f"error.rank{rank}.txt")
@@ -45,9 +46,11 @@ def reported(function: Callable[[], int], *, debug: bool, run_dir: Path | None =
         return 130
     except Exception as error:  # noqa: BLE001 - here the program ends, and every exception is reported
         is_message = isinstance(error, MESSAGES)
-        # The record of a directory that was refused is another run's.
-        begun = not is_message or (_launches(run_dir) != before and not isinstance(error, lock.Refused))
-        written = file if file is not None and begun and _write(file) else None
+        # A launch that came in the meantime is another run's where the directory was refused.
+        refused = isinstance(error, lock.Refused) or isinstance(error.__cause__, lock.Refused)
+        begun = _launches(run_dir) != before and not refused
+        is_free = not is_message and not before
+        written = file if file is not None and (begun or is_free) and _write(file) else None
         if debug or not is_message:
             traceback.print_exc()
         if isinstance(error, ConfigError):

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 import am_mesh
+from am_recipes.checks import embedding_weight
 from am_recipes.run_config import RunConfig
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -26,12 +28,14 @@ _HALF = (torch.bfloat16, torch.float16)
 class Precision:
     """What `choose` decided.
 
-    trains: dtypes of what trains. param_dtype: as `am_mesh.parallelize` takes it. exported: what an export rounds to,
-    by parameter, as `am_ckpt.save_hf` takes it. key: of the config, which keeps half precision. lost: the share of what
-    is kept there that a step of `lr` cannot change; known once there are weights.
+    trains: dtypes of what trains. computes: dtype of the hidden states. param_dtype: as `am_mesh.parallelize` takes it.
+    exported: what an export rounds to, by parameter, as `am_ckpt.save_hf` takes it. key: of the config, which keeps
+    half precision. lost: the share of what is kept there that a step of `lr` cannot change; known once there are
+    weights.
     """
 
     trains: tuple[torch.dtype, ...]
+    computes: torch.dtype
     param_dtype: torch.dtype | None
     exported: Mapping[str, torch.dtype]
     key: str
@@ -39,8 +43,7 @@ class Precision:
     lost: float | None = None
 
     def __str__(self) -> str:
-        computes = self.trains if self.param_dtype is None else (self.param_dtype,)
-        text = f"precision: trains in {_names(self.trains)}, computes in {_names(computes)}"
+        text = f"precision: trains in {_names(self.trains)}, computes in {_names((self.computes,))}"
         if self.exported:
             text += f", exports {_names(set(self.exported.values()))}"
         if self.lost is not None:
@@ -52,7 +55,7 @@ class Precision:
         return text
 
 
-def choose(model: nn.Module, config: RunConfig) -> Precision:
+def choose(model: PreTrainedModel, config: RunConfig) -> Precision:
     """Give what trains of `model`, on the meta device, the dtype that it is kept in; say what it computes in.
 
     With `model.dtype: auto` what is in half precision trains in float32. An adapter, and what trains whole beside it,
@@ -72,7 +75,9 @@ def choose(model: nn.Module, config: RunConfig) -> Precision:
     if param_dtype is None and (exported or any(value.dtype == torch.float16 for value in model.parameters())):
         param_dtype = torch.bfloat16
     trains = tuple(dict.fromkeys(parameter.dtype for parameter in trained.values()))
-    return Precision(trains, param_dtype, exported, key, config.optimizer.lr)
+    # An adapter casts to what it adapts.
+    computes = param_dtype or embedding_weight(model).dtype
+    return Precision(trains, computes, param_dtype, exported, key, config.optimizer.lr)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import am_ckpt
 import am_data
 import am_mesh
 from am_recipes import checks, data, run_dir
+from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
@@ -55,25 +56,19 @@ class Run:
         self._config, self._dims, self._stop, self._state = config, dims, stop, state
         self._progress: Progress = state["progress"]
         self.total_steps = total_steps
-        # The first validation set says what is best.
-        self._metric = next(iter(config.validation_datasets), "")
-        keep_best = config.checkpoint.keep_best
-        self._keep_best = keep_best or int(config.wants_best_export)
-        if config.checkpoint.keep_last is not None:
-            # Otherwise nothing is deleted.
-            keep_best = self._keep_best or None
+        self._best = Best(config, self._progress)
         self._checkpoints = am_ckpt.Checkpointer(
             config.run_dir / "checkpoints",
             asynchronous=config.checkpoint.asynchronous,
             layout=config.checkpoint.layout,
             keep_last=config.checkpoint.keep_last,
-            keep_best=(self._metric, "min", keep_best) if keep_best is not None else None,
+            keep_best=self._best.retention,
             files=weights.files,
             mapping=weights.mapping,
             fingerprints={**weights.fingerprints, **run_dir.identity_texts(config)},
         )
-        self.resumed = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
-        self._require_best()
+        self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
+        self._best.require_kept()
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
@@ -111,7 +106,9 @@ class Run:
         return failed and self._dims.world_size > 1
 
     def begin(self, dataset: object, *facts: object) -> None:
-        """Log what is known before the first step: what the dataset reports, where it does, and `facts`."""
+        """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
+        for fact in self._restored:
+            self.log.note(fact)
         if isinstance(dataset, am_data.Reported):
             self.log.note(dataset.report)
             self.log.samples(dataset.report.samples)
@@ -130,13 +127,13 @@ class Run:
         """
         self._steps_per_epoch = len(loader) if self._config.step_scheduler.ckpt_every_epoch else None
         self._stop.doing = "the current step is finished and committed"
-        steps = itertools.islice(loader, 0 if self._waited_enough else self.total_steps - self.step)
+        steps = itertools.islice(loader, 0 if self._best.waited_enough else self.total_steps - self.step)
         for micro_batches in steps:
             self._now = Step(time.monotonic(), loader.epoch)
             yield micro_batches
-            if self._stopping or self._waited_enough:
+            if self._stopping or self._best.waited_enough:
                 return
-        if self._waited_enough:
+        if self._best.waited_enough:
             return
         if self.step < self.total_steps:
             self._checkpoints.save(self.step, self._state, metrics=self._validated)
@@ -205,10 +202,7 @@ class Run:
         if not self.step:
             return
         checks.require_finite(self.step, **losses)
-        stopping = self._config.early_stopping
-        min_delta = 0.0 if stopping is None else stopping.min_delta
-        among_best = self._progress.validated(losses[self._metric], self._keep_best or 1, min_delta)
-        self._is_among_best = among_best and self._keep_best > 0
+        self._is_among_best = self._best.validated(losses)
         # A validation takes long.
         self._ask_every_rank()
 
@@ -219,7 +213,7 @@ class Run:
             self._is_due(scheduler.ckpt_every_steps)
             or self._minutes_are_over
             or self._is_among_best
-            or self._waited_enough
+            or self._best.waited_enough
             or (self._steps_per_epoch is not None and self.step % self._steps_per_epoch == 0)
         )
         if self._stopping or (due and self._config.checkpoint.enabled):
@@ -231,7 +225,7 @@ class Run:
         """Wait until every checkpoint is durable; whether the run was told to stop before its end."""
         self._checkpoints.wait()
         self._stop.doing = "training is done, the rest is finished, and the same command would do that again"
-        return self._stopping and self.step < self.total_steps and not self._waited_enough
+        return self._stopping and self.step < self.total_steps and not self._best.waited_enough
 
     def preempted(self) -> int:
         """End the record of a run that was stopped; the exit status."""
@@ -241,29 +235,18 @@ class Run:
 
     def choose_weights(self) -> None:
         """Load what `export.which` asks for; say so where the last validation is worse than the best."""
-        if not self._progress.best or self._progress.last is None:
-            return
-        (loss, step), (last, last_step) = self._progress.best[0], self._progress.last
-        if self._config.wants_best_export and step != self.step:
+        verdict, step = self._best.verdict(), self._best.to_export()
+        if step is not None:
             model = {"model": self._state["model"]}
             self._checkpoints.load(model, step, verify=self._config.checkpoint.verify)
-            self.log.note(f"export: step {step}, {self._metric} {loss:.4f}; after step {last_step} it is {last:.4f}")
-        elif last > loss:
-            kept = self._is_kept(step)
-            how = "the same command with --export.which best" if kept else "export.which: best in a run of its own"
-            self.log.note(
-                f"WARNING {self._metric} is {last:.4f} after step {last_step} and was {loss:.4f} after step {step}; "
-                f"{how} exports that one"
-            )
+        if verdict is not None:
+            self.log.note(verdict)
 
     def finish(self, ask: str | None = None) -> int:
         """End the record; `ask` is how to ask the exported model (see `run_dir.next_steps`). The exit status."""
         status = "finished"
-        if self._waited_enough and self.step < self.total_steps:
-            status += (
-                f": early, after step {self.step} of {self.total_steps}, as {self._metric} has not fallen below "
-                f"{self._progress.counted:.4f} in {self._progress.waited} validations"
-            )
+        if self._best.waited_enough and self.step < self.total_steps:
+            status += f": early, after step {self.step} of {self.total_steps}, as {self._best.reason}"
         self.log.finish(
             goal=self._config.goal(),
             ending=self._config.ending(),
@@ -279,27 +262,6 @@ class Run:
         self._stopping, self._minutes_are_over = any_rank(self._dims, self._stop.received is not None, over)
         if self._stopping:
             self._stop.heard()
-
-    def _require_best(self) -> None:
-        """Refuse before anything is trained or recorded to export a best step that an earlier launch did not keep."""
-        if not (self._config.wants_best_export and self._progress.best):
-            return
-        loss, step = self._progress.best[0]
-        if step != self.step and not self._is_kept(step):
-            raise self._config.error(
-                "export.which",
-                f"best so far is step {step} with {self._metric} {loss:.4f}, and no checkpoint of it was kept, as the "
-                "run began without export.which best; export the last, or begin anew in another run_dir",
-            )
-
-    def _is_kept(self, step: int) -> bool:
-        return (self._checkpoints.directory / f"step_{step:06d}").exists()
-
-    @property
-    def _waited_enough(self) -> bool:
-        """Whether early stopping ends the run here."""
-        stopping = self._config.early_stopping
-        return stopping is not None and self._progress.waited >= stopping.patience
 
     def _is_due(self, every: int | None) -> bool:
         return self.step == self.total_steps or (every is not None and self.step % every == 0)

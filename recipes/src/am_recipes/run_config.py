@@ -47,6 +47,8 @@ class RunConfig:
     # The class of a dataset that names none, and what the recipe passes to the class of any.
     DATASET: ClassVar[DefaultTarget]
     DATASET_ARGUMENTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    # Of an adapter whose config names none: with it peft's Auto classes find the base model by themselves.
+    PEFT_TASK_TYPE: ClassVar[str | None] = "CAUSAL_LM"
     # The sections, or keys of them, that make two runs the same run.
     IDENTITY: ClassVar[tuple[str, ...]] = (
         *("model", "dataset", "dataloader.shuffle", "dataloader.drop_last", "dataloader.collate", "peft", "freeze"),

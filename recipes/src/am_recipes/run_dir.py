@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,12 +164,14 @@ def identity_texts(config: RunConfig) -> dict[str, str]:
 
 def resume(
     checkpoints: am_ckpt.Checkpointer, state: Mapping[str, Any], settings: sections.Checkpoint, total_steps: int
-) -> int | None:
+) -> tuple[int | None, list[str]]:
     """Restore `state` from the newest checkpoint as `settings.resume` says; the step, or None for a fresh start.
+
+    With it what there is to say, on rank 0: what was restored, and which damaged step was passed over for it.
 
     `auto`: where there is one; `must`: or raise FileNotFoundError; `never`: raise FileExistsError if there is
     one, since training on would mix two runs in one directory. ValueError where the checkpoint is of a later step than
-    the run's last. Rank 0 prints what was restored. Every rank calls it.
+    the run's last. Every rank calls it.
     """
     if settings.resume == "never":
         existing = sorted(path.name for path in checkpoints.directory.glob("step_*"))
@@ -177,8 +180,11 @@ def resume(
                 f"checkpoint.resume is never, but {checkpoints.directory} holds {', '.join(existing)}; "
                 "remove them, choose another run_dir, or set checkpoint.resume to auto"
             )
-        return None
-    step = checkpoints.load(state, verify=settings.verify)
+        return None, []
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        step = checkpoints.load(state, verify=settings.verify)
+    facts = [f"WARNING {warning.message}" for warning in heard]
     if step is None and settings.resume == "must":
         raise FileNotFoundError(
             f"checkpoint.resume is must, but {checkpoints.directory} holds no checkpoint; "
@@ -195,8 +201,8 @@ def resume(
             if settings.verify
             else "not verified (checkpoint.verify)"
         )
-        print(f"resumed from step {step} in {checkpoints.directory}: {verified}", flush=True)
-    return step
+        facts.append(f"resumed from step {step} in {checkpoints.directory}: {verified}")
+    return step, facts
 
 
 def next_steps(run_dir: Path, ask: str | None) -> list[str]:

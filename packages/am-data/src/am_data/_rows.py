@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from am_data._files import BUILDERS, COMPRESSIONS, expand, fault, is_pattern, kind, open_binary, paths_of
+from am_data._hub import require_on_hub
 from am_data._messages import Row
 
 if TYPE_CHECKING:
@@ -141,28 +142,8 @@ def _read_hub(rows: object, path: Path, split: str, name: str | None) -> dataset
     named = rows if isinstance(rows, str | Path) else path
     if isinstance(named, Path) or kind(path) in BUILDERS or named.startswith((".", "~", "/")) or len(path.parts) > 2:
         raise FileNotFoundError(f"{path} does not exist; give a file, a folder or a hub dataset id")
-    _require_on_hub(named)
+    require_on_hub(named)
     return _load(named, name=name, split=split, source=named)
-
-
-def _require_on_hub(name: str) -> None:
-    """Refuse a name that is no dataset of the hub, or of its cache: at once; `datasets` would try for a minute."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return
-    try:
-        # Nothing is downloaded yet.
-        huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=[])
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name} does not exist here, and as a dataset of the hub it is not in the cache, and the hub cannot be "
-            "reached; check the path, or download it where the hub can be reached"
-        ) from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise FileNotFoundError(f"{name} does not exist, neither here nor as a dataset of the hub: {error}") from error
 
 
 def _load_file(file: Path) -> datasets.Dataset:
@@ -197,13 +178,22 @@ def stream_file(file: Path) -> Iterator[Row]:
     """The rows of a file, without holding them; ValueError where it cannot be read, with its name and line."""
     import datasets
 
-    with _quiet():
+    rows: Iterator[Row] | None = None
+    while True:
         try:
-            yield from datasets.load_dataset(
-                BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
-            )
+            # Not while the row is used: it is of the whole process.
+            with _quiet():
+                rows = rows or iter(
+                    datasets.load_dataset(
+                        BUILDERS[kind(file)], data_files=_literal(file), split="train", streaming=True
+                    )
+                )
+                row = next(rows)
+        except StopIteration:
+            return
         except (ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
             raise ValueError(f"{file} cannot be read: {_reason(file, error)}; mend the file") from error
+        yield row
 
 
 def _load(builder: str, *, split: str, source: str | Path, **options: Any) -> datasets.Dataset:

@@ -134,8 +134,11 @@ class Peft:
     adapter_dtype: Dtype | None = None
     """What the adapter and modules_to_save are kept in; null: float32."""
 
-    def lora_config(self) -> LoraConfig:
-        return self.lora.build()
+    def lora_config(self, task_type: str | None) -> LoraConfig:
+        """The configuration, of this `task_type` where it names none itself."""
+        built: LoraConfig = self.lora.build()
+        built.task_type = built.task_type or task_type
+        return built
 
     def dtype(self) -> torch.dtype | None:
         return torch_dtype(self.adapter_dtype)

@@ -22,7 +22,7 @@ BoxDigests = Mapping[str, list[list[Any]]]
 def require_digested(path: Path, header: Header, digests: BoxDigests) -> None:
     """Raise `ValueError` unless every element of every tensor of the file is in exactly one box."""
     for name in digests.keys() - header.entries.keys():
-        raise ValueError(f"{path}: there are digests of {name!r}, which the file does not hold")
+        raise ValueError(f"{path} is damaged: the manifest has digests of {name!r}, which the file does not hold")
     for name, entry in header.entries.items():
         boxes = [Box(tuple(offset), tuple(size)) for offset, size, _ in digests.get(name, [])]
         for box in boxes:

@@ -22,6 +22,8 @@ _OTHER_TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio|image)")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight")
 _EXPERT = re.compile(r".*\.experts\.(\d+)\.")
 _FUSED_EXPERTS = re.compile(r".*\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj)(?:_bias|_blocks|_scales)?")
+# Of all experts together, whatever a family calls it.
+_JOINED_EXPERTS = re.compile(r"(?:.*\.)?experts\.(?!\d+\.)")
 _HEADS = re.compile(r".*(?:head|embed_out|output|score|classifier).*")
 HEAD = "lm_head.weight"
 
@@ -77,8 +79,8 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
             problems.append(f"vocab_size={vocabulary}, but {name!r} has {source.shape[0]} rows")
         if type(hidden) is int and name.endswith("embed_tokens.weight") and source.shape[1] < hidden:
             problems.append(f"hidden_size={hidden}, but {name!r} has {source.shape[1]} columns")
-    experts = next((text[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in text), None)
-    if type(experts) is int:
+    experts = _num_experts(text)
+    if experts is not None:
         for name, source in tensors.items():
             if _FUSED_EXPERTS.fullmatch(name) and len(source.shape) > 1 and source.shape[0] < experts:
                 problems.append(f"{experts} experts, but {name!r} has {source.shape[0]}")
@@ -100,19 +102,50 @@ def config_problems(config: Mapping[str, Any], tensors: Mapping[str, Source]) ->
 def shows_shapes(config: Mapping[str, Any], tensors: Mapping[str, Source]) -> bool:
     """Whether config.json shows of shards along one dim that no last rank is missing, which the files do not say.
 
-    It does where the embedding is as large as it says, no tensor is cut into more parts, and one more rank would have
-    cut the embedding otherwise: then whoever had a part of any tensor had one of the embedding.
+    It does where the embedding is as large as it says, one more rank would have cut the embedding otherwise, and all
+    that is cut is cut as by the embedding's ranks: then whoever had a part of any tensor had one of the embedding.
+    Experts may be cut over more ranks than the embedding, and look the same where the last of them are missing: there
+    must be as many as it says.
     """
     text = text_config(config)
-    most = max((len(source.chunks) for source in tensors.values()), default=0)
-    for name, source in tensors.items():
-        if _EMBEDDING.fullmatch(name) and source.shape == (text.get("vocab_size"), text.get("hidden_size")):
-            chunks = list(source.chunks)
-            for dim, size in enumerate(source.shape):
-                step = max((chunk.box.size[dim] for chunk in chunks), default=0)
-                if len(chunks) == most > 1 and len(chunks) == -(-size // step) > 1 and -(-size // (most + 1)) < step:
-                    return True
-    return False
+    experts = _num_experts(text)
+    joined = [source for name, source in tensors.items() if _JOINED_EXPERTS.match(name)]
+    if any(not source.shape or source.shape[0] != experts for source in joined):
+        return False
+    if any(_EXPERT.match(name) for name in tensors) and (experts is None or config_problems(config, tensors)):
+        return False
+    ranks = {
+        len(source.chunks)
+        for name, source in tensors.items()
+        if _EMBEDDING.fullmatch(name) and source.shape == (text.get("vocab_size"), text.get("hidden_size"))
+        for size, step in zip(source.shape, _steps(source), strict=True)
+        if step and len(source.chunks) == -(-size // step) > 1 and -(-size // (len(source.chunks) + 1)) < step
+    }
+    cut = [source for source in tensors.values() if len(source.chunks) > 1]
+    return len(ranks) == 1 and all(_is_cut_by(number, source) for number in ranks for source in cut)
+
+
+def _is_cut_by(num_ranks: int, source: Source) -> bool:
+    """Whether so many ranks cut the tensor along one dim, as evenly as can be."""
+    return any(
+        step == -(-size // num_ranks) and len(source.chunks) == -(-size // step)
+        for size, step in zip(source.shape, _steps(source), strict=True)
+        if step
+    )
+
+
+def _steps(source: Source) -> list[int]:
+    """The size of the largest chunk on each dim."""
+    rows = source.rows
+    if not len(rows):
+        return [0] * len(source.shape)
+    steps: list[int] = rows.table.size[rows.first : rows.last].max(axis=0).tolist()
+    return steps
+
+
+def _num_experts(text: Mapping[str, Any]) -> int | None:
+    number = next((text[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in text), None)
+    return number if type(number) is int else None
 
 
 def _first_gap(numbers: set[int]) -> int:

@@ -26,7 +26,8 @@ _MAX_DIGESTS_BYTES = 256 * 2**20
 def require_unchanged(inventory: Inventory, threads: int | None) -> None:
     """Raise `ValueError` where the model or a small file beside it does not have its stored digest; all is read.
 
-    Of steps of ours and of what `merge(digest=True)` wrote; nothing is known of other kinds. `threads`: as of `merge`.
+    Of steps of ours and of what `merge(digest=True)` wrote; nothing is known of other kinds. `OSError` where a file
+    cannot be read. `threads`: as of `merge`.
     """
     if inventory.kind == "am-ckpt":
         paths = {*inventory.files.values(), *paths_of(inventory.tensors.values())}

@@ -26,6 +26,7 @@ from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import Best, read_manifest, require_file_name, step_name, steps
+from am_ckpt._files.step_digests import Problem
 from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
 from am_ckpt._train.choose import choose, is_searched, warn_of_skipped, was_deleted
@@ -114,8 +115,8 @@ class Checkpointer:
         self._background = Background() if asynchronous else None
         self._memory = StagingMemory()
         self._stop = threading.Event()
-        # Steps with other bytes than were written, by name: found by the last load, set aside by the next save.
-        self._changed: dict[str, str] = {}
+        # By the last load; the next save sets aside what is damaged.
+        self._skipped: dict[str, Problem] = {}
         self._files = dict(files or {})
         for name in self._files:
             require_file_name(name, "files:")
@@ -156,8 +157,8 @@ class Checkpointer:
         described = agree(context, lambda: self._collect(state, contents))
         before = versions(contents.tensors)
         plan, weights = compute(context, lambda: self._plan(contents, described))
-        changed, self._changed = self._changed, {}
-        exists = is_there(self.directory, step, changed, context)
+        skipped, self._skipped = self._skipped, {n: p for n, p in self._skipped.items() if not p.is_damage}
+        exists = is_there(self.directory, step, skipped, context)
         save_id = rank_zero(context, lambda: secrets.token_hex(8))
         rank, size = rank_and_size()
         metadata = file_metadata(save_id, rank, size)
@@ -198,18 +199,18 @@ class Checkpointer:
     ) -> int | None:
         """Restore `state` in place and return its step, or None where the directory has no checkpoint. Collective.
 
-        `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. Damaged
-        steps are skipped with a warning where the newest or best is looked for; a named one raises `ValueError`, as
-        does any that a newer release wrote. Where every step is damaged: `ValueError`. The number of ranks and the
-        layout may differ from those that saved. A step that another process deletes meanwhile, as it has saved a newer
-        one, is not missed: the newest or best is looked for again.
+        `which`: `"latest"`, `"best"` (needs `keep_best`), a step, the name of its folder, or a path. What is damaged
+        raises `ValueError`, what cannot be read, tried twice, `OSError`; where the newest or best is looked for, such
+        steps are skipped with a warning as long as there is another. Any of a newer release raises `ValueError`. The
+        number of ranks and the layout may differ from those that saved. The newest or best is looked for again where
+        another process deletes it meanwhile.
 
         `verify`: hold all that is read against the digests in the manifest first, divided among the ranks; a step with
         a changed byte is damaged. It reads everything once more. Without it, manifest, headers, sizes and what is no
         tensor are still checked.
 
-        `discard_newer`: go back: once the step is restored, delete all that are newer, so that training goes on from
-        here. Without it, a `save` beside a newer step is refused.
+        `discard_newer`: go back: once the step is restored, delete all that are newer, but none that merely could not
+        be read. Without it, a `save` beside a newer step is refused.
 
         `strict`: the entries of `state` must be in the checkpoint, with the same names of tensors and optimizer groups;
         otherwise one `ValueError` lists the differences, and nothing has been changed. With False, entries and tensors
@@ -224,19 +225,18 @@ class Checkpointer:
         lost: Exception | None = None
         while True:
             choice = choose(self.directory, which, self._keep.best, _sections(state), verify=verify)
-            path, self._changed = choice.path, choice.changed
+            path, self._skipped = choice.path, choice.skipped
             if path is None:
                 if lost is not None:
                     raise lost
                 return None
             warn_of_skipped(choice)
             if discard_newer:
-                rank_zero(f"{path} was not loaded", partial(require_disposable, self.directory, path))
+                rank_zero(f"{path} was not loaded", partial(require_disposable, self.directory, path, choice.unread))
             try:
                 step = restore(path, state, self._fingerprints, strict=strict)
             except (ValueError, OSError) as error:
-                context = f"{path} was not loaded"
-                if not is_searched(which) or not rank_zero(context, partial(was_deleted, path)):
+                if not is_searched(which) or not rank_zero(f"{path} was not loaded", partial(was_deleted, path)):
                     raise
                 lost = error
                 continue

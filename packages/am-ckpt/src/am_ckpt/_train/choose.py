@@ -10,23 +10,28 @@ from functools import partial
 from pathlib import Path
 
 from am_ckpt._files.step import Best, check_step, rank_best, read_manifest, step_name, steps
+from am_ckpt._files.step_digests import Problem, found_in, twice
 from am_ckpt._train.ranks import rank_zero
 from am_ckpt._train.retention import manifests_of
 from am_ckpt._train.verified import changed_files
-from am_ckpt.errors import NewerError
 
 
 @dataclass
 class Choice:
     """What `load` has looked at: the step that it takes, and what is wrong with those that it does not.
 
-    `changed`: names of whole folders in which bytes are not those that were written, and what is wrong with each.
-    Equal on all ranks, but `problems`, which rank 0 has.
+    `skipped`: names of folders that look whole and in which bytes are not those that were written, or that could not be
+    read, and what is wrong with each. Rank 0 has all of it, and `problems`; `path` is equal on all ranks.
     """
 
     path: Path | None = None
-    problems: list[str] = field(default_factory=list)
-    changed: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    skipped: dict[str, Problem] = field(default_factory=dict)
+
+    @property
+    def unread(self) -> set[str]:
+        """The names of those that were skipped and of which no damage is known."""
+        return {name for name, problem in self.skipped.items() if not problem.is_damage}
 
 
 def choose(
@@ -41,13 +46,13 @@ def choose(
     while True:
         found = rank_zero(context, lambda: _candidate(directory, which, best, choice))
         choice.path = found
-        changed = changed_files(found, sections) if found is not None and verify else []
-        if found is None or not changed:
+        problems = changed_files(found, sections) if found is not None and verify else []
+        if found is None or not problems:
             return choice
         if not is_searched(which):
-            raise ValueError(f"{context}: {changed[0]}")
+            raise problems[0].error(f"{context}: ")
         if not rank_zero(context, partial(was_deleted, found)):
-            choice.changed[found.name] = changed[0]
+            choice.skipped[found.name] = problems[0]
 
 
 def is_searched(which: int | str | os.PathLike[str]) -> bool:
@@ -64,7 +69,10 @@ def warn_of_skipped(choice: Choice) -> None:
     """Say on rank 0 what was passed over."""
     if choice.path is not None:
         for problem in choice.problems:
-            warnings.warn(f"SKIPPED a damaged checkpoint, going back to {choice.path.name}: {problem}", stacklevel=3)
+            what, hint = "a damaged checkpoint", ""
+            if not problem.is_damage:
+                what, hint = "a checkpoint that could not be read", "; it stays as it is, another load may read it"
+            warnings.warn(f"SKIPPED {what}, going back to {choice.path.name}: {problem.text}{hint}", stacklevel=3)
 
 
 def _candidate(directory: Path, which: int | str | os.PathLike[str], best: Best | None, choice: Choice) -> Path | None:
@@ -82,30 +90,38 @@ def _candidate(directory: Path, which: int | str | os.PathLike[str], best: Best 
             continue
         gone = False
         for path in found:
-            problem = choice.changed.get(path.name) or _problem(path)
+            problem = choice.skipped.get(path.name) or _problem(path)
             if problem is None:
                 return path
-            gone = gone or was_deleted(path)
+            if was_deleted(path):
+                gone = True
+            elif not problem.is_damage:
+                choice.skipped[path.name] = problem
             choice.problems.append(problem)
         # Deleted since the directory was listed, as a newer one was saved: look again.
         if gone:
             continue
         if choice.problems:
-            raise ValueError(
-                f"none of the {len(found)} checkpoints is whole: {'; '.join(choice.problems[:3])}. Starting over must "
-                "be your decision: move them away or use another directory"
-            )
+            raise _none_of(choice.problems)
         return None
 
 
-def _problem(path: Path) -> str | None:
-    try:
+def _none_of(problems: list[Problem]) -> Exception:
+    unread = [problem for problem in problems if not problem.is_damage]
+    what, hint = ("is whole and can be read", "try again, or move") if unread else ("is whole", "move")
+    text = (
+        f"none of the {len(problems)} checkpoints {what}: {'; '.join(problem.text for problem in problems[:3])}. "
+        f"Starting over must be your decision: {hint} them away or use another directory"
+    )
+    return Problem(text, unread[0].errno if unread else None).error()
+
+
+def _problem(path: Path) -> Problem | None:
+    def check() -> list[Problem]:
         check_step(path)
-    except NewerError:
-        raise
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+        return []
+
+    return next(iter(found_in(path, check)), None)
 
 
 def _in_order(directory: Path, best: Best | None) -> list[Path] | None:
@@ -130,5 +146,5 @@ def _named(directory: Path, which: str | os.PathLike[str]) -> Path:
         there = ", ".join(entry.name for _, entry in steps(directory)[:10]) or "none"
         raise FileNotFoundError(f"{which} is not a checkpoint folder; steps in {directory}: {there}")
     path = path.resolve()
-    check_step(path)
+    twice(partial(check_step, path))
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,20 @@ def newer_steps(directory: Path, step: int) -> list[Path]:
     return [directory / step_name(number) for number in manifests_of(directory, after=step)]
 
 
-def require_disposable(directory: Path, path: Path) -> None:
-    """Raise `ValueError` where the steps of `directory` that are newer than the one in `path` may not be deleted."""
+def require_disposable(directory: Path, path: Path, skipped: Collection[str]) -> None:
+    """Raise `ValueError` where the steps of `directory` that are newer than the one in `path` may not be deleted.
+
+    `skipped`: names of those that were passed over and of which no damage is known.
+    """
     if path.resolve().parent != directory.resolve():
         raise ValueError(f"discard_newer=True goes back to a step of {directory}; {path} is elsewhere")
     step = int(read_manifest(path)["step"])
+    unread = [newer.name for newer in newer_steps(directory, step) if newer.name in skipped]
+    if unread:
+        raise ValueError(
+            f"discard_newer=True would delete {', '.join(unread)}, which could not be read and may be whole: load "
+            f"again, or name the step to go back to, load(state, {step}, discard_newer=True)"
+        )
     pinned = [newer.name for newer in newer_steps(directory, step) if newer.with_name(f"{newer.name}.pin").exists()]
     if pinned:
         raise ValueError(f"discard_newer=True would delete {', '.join(pinned)}, which is pinned: unpin it first")
