@@ -39,10 +39,10 @@ ALLOWED: dict[tuple[str, str], Allowed] = {
         426, "one class, a third of it docstrings; what it asks stands in modules beside it"
     ),
     ("lines of the function", "packages/am-ckpt/src/am_ckpt/_tools/merge.py::merge"): Allowed(
-        71, "forty lines of docstring, one for each option"
+        77, "over forty lines of docstring, for each option"
     ),
     ("parameters", "packages/am-ckpt/src/am_ckpt/_tools/merge.py::merge"): Allowed(
-        13, "the options of the command, a keyword for each"
+        14, "the options of the command, a keyword for each"
     ),
     ("parameters", "packages/am-loss/src/am_loss/_distillation.py::linear_distillation"): Allowed(
         17, "two heads and the options of the loss, all of them keys of a config"

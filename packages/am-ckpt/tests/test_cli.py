@@ -119,6 +119,7 @@ def test_the_minute_of_the_readme(tmp_path: Path, capsys: Any) -> None:
     step, merged = str(tmp_path / "step_100"), str(tmp_path / "merged")
     for arguments in (
         ["inspect", step],
+        ["verify", step, "--full"],
         ["merge", step, merged, "--like", str(base)],
         ["verify", merged, "--full"],
         ["diff", step, merged],

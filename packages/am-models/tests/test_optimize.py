@@ -130,7 +130,9 @@ def test_report_names_every_part_and_why_it_stayed():
     assert report.parts["norm"].startswith("stock: ")
     assert report.loss == "hidden states"
     shown = " ".join(str(report).split())
-    assert all(f"{part}: {text.removeprefix('stock: ')}" in shown for part, text in report.parts.items())
+    stayed = {part: text.removeprefix("stock: ") for part, text in report.parts.items() if text.startswith("stock: ")}
+    assert all(f"{part} ({why})" in shown for part, why in stayed.items())
+    assert f"on our kernels: {', '.join(part for part in report.parts if part not in stayed)} stock:" in shown
     assert "loss is computed from hidden states" in shown
     assert max(map(len, str(report).splitlines())) <= 80
     unknown = am_models.optimize(stock("gpt2"))

@@ -107,6 +107,7 @@ def _parser() -> _Parser:
     for command in (merge, cut, other):
         command.add_argument("--threads", type=int, metavar="N", help="default: cores, at most 8")
         command.add_argument("--no-fsync", action="store_true", help="do not wait for the disk")
+        command.add_argument("--no-verify", action="store_true", help="do not check SOURCE by its stored digests")
     for command in (merge, cut, other, check):
         command.add_argument(
             "--assume-complete",
@@ -177,6 +178,7 @@ def _merge(options: argparse.Namespace) -> int:
         fsync=not options.no_fsync,
         digest=options.digest,
         assume_complete=options.assume_complete,
+        verify=not options.no_verify,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -211,6 +213,7 @@ def _reshard(options: argparse.Namespace) -> int:
         resume=options.resume,
         fsync=not options.no_fsync,
         assume_complete=options.assume_complete,
+        verify=not options.no_verify,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)
@@ -228,6 +231,7 @@ def _convert(options: argparse.Namespace) -> int:
         threads=options.threads,
         fsync=not options.no_fsync,
         assume_complete=options.assume_complete,
+        verify=not options.no_verify,
         progress=_progress_line() if sys.stderr.isatty() else None,
     )
     _show_copied(report, options)

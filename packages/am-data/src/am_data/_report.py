@@ -45,7 +45,7 @@ class DatasetReport:
     def __str__(self) -> str:
         truncated = f", {self.rows_truncated} of them truncated" if self.rows_truncated else ""
         lines = [
-            f"{self.rows_read} rows read, {self.rows_kept} kept{truncated}",
+            f"{self.rows_read} rows read, {self.rows_kept} kept{truncated}; "
             f"{self.num_tokens} tokens, {self.num_supervised_tokens} under loss ({self.supervised_share:.1%})",
         ]
         if self.num_images:

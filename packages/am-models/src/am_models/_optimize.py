@@ -23,7 +23,8 @@ PARTS = ("attention", "norm", "rope", "activation", "experts")
 
 @dataclass(frozen=True)
 class OptimizeReport:
-    """What `optimize` did to one model: `str(report)` says it in lines of at most 80 columns.
+    """What `optimize` did to one model: `str(report)` says in lines of at most 80 columns what runs on our
+    kernels, and why the rest does not.
 
     family: `config.model_type`. parts: part name to what runs now, "stock: <why>" where nothing was changed.
     loss: what `forward_with_loss` gives the loss function, "logits: <why>" where it cannot give hidden states.
@@ -39,11 +40,12 @@ class OptimizeReport:
 
     def __str__(self) -> str:
         stock = {name: text.removeprefix("stock: ") for name, text in self.parts.items() if text.startswith("stock: ")}
-        swapped = {name: text for name, text in self.parts.items() if name not in stock}
+        swapped = [name for name in self.parts if name not in stock]
         lines = [f"model family: {self.family}; its loss is computed from {self.loss}"]
-        for title, parts in (("swapped", swapped), ("stock", stock)):
-            if parts:
-                lines.append(f"  {title}: " + "; ".join(f"{name}: {text}" for name, text in parts.items()))
+        if swapped:
+            lines.append(f"  on our kernels: {', '.join(swapped)}")
+        if stock:
+            lines.append("  stock: " + "; ".join(f"{name} ({why})" for name, why in stock.items()))
         return "\n".join(textwrap.fill(line, 80, subsequent_indent="    ") for line in lines)
 
 

@@ -91,6 +91,13 @@ def require_free(target: Path, source: Path, overwrite: bool) -> None:
         )
 
 
+def num_threads(threads: int | None) -> int:
+    """`threads`, or the number of cores, at most 8."""
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads={threads} must be at least 1")
+    return threads or min(os.cpu_count() or 1, 8)
+
+
 def transfer(
     plan: Transfer,
     target: Path,
@@ -103,11 +110,10 @@ def transfer(
 ) -> int:
     """Make the folder `target`; returns the bytes that were there from an interrupted run.
 
-    `threads`: default the number of cores, at most 8. `progress`: called with bytes done and all bytes.
+    `threads`: see `num_threads`. `progress`: called with bytes done and all bytes.
     `digests`: add the file `DIGESTS`.
     """
-    if threads is not None and threads < 1:
-        raise ArgumentError(f"threads={threads} must be at least 1")
+    threads = num_threads(threads)
     with paused_collector():
         jobs = plan_jobs(plan.outputs)
     fingerprint = _fingerprint(plan, jobs, digests)
@@ -141,7 +147,7 @@ def _write(
     jobs: Jobs,
     done: Mapping[int, str],
     fingerprint: str,
-    threads: int | None,
+    threads: int,
     fsync: bool,
     progress: Callable[[int, int], None] | None,
     digests: bool,
@@ -164,7 +170,6 @@ def _write(
             else:
                 targets[name] = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         journal = _Journal(staging / _JOURNAL, fingerprint, targets, new=not done) if fsync else None
-        threads = threads or min(os.cpu_count() or 1, 8)
         copier = Copier(targets, threads=threads, follow_symlinks=plan.follow_symlinks, digest=digests)
         hashes = _copy(jobs, done, copier, journal, progress)
         if done and any(output.dtype != output.source_dtype for output in plan.outputs):

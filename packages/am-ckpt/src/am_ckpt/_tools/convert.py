@@ -13,6 +13,7 @@ from am_ckpt._tools.inspect import inspect
 from am_ckpt._tools.inventory import Inventory, source_bytes
 from am_ckpt._tools.merge import MergeReport, merge
 from am_ckpt._tools.reshard import reshard
+from am_ckpt._tools.unchanged import require_unchanged
 from am_ckpt._torch import require_torch
 from am_ckpt.errors import ArgumentError
 
@@ -28,6 +29,7 @@ def convert(
     threads: int | None = None,
     fsync: bool = True,
     assume_complete: bool = False,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the model of `source`, of any kind that `inspect` recognises, as a folder of kind `to`.
@@ -44,7 +46,7 @@ def convert(
             that resume from nothing else; written by torch itself, which is imported, with one tensor in memory at a
             time.
         section: see `inspect`.
-        threads: see `merge`; as `fsync`, `assume_complete` and `progress`.
+        threads: see `merge`; as `fsync`, `assume_complete`, `verify` and `progress`.
     """
     if to == "hf":
         return merge(
@@ -54,6 +56,7 @@ def convert(
             threads=threads,
             fsync=fsync,
             assume_complete=assume_complete,
+            verify=verify,
             progress=progress,
         )
     if to not in KINDS:
@@ -69,17 +72,20 @@ def convert(
             threads=threads,
             fsync=fsync,
             assume_complete=assume_complete,
+            verify=verify,
             progress=progress,
         )
-    return _to_dcp(source, Path(destination).absolute(), section, fsync, assume_complete, progress)
+    return _to_dcp(source, Path(destination).absolute(), section, threads, fsync, assume_complete, verify, progress)
 
 
 def _to_dcp(
     source: str | os.PathLike[str],
     target: Path,
     section: str | None,
+    threads: int | None,
     fsync: bool,
     assume_complete: bool,
+    verify: bool,
     progress: Callable[[int, int], None] | None,
 ) -> MergeReport:
     require_torch("to='dcp' (--to dcp), which torch itself writes,")
@@ -94,6 +100,8 @@ def _to_dcp(
     if unreadable:
         name, dtype = unreadable[0]
         raise ValueError(f"{name!r} is {dtype}, which cannot be copied; leave it out of the model")
+    if verify:
+        require_unchanged(inventory, threads)
     files = written_folder(target, inventory.num_bytes, fsync, lambda folder: _write_dcp(inventory, folder, progress))
     return MergeReport(
         str(inventory.path),

@@ -41,6 +41,7 @@ from am_ckpt._files.torchtitan import OWN_NAMES, as_published, is_torchtitan, pu
 from am_ckpt._sources import Source, hf_sources, paused_collector, whole_sources
 from am_ckpt._tools.inspect import inspect
 from am_ckpt._tools.inventory import Inventory
+from am_ckpt._tools.unchanged import require_unchanged
 from am_ckpt._torch import require_torch
 from am_ckpt.errors import ArgumentError, IncompleteError
 
@@ -80,13 +81,14 @@ def merge(
     fsync: bool = True,
     digest: bool = False,
     assume_complete: bool = False,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the model of checkpoint `source` as the Hugging Face folder `destination`; one process, no collective.
 
     Weights go to `model.safetensors`, or to several files with an index; an adapter stays one file. A mapping stored in
     the checkpoint is applied, a tied head that equals its embedding is written once. The destination appears complete
-    or not at all. Memory: headers, and less than 8 MiB a thread.
+    or not at all. Memory: headers, and less than 8 MiB a thread (16 MiB more to verify a step with `layout="direct"`).
 
     Args:
         source: any folder that `inspect` recognises; it is only read.
@@ -105,6 +107,9 @@ def merge(
             folder goes.
         assume_complete: no file of the last ranks is missing. Shards of torch's Hugging Face writer do not say how
             large the whole tensors are; without this, the weights of `like` or a config.json must show it.
+        verify: before anything is written, hold what is read of a step of the Checkpointer, or of a folder with
+            `am_ckpt_digests.json`, against the digests in it: it is read once more. Other kinds have none that are
+            looked at here: `verify(source, full=True)` knows the CRC-32 of `.distcp` and `.bin` files.
         progress: called with bytes done and all bytes, from several threads.
 
     Raises:
@@ -115,12 +120,14 @@ def merge(
         MissingTorchError: `dtype` is given, and torch is not installed.
     """
     started = time.monotonic()
-    _require_arguments(dtype, resume, fsync)
+    _require_arguments(dtype, resume, fsync, digest, verify)
     limit = byte_count(max_shard_size)
     target = Path(destination).absolute()
     inventory = inspect(source, section=section)
     require_free(target, inventory.path, overwrite)
     inventory.require_whole()
+    if verify:
+        require_unchanged(inventory, threads)
     with paused_collector():
         plan = _Plan(inventory, like, limit, dtype, digest, assume_complete)
     resumed = transfer(
@@ -139,11 +146,15 @@ def merge(
     )
 
 
-def _require_arguments(dtype: str | None, resume: bool, fsync: bool) -> None:
+def _require_arguments(dtype: str | None, resume: bool, fsync: bool, digest: bool, verify: bool) -> None:
     if dtype is not None and dtype not in CAST_TO:
         raise ArgumentError(f"dtype={dtype!r}; choose {', '.join(CAST_TO)}, or None to keep what is stored")
     if resume and not fsync:
         raise ArgumentError("resume=True needs fsync=True: without it, what was copied before may not be on the disk")
+    if digest and not verify:
+        raise ArgumentError(
+            "verify=False (--no-verify): new digests must not vouch for old damage; leave out digest=True (--digest)"
+        )
     if dtype is not None:
         require_torch(f"dtype={dtype!r} (--dtype), a cast of values,")
 

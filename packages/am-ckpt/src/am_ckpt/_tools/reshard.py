@@ -29,6 +29,7 @@ from am_ckpt._sources import Source, paths_of, paused_collector, whole_sources
 from am_ckpt._tools.inspect import inspect
 from am_ckpt._tools.inventory import Inventory
 from am_ckpt._tools.merge import MergeReport
+from am_ckpt._tools.unchanged import require_unchanged
 from am_ckpt._tools.verify import VerifyReport, check_manifest
 from am_ckpt.errors import ArgumentError
 
@@ -48,6 +49,7 @@ def reshard(
     resume: bool = False,
     fsync: bool = True,
     assume_complete: bool = False,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write the tensors of checkpoint `source` as one shard file a rank; one process, no collective.
@@ -65,7 +67,8 @@ def reshard(
             name of their parameter. Other tensors are in the files of `tp` rank 0.
         model_only: of a step of the Checkpointer, too, the model alone.
         section: see `inspect`.
-        threads: see `merge`; as `resume`, `fsync`, `assume_complete` and `progress`.
+        threads: see `merge`; as `resume`, `fsync`, `assume_complete`, `verify` (a step that stays one: always) and
+            `progress`.
     """
     started = time.monotonic()
     dp, tp = _ranks(mesh)
@@ -76,12 +79,11 @@ def reshard(
     require_free(target, inventory.path, False)
     inventory.require_whole()
     inventory.require_shapes(inventory.files.get("config.json"), assume_complete)
-    if inventory.adapter:
-        raise ArgumentError(f"{inventory.path} is an adapter, which is stored as one file; there is nothing to reshard")
-    _require_names(placements or (), inventory)
+    _require_cuttable(inventory, placements or ())
     layout = _Layout(dp, tp, dict(placements or {}))
+    whole = inventory.kind == "am-ckpt" and not model_only
+    _require_unchanged(inventory, whole, threads, verify)
     with paused_collector():
-        whole = inventory.kind == "am-ckpt" and not model_only
         plan = _step(inventory, layout, target) if whole else _folder(inventory, layout)
     resumed = transfer(plan, target, threads=threads, resume=resume, fsync=fsync, progress=progress)
     return MergeReport(
@@ -97,11 +99,30 @@ def reshard(
     )
 
 
-def _require_names(patterns: Iterable[str], inventory: Inventory) -> None:
+def _require_cuttable(inventory: Inventory, patterns: Iterable[str]) -> None:
+    if inventory.adapter:
+        raise ArgumentError(f"{inventory.path} is an adapter, which is stored as one file; there is nothing to reshard")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in inventory.tensors):
             names = ", ".join(list(inventory.tensors)[:3])
             raise ArgumentError(f"placements: no tensor has a name like {pattern!r}; there are {names}, ...")
+
+
+def _require_unchanged(inventory: Inventory, whole: bool, threads: int | None, verify: bool) -> None:
+    """Raise `ValueError` for damage of what is copied; of a `whole` step always, for it gets new digests."""
+    if not whole:
+        if verify:
+            require_unchanged(inventory, threads)
+        return
+    if not verify:
+        raise ArgumentError(
+            "verify=False (--no-verify): new digests must not vouch for old damage, so that a step that stays one is "
+            "verified; model_only=True (--model-only) writes shards without digests"
+        )
+    report = VerifyReport(str(inventory.path), inventory.kind, True)
+    check_manifest(inventory.path, True, report)
+    if report.problems:
+        raise ValueError(report.problems[0])
 
 
 def _ranks(mesh: Mapping[str, int]) -> tuple[int, int]:
@@ -209,11 +230,6 @@ def _folder(inventory: Inventory, layout: _Layout) -> Transfer:
 def _step(inventory: Inventory, layout: _Layout, target: Path) -> Transfer:
     """A step with the same content in other shards, and a manifest of its own."""
     folder = inventory.path
-    # New digests must not vouch for old damage.
-    report = VerifyReport(str(folder), inventory.kind, True)
-    check_manifest(folder, True, report)
-    if report.problems:
-        raise ValueError(report.problems[0])
     old = read_manifest(folder)
     require_own_number(target, old["step"])
     metadata = _metadata(inventory, layout)

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import xxhash
 
 from am_ckpt._boxes import describe
 from am_ckpt._copy.values import TensorReader
 from am_ckpt._dtypes import DTYPES, ITEM_BYTES
 from am_ckpt._files.archive import changed_ranges
-from am_ckpt._files.block_digests import changed_blocks, changed_bytes
+from am_ckpt._files.block_digests import changed_blocks
 from am_ckpt._files.box_digests import changed_boxes, require_digested
 from am_ckpt._files.cover import cover_problem
-from am_ckpt._files.hf_folder import ADAPTER_CONFIG, DIGESTS, INDEX, exported_files
+from am_ckpt._files.hf_folder import ADAPTER_CONFIG, INDEX, exported_files
 from am_ckpt._files.model_config import (
     HEAD,
     config_doubts,
@@ -28,17 +27,16 @@ from am_ckpt._files.model_config import (
     tied_embedding,
     uneven_layers,
 )
-from am_ckpt._files.ranges import file_pieces
-from am_ckpt._files.safetensors import is_sizes, parse_json, read_header
-from am_ckpt._files.step import MANIFEST, MAX_SMALL_BYTES, read_file, read_manifest
+from am_ckpt._files.safetensors import read_header
+from am_ckpt._files.step import MANIFEST, read_manifest
 from am_ckpt._io import digest, file_digest, linked_file
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect, require_recorded_size, step_folder
 from am_ckpt._tools.inventory import Inventory
-from am_ckpt.errors import IncompleteError, NewerError, exit_code
+from am_ckpt._tools.unchanged import export_problems
+from am_ckpt.errors import IncompleteError, exit_code
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
-_MAX_DIGESTS_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -105,8 +103,8 @@ def verify(
                 report.add(problem_there)
     report.warnings += inventory.notes
     report.num_not_read = len(inventory.others) if own is None else 0
-    if os.path.lexists(inventory.path / DIGESTS):
-        _check_digests(inventory, report)
+    for changed in export_problems(inventory, full):
+        report.add(changed)
     with TensorReader(follow_symlinks=inventory.follow_symlinks) as reader:
         _check_files(inventory, report)
         config = inventory.files.get("config.json")
@@ -177,57 +175,6 @@ def _check_files(inventory: Inventory, report: VerifyReport) -> None:
         report.warnings.append(f"no tokenizer ({', '.join(_TOKENIZERS[:3])}, ...) was found")
     elif "chat_template.jinja" not in files and not _has_template(files):
         report.warnings.append("no chat template was found")
-
-
-def _check_digests(inventory: Inventory, report: VerifyReport) -> None:
-    """Hold files against what `merge(digest=True)` wrote, all data of weight files with `full`."""
-    where = inventory.path / DIGESTS
-    said = parse_json(read_file(where, _MAX_DIGESTS_BYTES, follow_symlinks=inventory.follow_symlinks), str(where))
-    known = isinstance(said, dict) and said.get("format") == "am-ckpt digests" and type(said.get("version")) is int
-    if known and said["version"] > 1:
-        raise NewerError(f"{where} was written by a newer am_ckpt; take the release that wrote it to verify the folder")
-    known = known and said["version"] == 1
-    files, small = (said.get("files"), said.get("small_xxh3_128")) if known else (None, None)
-    if not isinstance(files, dict) or not isinstance(small, dict) or not all(map(_is_digested, files.values())):
-        raise ValueError(f"{where} is damaged; copy it again, or remove it to do without")
-    used = {chunk.path.name: chunk.path for source in inventory.tensors.values() for chunk in source.chunks}
-    for name in sorted(files.keys() - used.keys()):
-        report.add(IncompleteError(f"{where} has digests of {name!r}, which is not there or not used; copy it again"))
-    for name in sorted(used.keys() - files.keys()):
-        report.add(ValueError(f"{where} has no digests of {name!r}: it is of another merge"))
-    there = {**inventory.files, INDEX: inventory.path / INDEX}
-    for name, expected in sorted(small.items()):
-        if name not in there or not there[name].is_file():
-            report.add(
-                IncompleteError(f"{inventory.path} lacks {name!r}, which {DIGESTS} has a digest of; copy it again")
-            )
-        elif digest(read_file(there[name], MAX_SMALL_BYTES, follow_symlinks=inventory.follow_symlinks)) != expected:
-            report.add(
-                ValueError(f"{there[name]} is not what merge wrote: it is damaged, or was edited since; copy it again")
-            )
-    for name in sorted(files.keys() & used.keys()):
-        header = read_header(used[name], follow_symlinks=inventory.follow_symlinks)
-        ranges = sorted(files[name]["ranges_xxh3_64"])
-        # Every range ends where the next begins, the last one with the file.
-        ends = [header.data_start, *(row[1] for row in ranges)]
-        tiled = ends == [*(row[0] for row in ranges), header.file_bytes]
-        about = (files[name].get("bytes"), files[name].get("header_xxh3_128"))
-        if not tiled or about != (header.file_bytes, digest(header.text)):
-            report.add(ValueError(f"{used[name]}: its header is not the one of {DIGESTS}; copy both again"))
-            continue
-        for begin, end, expected in ranges if report.full else ():
-            hasher = xxhash.xxh3_64()
-            for piece in file_pieces(linked_file(used[name]), begin, end):
-                hasher.update(piece)
-            if hasher.hexdigest() != expected:
-                report.add(ValueError(changed_bytes(used[name], header, begin, end, hasher.hexdigest(), expected)))
-
-
-def _is_digested(record: Any) -> bool:
-    rows = record.get("ranges_xxh3_64") if isinstance(record, dict) else None
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == 3 and is_sizes(row[:2]) and isinstance(row[2], str) for row in rows
-    )
 
 
 def _check_index(inventory: Inventory, report: VerifyReport) -> None:

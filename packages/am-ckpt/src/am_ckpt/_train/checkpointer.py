@@ -26,6 +26,7 @@ from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import Best, read_manifest, require_file_name, step_name, steps
+from am_ckpt._files.step_digests import Problem
 from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
 from am_ckpt._train.choose import choose, is_searched, warn_of_skipped, was_deleted
@@ -48,7 +49,6 @@ from am_ckpt._train.state import (
     make_plan,
 )
 from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
-from am_ckpt._train.verified import Problem
 from am_ckpt._train.write import discard, join_records, new_manifest, run, stage
 
 # What of a manifest says what was saved, beside the bytes.

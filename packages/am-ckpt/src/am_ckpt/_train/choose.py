@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from am_ckpt._files.step import Best, check_step, rank_best, read_manifest, step_name, steps
+from am_ckpt._files.step_digests import Problem, found_in, twice
 from am_ckpt._train.ranks import rank_zero
 from am_ckpt._train.retention import manifests_of
-from am_ckpt._train.verified import Problem, changed_files, found_in, twice
+from am_ckpt._train.verified import changed_files
 
 
 @dataclass

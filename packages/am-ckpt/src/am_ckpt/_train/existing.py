@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from am_ckpt._files.step import check_step, read_manifest, step_name
+from am_ckpt._files.step_digests import Problem, twice
 from am_ckpt._train.ranks import rank_zero
 from am_ckpt._train.retention import newer_steps, set_damaged_aside
-from am_ckpt._train.verified import Problem, changed_files, twice
+from am_ckpt._train.verified import changed_files
 from am_ckpt.errors import NewerError
 
 

@@ -47,16 +47,16 @@ from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.cover import cover_problem
 from am_ckpt._files.safetensors import element_count
 from am_ckpt._files.step import STAGING, check_step
+from am_ckpt._files.step_digests import require_unchanged_files
 from am_ckpt._io import fsync_directory
 from am_ckpt._sources import Source
 from am_ckpt._tools.inspect import inspect
 from am_ckpt._train.job import TensorFile, file_metadata
 from am_ckpt._train.pieces import TORCH_DTYPES, Piece, dtype_name
-from am_ckpt._train.read import Reader
+from am_ckpt._train.read import Reader, num_threads
 from am_ckpt._train.restore import module_sources, read_state
 from am_ckpt._train.state import SECTIONS, encoded_state
 from am_ckpt._train.state_json import encode
-from am_ckpt._train.verified import require_unchanged_files
 from am_ckpt._train.write import (
     create_staging,
     discard,
@@ -299,7 +299,8 @@ class StorageReader(storage.StorageReader):
         """Read byte ranges straight into the tensors of the state dict."""
         tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         if self._verify and self._step is not None:
-            require_unchanged_files(self._step, {path for item in tensors for path in self._paths(item)})
+            paths = {path for item in tensors for path in self._paths(item)}
+            require_unchanged_files(self._step, paths, num_threads())
         with Reader(follow_symlinks=self._follow_symlinks) as reader, torch.no_grad():
             for item in plan.items:
                 if item.type == LoadItemType.BYTE_IO:
