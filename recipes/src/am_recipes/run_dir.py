@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,17 +104,31 @@ def _require_writable(run_dir: Path) -> None:
                 f"run_dir={run_dir} needs the folder {folder}, but {existing} is a file; remove it or choose another "
                 "run_dir"
             )
-        try:
-            # What `os.access` says is not all: root is told that it may write into /proc.
-            os.rmdir(tempfile.mkdtemp(prefix=".", dir=existing))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                # What is needed and what is free, the first save tells.
-                continue
+        if not (os.access(existing, os.W_OK | os.X_OK) and _takes_folders(existing, folder)):
             raise PermissionError(
                 f"run_dir={run_dir} needs the folder {folder}, and {existing} cannot be written by this user or is "
                 "read-only; choose another run_dir"
-            ) from error
+            )
+
+
+def _takes_folders(existing: Path, folder: Path) -> bool:
+    """Whether the first folder on the way from `existing` to `folder` can be made: root is told that /proc is writable.
+
+    A run's own directory is not touched. A full disk is left to the first save, which says what it needs.
+    """
+    missing = [path for path in (folder.absolute(), *folder.absolute().parents) if path.is_relative_to(existing)]
+    if len(missing) < 3:
+        return True
+    try:
+        missing[-2].mkdir()
+    except FileExistsError:
+        # Another run makes it at the same time.
+        return True
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):
+        missing[-2].rmdir()
+    return True
 
 
 def already_finished(
