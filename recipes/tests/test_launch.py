@@ -111,4 +111,4 @@ def test_it_imports_nothing_of_ours():
         "import sys, am_recipes.launch; print(sorted(n for n in sys.modules if n.startswith(('am_', 'torch', 'yaml'))))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['am_recipes', 'am_recipes.launch']"
+    assert result.stdout.strip() == "['am_recipes', 'am_recipes.launch', 'am_recipes.launch.local']"

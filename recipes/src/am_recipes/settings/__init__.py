@@ -24,6 +24,7 @@ from am_recipes.settings.yaml import (
     resolve,
     unusable,
     walk,
+    with_folder,
 )
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "resolve",
     "unusable",
     "walk",
+    "with_folder",
     "written",
 ]

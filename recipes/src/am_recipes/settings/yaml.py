@@ -27,6 +27,8 @@ _REFERENCE = re.compile(
 # What `_REFERENCE` takes for one without braces, or for an escaped one.
 _BARE = re.compile(r"\$+[A-Za-z_]\w*(?:/|\Z)")
 _HERE = re.compile(r"(?<!\$)\$\{here\}")
+# A plain or quoted scalar that begins with it.
+_PATH_FROM_HERE = re.compile(r"""(?<=[\s"'\[,])\$\{here\}[^\s"',\]}]*""")
 _NULLS = ("none", "None")
 _SECRET = re.compile(
     r"(^|_)(password|passwd|secret|credentials?|authorization|apikey)($|_)"
@@ -180,6 +182,15 @@ def _with_folder(node: Node, folder: str) -> Node:
     path = _HERE.sub(lambda _: folder.replace("${", "$${"), node.value)
     # One spelling, whatever the way to it: it tells whether two runs are the same.
     return replace(node, value=os.path.normpath(path) if _HERE.match(node.value) else path)
+
+
+def with_folder(text: str, folder: str) -> str:
+    """The text of a config file with `${here}` written out as `folder`, the same lines: for a copy elsewhere."""
+
+    def path(match: re.Match[str]) -> str:
+        return os.path.normpath(match[0].replace("${here}", folder.replace("${", "$${"), 1))
+
+    return _HERE.sub(lambda _: folder.replace("${", "$${"), _PATH_FROM_HERE.sub(path, text))
 
 
 def dump(values: Mapping[str, Any]) -> str:

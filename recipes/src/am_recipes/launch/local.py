@@ -116,7 +116,3 @@ def main() -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     return run(sys.argv[2], sys.argv[3:], int(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,11 @@
+"""Starting a run: on this machine, on several, or through a scheduler that is told what to start.
+
+`local` runs ranks through torchrun. A scheduler (`LAUNCHERS`, by the section of the config that asks for it) turns a
+`Job` into files and a command of its own; what it starts on each machine is `local` again.
+"""
+
+from __future__ import annotations
+
+from am_recipes.launch.local import PREEMPTED, run, torchrun_arguments, worst_status
+
+__all__ = ["PREEMPTED", "run", "torchrun_arguments", "worst_status"]

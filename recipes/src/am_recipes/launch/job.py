@@ -1,0 +1,97 @@
+"""What a scheduler is asked to run, and what it is given for that: text first, so that it can be shown and checked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command line to be run elsewhere.
+
+    Args:
+        name: what the job is called where nothing else says so: `llm_finetune`.
+        config: file name of the config.
+        text: of the config, with `${here}` written out and the same lines, so that messages name the same line.
+        program: what Python runs: `-m`, a module; or a file.
+        arguments: of the program, beside `-c CONFIG`: the overrides, among them one (`--slurm null`) that takes the
+            section of the launcher out.
+        folder: where the command was typed, and runs.
+        processes: ranks on each machine that the command line asks for.
+    """
+
+    name: str
+    config: str
+    text: str
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
+    folder: Path
+    processes: int | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a launcher makes of a job, still in memory.
+
+    Args:
+        folder: where the files go; made new.
+        files: text by file name, the config among them.
+        shown: the name of the file that `--dry-run` prints.
+        command: hands it to the scheduler, run in the job's folder.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+    shown: str
+    command: tuple[str, ...]
+
+
+class Launcher(Protocol):
+    """A section of a config that says which scheduler runs it."""
+
+    def render(self, job: Job, now: int) -> Rendered:
+        """The files and the command for `job`, at `now` (seconds since the epoch). Writes nothing.
+
+        Raises ValueError, whose message begins with the key (`time=`), where the scheduler could not take it.
+        """
+        ...
+
+    def submitted(self, rendered: Rendered, output: str) -> str:
+        """What to tell of a job that was taken: where it runs, how to follow and to cancel it.
+
+        `output` is what the command printed.
+        """
+        ...
+
+
+def submit(launcher: Launcher, rendered: Rendered, folder: Path) -> int:
+    """Write the files and run the command in `folder`; its exit status. Prints what became of the job.
+
+    Raises FileNotFoundError where the scheduler's command is not on PATH, before anything is written.
+    """
+    program = rendered.command[0]
+    if shutil.which(program) is None:
+        raise FileNotFoundError(
+            f"{program} is not on PATH; type this where it is, or write the files with --dry-run and take them there"
+        )
+    rendered.folder.mkdir(parents=True)
+    for name, text in rendered.files.items():
+        (rendered.folder / name).write_text(text, encoding="utf-8")
+    result = subprocess.run(rendered.command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        print(f"error: {program} ended with {result.returncode}; what it was given: {rendered.folder}", file=sys.stderr)
+        return result.returncode
+    print(launcher.submitted(rendered, result.stdout))
+    return 0
+
+
+def now() -> int:
+    """Seconds since the epoch, whole ones."""
+    return int(time.time())
