@@ -18,6 +18,7 @@ from am_recipes.sections.model import (
     Tokenizer,
     VisionModel,
 )
+from am_recipes.sections.slurm import Mount, Slurm
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -46,6 +47,7 @@ __all__ = [
     "GenerateFromRows",
     "LrScheduler",
     "Model",
+    "Mount",
     "NonNegativeInt",
     "Optimizer",
     "PackedSequence",
@@ -57,6 +59,7 @@ __all__ = [
     "Ratio",
     "Reader",
     "Router",
+    "Slurm",
     "Source",
     "StepScheduler",
     "Time",
