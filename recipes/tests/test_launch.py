@@ -86,15 +86,13 @@ def test_worst_status(statuses, worst):
 
 
 def test_the_command_line_is_torchruns():
-    assert launch.torchrun_arguments("a.b", ["-c", "x.yaml"], 3) == [
-        "--standalone",
-        "--nproc-per-node=3",
-        "-m",
-        "a.b",
-        "-c",
-        "x.yaml",
-    ]
-    assert launch.torchrun_arguments("/a/b.py", ["-c"], 2) == ["--standalone", "--nproc-per-node=2", "/a/b.py", "-c"]
+    local = ["--standalone", "--nnodes=1", "--nproc-per-node=3", "-m", "a.b", "-c", "x.yaml"]
+    assert launch.torchrun_arguments("a.b", ["-c", "x.yaml"], 3) == local
+    file = ["--standalone", "--nnodes=1", "--nproc-per-node=2", "/a/b.py", "-c"]
+    assert launch.torchrun_arguments("/a/b.py", ["-c"], 2) == file
+    place = ["--nnodes=4", "--node-rank=1", "--rdzv-backend=static", "--rdzv-endpoint=host:29400"]
+    several = launch.torchrun_arguments("a.b", ["-c"], 2, launch.Nodes(4, 1, "host", 29400))
+    assert several == [*place, "--nproc-per-node=2", "-m", "a.b", "-c"]
 
 
 def test_impossible_numbers_of_processes():
@@ -111,4 +109,7 @@ def test_it_imports_nothing_of_ours():
         "import sys, am_recipes.launch; print(sorted(n for n in sys.modules if n.startswith(('am_', 'torch', 'yaml'))))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['am_recipes', 'am_recipes.launch', 'am_recipes.launch.local']"
+    assert (
+        result.stdout.strip()
+        == "['am_recipes', 'am_recipes.launch', 'am_recipes.launch.local', 'am_recipes.launch.nodes']"
+    )

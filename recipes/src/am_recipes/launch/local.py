@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from am_recipes.launch.nodes import Nodes
+
 PREEMPTED = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
 
@@ -27,13 +29,23 @@ _STOP_SECONDS = "600"
 _TORCHRUNS = "SIGTERM,SIGHUP,SIGQUIT"
 
 
-def torchrun_arguments(program: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The torchrun command line that runs `program` on local ranks: a module, or a file that ends in .py."""
+def torchrun_arguments(program: str, arguments: Sequence[str], processes: int, nodes: Nodes | None = None) -> list[str]:
+    """The torchrun command line that runs `program` on local ranks: a module, or a file that ends in .py.
+
+    Several machines meet statically: their ranks are in the order of the machines, so that rank 0, which prints and
+    commits, is on the one that was given number 0, at each start. torchrun's other backend numbers them as they come.
+    """
+    if nodes is None:
+        # Said also where it is the default: a cluster's own environment (PET_NNODES) may say otherwise.
+        place = ["--standalone", "--nnodes=1"]
+    else:
+        place = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", "--rdzv-backend=static"]
+        place.append(f"--rdzv-endpoint={nodes.endpoint}")
     run = [program] if program.endswith(".py") else ["-m", program]
-    return ["--standalone", f"--nproc-per-node={processes}", *run, *arguments]
+    return [*place, f"--nproc-per-node={processes}", *run, *arguments]
 
 
-def run(program: str, arguments: Sequence[str], processes: int) -> int:
+def run(program: str, arguments: Sequence[str], processes: int, nodes: Nodes | None = None) -> int:
     """Run `program`, a module or a file that ends in .py, on `processes` local ranks and return the exit status of all.
 
     0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM or a
@@ -64,7 +76,9 @@ def run(program: str, arguments: Sequence[str], processes: int) -> int:
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        torchrun(parse_args([f"--signals-to-handle={_TORCHRUNS}", *torchrun_arguments(program, arguments, processes)]))
+        torchrun(
+            parse_args([f"--signals-to-handle={_TORCHRUNS}", *torchrun_arguments(program, arguments, processes, nodes)])
+        )
     except ChildFailedError as error:
         _tell_killed({rank: failure.exitcode for rank, failure in error.failures.items()})
         return worst_status(failure.exitcode for failure in error.failures.values())

@@ -6,7 +6,7 @@ The string below a field is what `automodel RECIPE --keys` says about it.
 from __future__ import annotations
 
 from am_recipes.sections.data import DataLoader, Generate, GenerateFromRows, PackedSequence
-from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source
+from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source, Time, seconds
 from am_recipes.sections.model import (
     AdapterExport,
     FreezeRule,
@@ -59,6 +59,8 @@ __all__ = [
     "Router",
     "Source",
     "StepScheduler",
+    "Time",
     "Tokenizer",
     "VisionModel",
+    "seconds",
 ]

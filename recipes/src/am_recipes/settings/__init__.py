@@ -8,7 +8,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 from __future__ import annotations
 
 from am_recipes.settings.saved import fingerprints, written
-from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
+from am_recipes.settings.schema import Check, Inline, Prefixed, Typed, plain, read, read_section
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -40,6 +40,7 @@ __all__ = [
     "Place",
     "Prefixed",
     "Target",
+    "Typed",
     "UnusableError",
     "checked",
     "did_you_mean",

@@ -29,6 +29,11 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Typed:
+    """A text that may look like a whole number, and is then the text that was typed: `max_time: 90`."""
+
+
+@dataclass(frozen=True)
 class Inline:
     """The field takes every key of its section that no other field claims."""
 
@@ -128,6 +133,8 @@ def read(node: Node, annotation: Any) -> Any:
     if origin is typing.Annotated:
         if arguments[0] is Target:
             return read_target(node, metadata(annotation, DefaultTarget))
+        if metadata(annotation, Typed) and type(node.value) is int:
+            node = dataclasses.replace(node, value=str(node.value))
         value = read(node, arguments[0])
         for check in annotation.__metadata__:
             if isinstance(check, Check) and not check.test(value):
