@@ -270,6 +270,8 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
     for demanded in (arguments.recipe, recipe):
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
+    if config.launchers() and not _is_worker():
+        return _elsewhere(config, arguments, path, program or f"am_recipes.{config.recipe}")
     if not _is_worker():
         # A recipe's own file and a dry run are one process, unless they are told otherwise.
         one = program is not None or arguments.dry_run
@@ -281,6 +283,24 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
     if arguments.dry_run:
         return _dry_run(config, program)
     return errors.reported(lambda: _train(config, program), debug=debug, run_dir=config.run_dir)
+
+
+def _elsewhere(config: RunConfig, arguments: Arguments, path: Path, program: str) -> int:
+    """Submit, or show what would be submitted below the config."""
+    from am_recipes import submission
+
+    flags = ("--debug",) if arguments.debug else ()
+    asked = submission.Asked(path, arguments.overrides, flags, program, arguments.processes)
+    if not arguments.dry_run:
+        return submission.submit(config, asked)
+    text = submission.shown(submission.rendered(config, asked))
+    if submission.same_python(config):
+        _dry_run(config, program)
+    else:
+        print("# What the config names is elsewhere (container, python, repo_root, command): not looked at here.")
+        print(config, end="")
+    print(f"---\n{text}", end="")
+    return 0
 
 
 def _train(config: RunConfig, program: str) -> int:
