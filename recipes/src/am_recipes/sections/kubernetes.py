@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from am_recipes.launch import kubernetes
 from am_recipes.launch.job import Job, Rendered
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text
-from am_recipes.sections.variables import require_texts, require_variables, texts
+from am_recipes.sections.variables import require_texts, require_there, require_variables, texts
 from am_recipes.settings import ArgumentError, Check
 
 _LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
@@ -216,6 +216,7 @@ class Kubernetes:
         """The manifests of `job`, and the kubectl command that creates what they describe."""
         self._require_kept(job.run_dir)
         pods = self._pods(job, now)
+        require_there(job.variables, {*pods.env, *pods.secrets}, "add it to kubernetes.env_vars or kubernetes.secrets")
         if self.kind == "jobset":
             manifest = kubernetes.job_set(pods, self.max_restarts or 0)
         else:

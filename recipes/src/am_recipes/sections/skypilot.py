@@ -11,16 +11,18 @@ from typing import Annotated, Any
 from am_recipes.launch import kubernetes, skypilot
 from am_recipes.launch.job import Job, Rendered
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text
-from am_recipes.sections.variables import VARIABLE, require_variables, texts
+from am_recipes.sections.variables import VARIABLE, require_there, require_variables, texts
 from am_recipes.settings import ArgumentError, AsWritten, Check, variable
 
 _ACCELERATORS = r"[A-Za-z][\w.-]*(:\d+)?"
 
 # What sky says of a key of ours, and what helps.
 _REFUSALS = (
-    ("not enabled", "cloud", "sky check shows the clouds that are set up"),
-    ("is not set", "secrets", "sky takes secrets from the environment it is called in; export them"),
-    ("catalog does not contain", "accelerators", "sky gpus list shows what there is"),
+    (
+        "is not set in local environment",
+        "secrets",
+        "sky takes secrets from the environment it is called in; export them",
+    ),
     ("invalid region", "region", "sky gpus list --all-regions shows where there is what"),
     ("invalid zone", "zone", "sky gpus list --all-regions shows where there is what"),
 )
@@ -37,9 +39,6 @@ Accelerators = Annotated[
     Check(lambda text: re.fullmatch(_ACCELERATORS, text) is not None, "must be NAME or NAME:COUNT, such as H100:8"),
 ]
 Port = Annotated[int, Check(lambda port: 1024 <= port <= 65535, "must be in 1024 to 65535")]
-Variable = Annotated[
-    str, Check(lambda text: VARIABLE.fullmatch(text) is not None, "must be the name of an environment variable")
-]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class SkyPilot:
     """WANDB_API_KEY of the machines: a reference to a variable here, ${WANDB_API_KEY}."""
     env_vars: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the machines; no secrets."""
-    secrets: tuple[Variable, ...] = ()
+    secrets: tuple[Text, ...] = ()
     """Names of further variables that sky takes from the environment here."""
     workdir: Text | None = "."
     """Folder copied to the machines, in which the run starts; null: none."""
@@ -99,6 +98,12 @@ class SkyPilot:
         require_variables(
             "env_vars", self.env_vars, "name it in secrets: [{name}], and sky takes it from the environment"
         )
+        for index, name in enumerate(self.secrets):
+            if VARIABLE.fullmatch(name) is None:
+                # What stands there is not shown: it may be the secret itself.
+                raise ArgumentError(
+                    f"secrets.{index}", "must be the name of an environment variable here; a value in clear is never taken"
+                )
         given = {"HF_HOME"} if self.hf_home else set()
         names = [(f"env_vars.{name}", name) for name in self.env_vars]
         names += [("hf_token", "HF_TOKEN")] if self.hf_token else []
@@ -143,6 +148,7 @@ class SkyPilot:
         self._require_kept(job.run_dir)
         folder = (job.folder / self.job_dir / str(now)).absolute()
         task = self._task(job, folder)
+        require_there(job.variables, {*task.env, *task.secrets}, "add it to skypilot.env_vars or skypilot.secrets")
         file = f"{task.name}.yaml"
         text = kubernetes.dump([skypilot.task(task)])
         command = skypilot.command(task, str(folder / file))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from am_recipes.settings import ArgumentError, is_secret
@@ -30,6 +30,13 @@ def require_texts(key: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if not isinstance(value, str):
             raise ArgumentError(f"{key}.{name}", f"must be text, got {value!r}; put it in quotes")
+
+
+def require_there(needed: Mapping[str, str], there: Iterable[str], fix: str) -> None:
+    """Refuse variables that the config needs (with the key that does) and that the other machines do not have."""
+    for name, path in needed.items():
+        if name not in there and name not in ("HOME", "HOSTNAME", "PATH"):
+            raise ArgumentError(path, f"the environment variable {name} is not set where the run is; {fix}")
 
 
 def texts(values: Mapping[str, Any]) -> dict[str, str]:
