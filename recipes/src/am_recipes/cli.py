@@ -203,6 +203,8 @@ def run_recipe(recipe: str, file: str, argv: Sequence[str] | None = None) -> int
 
 def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | None = None) -> int:
     """`recipe` and `program`, what to run for it, are those of a recipe's own command line."""
+    if _is_worker():
+        launch.end_with_launcher()
     try:
         if list(argv) == ["--version"]:
             print(f"automodel {__version__}")

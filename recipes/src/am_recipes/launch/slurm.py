@@ -114,7 +114,7 @@ _REQUEUE = """\
 if [ "$status" = 75 ]; then
   state=$(about_job JobState)
   if [ "$state" != RUNNING ]; then
-    echo "$(date '+%F %T') job $job is $state and is not requeued; submitted again, it continues"
+    echo "$(date '+%F %T') job $job was cancelled or is at its end ($state) and is not requeued"
   elif scontrol requeue "$job"; then
     echo "$(date '+%F %T') job $job was stopped and is requeued"
   else

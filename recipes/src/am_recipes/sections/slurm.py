@@ -134,8 +134,8 @@ class Slurm:
     """WANDB_API_KEY of the ranks, likewise."""
     env_vars: Mapping[str, Shell] = field(default_factory=dict)
     """Other variables; ${NAME} in them is read where the job runs."""
-    command: Text | None = None
-    """What every node runs instead of the recipe, in bash; $MASTER_ADDR, $MASTER_PORT and SLURM's variables are set."""
+    command: Shell | None = None
+    """What every node runs instead of the recipe, in bash; it has SLURM's variables, $MASTER_ADDR and $MASTER_PORT."""
     chdir: Path | None = None
     """Where the ranks run; null: where the job was submitted."""
     job_dir: Path = Path("slurm_jobs")
@@ -221,7 +221,7 @@ class Slurm:
             environment=environment,
             port=self.master_port,
             sources=shlex.quote(str(checkout)) if checkout else None,
-            command=self.command or self._command(job, folder, ranks),
+            command=f"(\n{_in_bash(self.command)}\n)" if self.command else self._command(job, folder, ranks),
             container=self._container(job, folder, directory) if self.container_image else None,
         )
 
@@ -343,6 +343,15 @@ def _shell(text: str, needed: list[str]) -> str:
         if default is None:
             needed.append(name)
             return f'"${{{name}}}"'
-        return f"${{{name}-{shlex.quote(default)}}}"
+        return _with_default(name, default)
 
     return rewritten(text, lambda literal: shlex.quote(literal) if literal else "", variable) or "''"
+
+
+def _in_bash(command: str) -> str:
+    """A text for bash, in which our references are bash's own."""
+    return rewritten(command, str, lambda name, default: _with_default(name, default) if default else f"${{{name}}}")
+
+
+def _with_default(name: str, default: str) -> str:
+    return f"${{{name}-{shlex.quote(default)}}}"
