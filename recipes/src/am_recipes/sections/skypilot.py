@@ -102,7 +102,8 @@ class SkyPilot:
             if VARIABLE.fullmatch(name) is None:
                 # What stands there is not shown: it may be the secret itself.
                 raise ArgumentError(
-                    f"secrets.{index}", "must be the name of an environment variable here; a value in clear is never taken"
+                    f"secrets.{index}",
+                    "must be the name of an environment variable here; a value in clear is never taken",
                 )
         given = {"HF_HOME"} if self.hf_home else set()
         names = [(f"env_vars.{name}", name) for name in self.env_vars]
