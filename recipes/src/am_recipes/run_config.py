@@ -88,6 +88,8 @@ class RunConfig:
     sinks: tuple[Target, ...] = ()
     """What else is told of every step (am_recipes.sinks.Sink)."""
     slurm: sections.Slurm | None = None
+    kubernetes: sections.Kubernetes | None = None
+    skypilot: sections.SkyPilot | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -118,7 +120,11 @@ class RunConfig:
 
     def launchers(self) -> Mapping[str, Launcher]:
         """The sections that hand the run to a scheduler, by their key: none, or one."""
-        launchers: Mapping[str, Launcher | None] = {"slurm": self.slurm}
+        launchers: Mapping[str, Launcher | None] = {
+            "slurm": self.slurm,
+            "kubernetes": self.kubernetes,
+            "skypilot": self.skypilot,
+        }
         return {key: launcher for key, launcher in launchers.items() if launcher is not None}
 
     def _require_one_launcher(self) -> None:
