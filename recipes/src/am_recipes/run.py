@@ -246,6 +246,8 @@ class Run:
         if self._out_of_time is not None:
             done += f", {self._out_of_time}"
         self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
+        # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
+        any_rank(self._dims, True)
         return PREEMPTED
 
     def choose_weights(self) -> None:

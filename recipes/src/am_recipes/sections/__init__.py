@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from am_recipes.sections.data import DataLoader, Generate, GenerateFromRows, PackedSequence
 from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source, Time, seconds
+from am_recipes.sections.kubernetes import Kubernetes
 from am_recipes.sections.model import (
     AdapterExport,
     FreezeRule,
@@ -18,6 +19,8 @@ from am_recipes.sections.model import (
     Tokenizer,
     VisionModel,
 )
+from am_recipes.sections.skypilot import SkyPilot
+from am_recipes.sections.slurm import Mount, Slurm
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -44,8 +47,10 @@ __all__ = [
     "FreezeRule",
     "Generate",
     "GenerateFromRows",
+    "Kubernetes",
     "LrScheduler",
     "Model",
+    "Mount",
     "NonNegativeInt",
     "Optimizer",
     "PackedSequence",
@@ -57,6 +62,8 @@ __all__ = [
     "Ratio",
     "Reader",
     "Router",
+    "SkyPilot",
+    "Slurm",
     "Source",
     "StepScheduler",
     "Time",
