@@ -282,10 +282,15 @@ def _spell_out_no_clipping(node: Node) -> Node:
 
 def check_targets(config: RunConfig) -> None:
     """Import every target of the config and hold its arguments against its signature, and inline model configs against
-    their classes. Raises `ConfigError`.
+    their classes; find the packages of its trackers. Raises `ConfigError`.
     """
     for call in config.targets():
         call.bind()
+    for name, section in config.trackers().items():
+        try:
+            section.require()
+        except ValueError as error:
+            raise config.error(name, str(error)) from error
     # Knows transformers, which the schema does without.
     from am_recipes import model_config
 

@@ -86,6 +86,7 @@ class RunConfig:
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
     sinks: tuple[Target, ...] = ()
     """What else is told of every step (am_recipes.sinks.Sink)."""
+    mlflow: sections.Mlflow | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -144,6 +145,11 @@ class RunConfig:
     def models(self) -> Mapping[str, sections.Model]:
         """The sections that describe a model, by their key."""
         return {"model": self.model}
+
+    def trackers(self) -> dict[str, sections.Tracking]:
+        """The trackers that are on, by the key of their section."""
+        every: dict[str, sections.Tracking | None] = {"mlflow": self.mlflow}
+        return {name: section for name, section in every.items() if section is not None}
 
     def targets(self) -> Iterator[Call]:
         """Every target of the config, with what the recipe passes to it."""

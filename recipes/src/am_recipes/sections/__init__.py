@@ -18,6 +18,7 @@ from am_recipes.sections.model import (
     Tokenizer,
     VisionModel,
 )
+from am_recipes.sections.tracking import Mlflow, Tracking
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -45,6 +46,7 @@ __all__ = [
     "Generate",
     "GenerateFromRows",
     "LrScheduler",
+    "Mlflow",
     "Model",
     "NonNegativeInt",
     "Optimizer",
@@ -60,5 +62,6 @@ __all__ = [
     "Source",
     "StepScheduler",
     "Tokenizer",
+    "Tracking",
     "VisionModel",
 ]
