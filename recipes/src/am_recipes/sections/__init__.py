@@ -18,7 +18,7 @@ from am_recipes.sections.model import (
     Tokenizer,
     VisionModel,
 )
-from am_recipes.sections.tracking import Mlflow, Tracking
+from am_recipes.sections.tracking import Mlflow, TensorBoard, Tracking, Trackio, Wandb
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -61,7 +61,10 @@ __all__ = [
     "Router",
     "Source",
     "StepScheduler",
+    "TensorBoard",
     "Tokenizer",
     "Tracking",
+    "Trackio",
     "VisionModel",
+    "Wandb",
 ]
