@@ -38,14 +38,14 @@ def test_two_ranks_stop_after_the_same_step(axis: str, told: int) -> None:
 
 
 def step_out_of_time(told: int) -> tuple[int, str]:
-    """After how many steps this rank stops, and why, where the rank `told` alone has a limit: 100 s, 10 s a step."""
+    """After how many steps this rank stops, and why, where the rank `told` alone has a limit: 110 s, 10 s a step."""
     dims = am_mesh.ParallelDims(dp_shard=2).build("cpu")
     now = 0.0
-    ends = [time_limit.End("max_time=1:40", "raise it", 100.0)] if dist.get_rank() == told else []
+    ends = [time_limit.End("max_time=1:50", "raise it", 110.0)] if dist.get_rank() == told else []
     limit = time_limit.TimeLimit(ends, lambda: now)
     for step in range(1, 20):
         now += 10.0
-        late = limit.asked(time_limit.measured_save(20.0), another=False)
+        late = limit.asked(time_limit.measured_save(20.0), others=0)
         if any_rank(dims, late is not None) == [True]:
             return step, first_told(late)
     return 0, ""
@@ -56,7 +56,7 @@ def test_the_time_limit_of_one_rank_stops_both_after_the_same_step(told: int) ->
     (step, why), other = run_distributed(step_out_of_time, 2, told)
     assert (step, why) == other
     assert step == 7
-    assert why.startswith("out of time: max_time=1:40 leaves 30.0 s, and to go on takes 35.0 s: ")
+    assert why.startswith("out of time: max_time=1:50 leaves 40.0 s, and to go on takes 45.0 s: ")
 
 
 def test_a_rank_that_was_killed_is_missed_with_what_to_do(tmp_path: Path) -> None:

@@ -29,27 +29,27 @@ def limit_of(left: float) -> tuple[time_limit.TimeLimit, Clock]:
     return limit, clock
 
 
-def step(limit: time_limit.TimeLimit, clock: Clock, seconds: float, save: float = 20.0, another: bool = False):
+def step(limit: time_limit.TimeLimit, clock: Clock, seconds: float, save: float = 20.0, others: int = 0):
     clock.now += seconds
-    return limit.asked(time_limit.measured_save(save), another=another)
+    return limit.asked(time_limit.measured_save(save), others=others)
 
 
 def test_it_stops_while_a_step_and_a_save_still_fit():
-    limit, clock = limit_of(100.0)
+    limit, clock = limit_of(110.0)
     limit.begin()
-    # After each step 100 - 10 n are left; 10 for a step, 20 for the save and 5 to end are needed.
+    # After each step 110 - 10 n are left; 10 for a step, 20 for the save and 15 to end are needed.
     said = [step(limit, clock, 10.0) for _ in range(7)]
     assert said[:6] == [None] * 6
     assert said[6] == (
-        "out of time: max_time=x leaves 30.0 s, and to go on takes 35.0 s: 10.0 s to the next step (the longest so "
-        "far), 20.0 s for a save (the longest so far), 5 s to end"
+        "out of time: max_time=x leaves 40.0 s, and to go on takes 45.0 s: 10.0 s to the next step (the longest so "
+        "far), 20.0 s for a save (the longest so far), 15 s to end"
     )
 
 
 def test_a_save_that_comes_before_the_next_question_counts_too():
-    limit, clock = limit_of(100.0)
+    limit, clock = limit_of(110.0)
     limit.begin()
-    assert [bool(step(limit, clock, 10.0, another=True)) for _ in range(5)] == [False] * 4 + [True]
+    assert [bool(step(limit, clock, 10.0, others=1)) for _ in range(5)] == [False] * 4 + [True]
 
 
 def test_the_first_step_counts_until_there_is_a_second():
@@ -66,17 +66,17 @@ def test_the_first_step_counts_until_there_is_a_second():
 
 
 def test_a_save_is_no_part_of_the_time_to_the_next_question():
-    limit, clock = limit_of(200.0)
+    limit, clock = limit_of(210.0)
     limit.begin()
     for _ in range(3):
         assert step(limit, clock, 10.0, save=30.0) is None
         clock.now += 30.0
         limit.begin()
-    # 80 are left: 10 for the next step and 30 for its save still fit after this one, and not after one more.
+    # 90 are left: 10 for the next step and 30 for its save still fit after this one, and not after one more.
     assert step(limit, clock, 10.0, save=30.0) is None
     assert step(limit, clock, 10.0, save=30.0) is None
     assert step(limit, clock, 10.0, save=30.0) is None
-    assert "leaves 40.0 s, and to go on takes 45.0 s: 10.0 s to the next" in str(step(limit, clock, 10.0, save=30.0))
+    assert "leaves 50.0 s, and to go on takes 55.0 s: 10.0 s to the next" in str(step(limit, clock, 10.0, save=30.0))
 
 
 def test_it_always_leaves_time_to_commit():
@@ -95,7 +95,7 @@ def test_it_always_leaves_time_to_commit():
             clock.now += longest_step * (1 if number <= 2 else draw.random())
             due = number % every == 0
             busy = asynchronous and clock.now < under_way_until
-            late = limit.asked(time_limit.measured_save(longest_save), another=due or busy)
+            late = limit.asked(time_limit.measured_save(longest_save), others=due + busy)
             if not due and not late:
                 continue
             began = max(clock.now, under_way_until)
@@ -114,7 +114,7 @@ def test_before_any_save_it_is_estimated_by_its_bytes():
     assert save.seconds == 10 + 240
     assert save.basis == "estimated: 10 s, and 12,000,000,000 bytes at 50 MB/s"
     limit, clock = limit_of(100.0)
-    assert "250.0 s for a save (estimated: 10 s, and 12," in str(limit.asked(save, another=False))
+    assert "250.0 s for a save (estimated: 10 s, and 12," in str(limit.asked(save, others=0))
     assert clock.now == 100.0
 
 
@@ -122,7 +122,7 @@ def test_without_an_end_there_is_always_time():
     limit = time_limit.TimeLimit([], Clock())
     assert not limit.is_set
     assert limit.over_before_a_step() is None
-    assert limit.asked(time_limit.measured_save(1e9), another=True) is None
+    assert limit.asked(time_limit.measured_save(1e9), others=1) is None
 
 
 def test_the_earlier_end_counts_and_says_who_set_it():
@@ -135,9 +135,7 @@ def test_the_earlier_end_counts_and_says_who_set_it():
     clock.now = 79.0
     limit = time_limit.TimeLimit(both, clock)
     assert limit.over_before_a_step() is None
-    assert "SLURM_JOB_END_TIME=1700000030 leaves 1.0 s" in str(
-        limit.asked(time_limit.measured_save(0.0), another=False)
-    )
+    assert "SLURM_JOB_END_TIME=1700000030 leaves 1.0 s" in str(limit.asked(time_limit.measured_save(0.0), others=0))
     clock.now = 84.0
     assert limit.over_before_a_step() == (
         "SLURM_JOB_END_TIME=1700000030 was over 4 s before the first step of this launch, which would never train; "

@@ -24,6 +24,7 @@ from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, StopSignal, any_rank, first_told, seed_everything
+from am_recipes.trackers import Trackers
 
 
 class BeginsHere(Exception):
@@ -78,6 +79,8 @@ class Run:
         self._estimate: time_limit.Save | None = None
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
+        self._trackers = Trackers(config, self.resumed)
+        own_sinks = [sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else []
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -86,7 +89,7 @@ class Run:
             world_size=dims.world_size,
             resume_step=self.resumed,
             identity=config.identity(),
-            sinks=[sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else [],
+            sinks=[*own_sinks, self._trackers],
         )
 
     def __enter__(self) -> Run:
@@ -201,6 +204,8 @@ class Run:
             seconds=time.monotonic() - now.began,
             others=now.losses | dict(others),
         )
+        for fact in self._trackers.news():
+            self.log.note(fact)
         self._validated, self._is_among_best = None, False
         if not self.validation_is_due:
             self._ask_every_rank()
@@ -278,8 +283,8 @@ class Run:
         over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         late, told = None, self._stop.received is not None
         if self._limit.is_set and self.step < self.total_steps:
-            another = self._checkpoints.is_saving or (self._config.checkpoint.enabled and (self._stays or over))
-            late = self._limit.asked(self._save_to_come(), another=another)
+            others = int(self._checkpoints.is_saving) + int(self._config.checkpoint.enabled and (self._stays or over))
+            late = self._limit.asked(self._save_to_come(), others=others)
         told, self._minutes_are_over, is_late = any_rank(self._dims, told, over, late is not None)
         if told:
             self._stop.heard()

@@ -4,8 +4,8 @@ All ranks are asked together after each step, or after the validation that follo
 come to the next question and still commit, so it stops where less is left than
 
 - the longest time from one question to the next so far, saves aside: a step, with a validation if it had one;
-- the longest save so far, until it was durable: the one to come, and one more where another save is under way or
-  comes before the next question. Before any was measured it is an estimate (`estimated_save`);
+- the longest save so far, until it was durable, for the one to come, for one that is under way, which it waits for,
+  and for one before the next question. Before any was measured it is an estimate (`estimated_save`);
 - `ENDING_SECONDS`, for what follows the save.
 
 The first step of a launch may compile for minutes: it counts until the second was measured, and then no more.
@@ -25,8 +25,8 @@ from am_recipes.sections import seconds
 JOB_END = "SLURM_JOB_END_TIME"
 """The environment variable with the end of the job: seconds since the epoch."""
 
-ENDING_SECONDS = 5.0
-"""For the record, the page, and processes that end one after another."""
+ENDING_SECONDS = 15.0
+"""For the record, the page, what trackers have not delivered (10 s at most), and processes that end one by one."""
 
 SAVE_BYTES_PER_SECOND = 50e6
 """Of one rank. A local disk takes ten times as much; a file system over a network that hundreds of ranks write to at
@@ -140,23 +140,23 @@ class TimeLimit:
             f"{self._end.fix}. Nothing was lost"
         )
 
-    def asked(self, save: Save, *, another: bool) -> str | None:
+    def asked(self, save: Save, *, others: int) -> str | None:
         """Take this question; why the run has to stop here, None where it can go on to the next one.
 
-        `another`: a save is under way, or comes before the next question.
+        `others`: saves that are under way, or come before the next question.
         """
         taken = self._clock() - self._began
         self.begin()
         self._longest = taken if self._num_questions <= 1 else max(self._longest, taken)
         self._num_questions += 1
-        saves = (1 + another) * save.seconds
+        saves = (1 + others) * save.seconds
         needed, left = self._longest + saves + ENDING_SECONDS, self._left()
         if self._end is None or left >= needed:
             return None
         return (
             f"out of time: {self._end.name} leaves {left:.1f} s, and to go on takes {needed:.1f} s: "
             f"{self._longest:.1f} s to the next step (the longest so far), {saves:.1f} s for "
-            f"{'two saves' if another else 'a save'} ({save.basis}), {ENDING_SECONDS:.0f} s to end"
+            f"{f'{1 + others} saves' if others else 'a save'} ({save.basis}), {ENDING_SECONDS:.0f} s to end"
         )
 
     def _left(self) -> float:
