@@ -56,6 +56,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL for the server and what started it."""
+        if self._process.poll() is not None:
+            return
         worker = Path(f"/proc/{self._worker}")
         if worker.exists():
             self._command = worker.joinpath("cmdline").read_text().split("\0")[:-1]
