@@ -235,6 +235,8 @@ class Run:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
         self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
+        # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
+        any_rank(self._dims, True)
         return PREEMPTED
 
     def choose_weights(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 import am_ckpt
-from am_recipes import lock, sections, trackers
+from am_recipes import lock, sections, shared, trackers
 from am_recipes.run_config import RunConfig, identity_difference
 from am_recipes.sinks import record
 
@@ -40,11 +40,14 @@ def claim(config: RunConfig) -> Iterator[bool]:
 
     Every rank enters it before anything is loaded or written, and gets the same answer, or the same error: Refused
     where another process has the directory, or it holds another run (with the keys that differ) or files of somebody
-    else; NotADirectoryError or PermissionError where the run could not write. What ends before its first launch is
-    recorded in run.json leaves no trace.
+    else, or is not the same one on every rank; NotADirectoryError or PermissionError where the run could not write.
+    What ends before its first launch is recorded in run.json leaves no trace.
     """
     with contextlib.ExitStack() as stack:
-        yield _on_rank_zero(lambda: _take(config, stack))
+        finished, claimed = _on_rank_zero(lambda: (_take(config, stack), shared.claim_of(config)))
+        with config.at("run_dir"):
+            shared.require_shared(config, claimed)
+        yield finished
 
 
 def _on_rank_zero(function: Callable[[], Outcome]) -> Outcome:

@@ -8,7 +8,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 from __future__ import annotations
 
 from am_recipes.settings.saved import fingerprints, written
-from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
+from am_recipes.settings.schema import AsWritten, Check, Inline, Prefixed, Typed, plain, read, read_section
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -18,17 +18,21 @@ from am_recipes.settings.yaml import (
     did_you_mean,
     dump,
     first_name,
+    is_secret,
     load,
     nearest,
     override,
     resolve,
+    rewritten,
     unusable,
+    variable,
     walk,
     with_folder,
 )
 
 __all__ = [
     "ArgumentError",
+    "AsWritten",
     "Call",
     "Check",
     "Checked",
@@ -39,12 +43,14 @@ __all__ = [
     "Place",
     "Prefixed",
     "Target",
+    "Typed",
     "UnusableError",
     "checked",
     "did_you_mean",
     "dump",
     "fingerprints",
     "first_name",
+    "is_secret",
     "load",
     "nearest",
     "override",
@@ -52,7 +58,9 @@ __all__ = [
     "read",
     "read_section",
     "resolve",
+    "rewritten",
     "unusable",
+    "variable",
     "walk",
     "with_folder",
     "written",
