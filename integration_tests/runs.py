@@ -116,7 +116,7 @@ def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> No
     assert "Traceback" not in text
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on, below those that the system gives to connections meanwhile."""
     while True:
         port = random.SystemRandom().randint(20000, 32000)
@@ -127,7 +127,7 @@ def _free_port() -> int:
 
 def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size: int = 1) -> list[Any]:
     """The processes of `automodel CONFIG --run_dir RUN_DIR ...`, one a rank, running."""
-    port = _free_port()
+    port = free_port()
     arguments = (config, [("run_dir", str(run_dir)), *overrides.items()])
     processes = [SERVER.Process(target=_run, args=(*arguments, rank, world_size, port)) for rank in range(world_size)]
     for process in processes:
@@ -137,7 +137,7 @@ def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size:
 
 def start_file(file: Path, arguments: Sequence[str], folder: Path, output: Path, world_size: int = 1) -> list[Any]:
     """The processes of `python FILE ARGUMENTS` in `folder`, one a rank, running; rank N prints to `output`/N.txt."""
-    port = _free_port()
+    port = free_port()
     processes = [
         SERVER.Process(target=_run_file, args=(file, arguments, folder, output, rank, world_size, port))
         for rank in range(world_size)

@@ -23,6 +23,7 @@ from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, StopSignal, any_rank, seed_everything
+from am_recipes.trackers import Trackers
 
 
 class BeginsHere(Exception):
@@ -72,6 +73,8 @@ class Run:
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
+        self._trackers = Trackers(config, self.resumed)
+        own_sinks = [sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else []
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -80,7 +83,7 @@ class Run:
             world_size=dims.world_size,
             resume_step=self.resumed,
             identity=config.identity(),
-            sinks=[sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else [],
+            sinks=[*own_sinks, self._trackers],
         )
 
     def __enter__(self) -> Run:
@@ -185,6 +188,8 @@ class Run:
             seconds=time.monotonic() - now.began,
             others=now.losses | dict(others),
         )
+        for fact in self._trackers.news():
+            self.log.note(fact)
         self._validated, self._is_among_best = None, False
         self._ask_every_rank()
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 import am_ckpt
-from am_recipes import lock, sections, shared
+from am_recipes import lock, sections, shared, trackers
 from am_recipes.run_config import RunConfig, identity_difference
 from am_recipes.sinks import record
 
@@ -72,6 +72,9 @@ def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
     finished = require_usable(config)
     if finished:
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+        trackers.deliver_rest(config)
+    else:
+        trackers.require_reachable(config)
     return finished
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from am_recipes.configs import RunConfig, check_targets, parse
 from am_recipes.launch import job
-from am_recipes.settings import with_folder
+from am_recipes.settings import is_secret, load, override, rewritten, variable, walk, with_folder
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,52 @@ def _launcher(config: RunConfig) -> tuple[str, job.Launcher]:
 def _job(config: RunConfig, key: str, asked: Asked) -> job.Job:
     text = with_folder(asked.path.read_text(encoding="utf-8"), str(asked.path.absolute().parent))
     _require_same(config, text, asked)
+    _require_no_secrets(asked)
     arguments = (*(f"--{path}={value}" for path, value in asked.overrides), f"--{key}=null", *asked.flags)
     program = (asked.program,) if asked.program.endswith(".py") else ("-m", asked.program)
     name = "_".join(reversed(config.COMMAND))
-    return job.Job(name, asked.path.name, text, program, arguments, Path.cwd(), config.run_dir, asked.processes)
+    return job.Job(
+        name=name,
+        config=asked.path.name,
+        text=text,
+        program=program,
+        arguments=arguments,
+        folder=Path.cwd(),
+        run_dir=config.run_dir,
+        processes=asked.processes,
+        variables=_variables(config, key),
+    )
+
+
+def _variables(config: RunConfig, key: str) -> dict[str, str]:
+    """What the config takes from the environment, sections of launchers aside, with the first key that does."""
+    found: dict[str, str] = {}
+    for path, text in config.environment.items():
+        names: list[str] = []
+
+        def note(name: str, default: str | None, names: list[str] = names) -> str:
+            if default is None:
+                names.append(name)
+            return ""
+
+        rewritten(text, str, note)
+        if path.partition(".")[0] != key:
+            found = dict.fromkeys(names, path) | found
+    return found
+
+
+def _require_no_secrets(asked: Asked) -> None:
+    """Refuse secrets in clear: the config is copied, and overrides stand in the command of the job."""
+    tree = load(asked.path)
+    for path, text in asked.overrides:
+        override(tree, path, text)
+    for path, node in walk(tree):
+        literal = isinstance(node.value, str) and node.value not in ("", "none", "None")
+        if literal and is_secret(path) and variable(node.value) is None:
+            raise node.error(
+                "a secret in clear would be copied with the config to where it runs; name an environment variable "
+                "that holds it instead: ${NAME}"
+            )
 
 
 def _require_same(config: RunConfig, text: str, asked: Asked) -> None:

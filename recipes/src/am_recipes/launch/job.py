@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ class Job:
         folder: where the command was typed, and runs.
         run_dir: where the run is kept, as the config has it.
         processes: ranks on each machine that the command line asks for.
+        variables: what the config needs of the environment, and the first key that does, by name.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Job:
     folder: Path
     run_dir: Path
     processes: int | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The annotations of a dataclass are its schema: `int`, `float`, `bool`, `str`, `Path`, `Literal`, `X | None`,
 `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, Any]` (free-form), `Target` and nested dataclasses. `Annotated` adds a
-constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`).
+constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`). What a
+dataclass refuses itself stands at its section; where it raises `ArgumentError`, at the key that this names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from am_recipes.settings.target import DefaultTarget, Target
+from am_recipes.settings.target import ArgumentError, DefaultTarget, Target
 from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, variable, walk
 
 
@@ -85,8 +86,21 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         return kind(**values)
     except ConfigError:
         raise
+    except ArgumentError as error:
+        raise _below(node, error.path).error(str(error)) from error
     except ValueError as error:
         raise node.error(str(error)) from error
+
+
+def _below(node: Node, path: str) -> Node:
+    """The node at the dotted `path` below this one, or the last on the way there; keys may have dots themselves."""
+    children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
+    for key, child in children.items() if isinstance(children, dict) else ():
+        if path == str(key):
+            return child
+        if path.startswith(f"{key}."):
+            return _below(child, path.removeprefix(f"{key}."))
+    return node
 
 
 def _read_field(node: Node, annotation: Any, item: dataclasses.Field[Any]) -> Any:
