@@ -161,9 +161,9 @@ def test_variables_are_read_where_the_job_runs(folder):
 
 
 def test_containers(folder):
-    pyxis = text_of(render(folder, VARIANTS["pyxis"]))
+    rendered = render(folder, VARIANTS["pyxis"])
+    pyxis, job = text_of(rendered), rendered.folder
     mounts = re.search(r"--container-mounts='(.*)'", pyxis)[1].split(",")
-    job = render(folder, VARIANTS["pyxis"]).folder
     assert mounts == [
         f"{job}:{job}",
         f"{folder}:{folder}",
