@@ -16,14 +16,13 @@ import torch
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, run_dir
+from am_recipes import checks, data, run_dir, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, StopSignal, any_rank, seed_everything
-from am_recipes.trackers import Trackers
 
 
 class BeginsHere(Exception):
@@ -73,7 +72,7 @@ class Run:
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
-        self._trackers = Trackers(config, self.resumed)
+        self._trackers = trackers.build(config, self.resumed)
         own_sinks = [sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else []
         self.log = Log(
             config.run_dir,
