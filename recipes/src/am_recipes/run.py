@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, run_dir, time_limit
+from am_recipes import checks, data, run_dir, time_limit, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, StopSignal, any_rank, first_told, seed_everything
-from am_recipes.trackers import Trackers
 
 
 class BeginsHere(Exception):
@@ -79,7 +78,7 @@ class Run:
         self._estimate: time_limit.Save | None = None
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
-        self._trackers = Trackers(config, self.resumed)
+        self._trackers = trackers.build(config, self.resumed)
         own_sinks = [sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else []
         self.log = Log(
             config.run_dir,
