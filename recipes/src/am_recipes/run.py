@@ -16,7 +16,7 @@ import torch
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, run_dir
+from am_recipes import checks, data, provenance, run_dir
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
@@ -72,6 +72,7 @@ class Run:
         self._stopping = self._minutes_are_over = self._is_among_best = False
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
+        is_first, hosts = torch.distributed.get_rank() == 0, provenance.all_hosts()
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -80,7 +81,8 @@ class Run:
             world_size=dims.world_size,
             resume_step=self.resumed,
             identity=config.identity(),
-            sinks=[sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else [],
+            sinks=[sink.build() for sink in config.sinks] if is_first else [],
+            launch=provenance.of_run(config, weights, self.resumed, dims.world_size, hosts) if is_first else None,
         )
 
     def __enter__(self) -> Run:
@@ -107,6 +109,8 @@ class Run:
 
     def begin(self, dataset: object, *facts: object) -> None:
         """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
+        if isinstance(dataset, am_data.Dataset):
+            self.log.data({"dataset, as read": dataset.fingerprint})
         for restored in self._restored:
             self.log.note(restored)
         if isinstance(dataset, am_data.Reported):

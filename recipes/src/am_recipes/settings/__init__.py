@@ -7,7 +7,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 
 from __future__ import annotations
 
-from am_recipes.settings.saved import fingerprints, written
+from am_recipes.settings.saved import command_line, fingerprints, written
 from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
@@ -41,6 +41,7 @@ __all__ = [
     "Target",
     "UnusableError",
     "checked",
+    "command_line",
     "did_you_mean",
     "dump",
     "fingerprints",
