@@ -111,7 +111,7 @@ def _origin(config: RunConfig, path: str) -> str:
 
 def versions() -> dict[str, str]:
     """Python and every installed distribution."""
-    found = {}
+    found: dict[str, str] = {}
     for folder in map(Path, dict.fromkeys(sys.path)):
         # By the names of their folders (PEP 376): reading two hundred metadata files takes a quarter of a second.
         for name in sorted(entry.name for entry in _entries(folder) if entry.name.endswith(".dist-info")):
@@ -173,8 +173,9 @@ def own_modules() -> dict[str, str]:
     for name, module in list(sys.modules.items()):
         # Anything may be put in there, and its attributes may be made when they are asked for.
         file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
-        is_mine = isinstance(file, str) and file.endswith(".py") and file.startswith(folders)
-        if is_mine and not file.startswith(here) and name.partition(".")[0] not in packages:
+        if not isinstance(file, str) or not file.endswith(".py") or file.startswith(here):
+            continue
+        if file.startswith(folders) and name.partition(".")[0] not in packages:
             files.add(file)
     return {file: file_digest(Path(file)) for file in sorted(files) if not _is_installed(Path(file))}
 
