@@ -161,7 +161,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def test_the_state_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(tmp_path) not in provenance.repositories()
+    assert "working directory" not in provenance.repositories()
     git(tmp_path, "init")
     (tmp_path / "train.py").write_text("one\n")
     git(tmp_path, "add", ".")
@@ -170,7 +170,7 @@ def test_the_state_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path / "inside")
 
     def state() -> str:
-        return provenance.repositories()[str(tmp_path)]
+        return provenance.repositories()["working directory"]
 
     clean = state()
     (tmp_path / "untracked").write_text("is no part of it")
@@ -192,9 +192,7 @@ def test_own_modules_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     importlib.import_module("my_rows_of_this_test")
     found = provenance.own_modules()
     del sys.modules["my_rows_of_this_test"]
-    assert found == {
-        str(tmp_path / "my_rows_of_this_test.py"): provenance.file_digest(tmp_path / "my_rows_of_this_test.py")
-    }
+    assert found == {"my_rows_of_this_test.py": provenance.file_digest(tmp_path / "my_rows_of_this_test.py")}
 
 
 def big_launch() -> Any:

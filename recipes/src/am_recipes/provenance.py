@@ -29,7 +29,7 @@ import torch
 import am_recipes
 from am_recipes import sources
 from am_recipes.run_config import RunConfig
-from am_recipes.settings import command_line, plain, written
+from am_recipes.settings import command_line, leaves, plain, written
 from am_recipes.sinks.record import OURS, Launch
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def launch(resume_step: int | None, world_size: int) -> Launch:
         "command": command_line(sys.argv),
         "resume_step": resume_step,
         "world_size": world_size,
-        "git": next((state for root, state in code.items() if Path.cwd().is_relative_to(root)), None),
+        "git": code.get("working directory"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "versions": versions(),
         "code": code | own_modules(),
@@ -83,17 +83,6 @@ def origins(config: RunConfig) -> dict[str, str]:
     value refers to the environment, which variables.
     """
     return {path: _origin(config, path) for path, _ in leaves(plain(config))}
-
-
-def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar below `values`, and every empty mapping or list, with its dotted path."""
-    children = list(enumerate(values)) if isinstance(values, list) else []
-    if isinstance(values, Mapping):
-        children = list(values.items())
-    if not children:
-        yield path, values
-    for key, child in children:
-        yield from leaves(child, f"{path}.{key}" if path else str(key))
 
 
 def _origin(config: RunConfig, path: str) -> str:
@@ -131,22 +120,24 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def repositories() -> dict[str, str]:
-    """The git repositories of the working directory and, where this package is in one, of it: by their root `COMMIT`,
-    `COMMIT, changed: blake2b:...` (of the diff), or why that is not known. What git does not track is no part of it:
-    see `own_modules`.
+    """The state of the git repositories of the `working directory` and, where this package is in one, of `am-recipes`:
+    `COMMIT`, `COMMIT, changed: blake2b:...` (of the diff), or why that is not known. What git does not track is no part
+    of it: see `own_modules`.
     """
-    found: dict[str, str] = {}
-    for folder in (Path.cwd(), Path(am_recipes.__file__).parent):
-        if _is_installed(folder) or any(folder.is_relative_to(root) for root in found):
-            continue
-        answer = _git(folder, "rev-parse", "--show-toplevel", "HEAD")
-        if isinstance(answer, bytes) and len(lines := answer.decode(errors="replace").splitlines()) == 2:
-            root, commit = lines
-            options = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv")
-            diff = _git(Path(root), "diff", "HEAD", *options)
-            changes = diff if isinstance(diff, str) else f", changed: {_digest(diff)}" if diff else ""
-            found[root] = commit + changes
-    return found
+    folders = {"working directory": Path.cwd(), "am-recipes": Path(am_recipes.__file__).parent}
+    roots, states = {}, dict[bytes, str]()
+    for name, folder in folders.items():
+        answer = None if _is_installed(folder) else _git(folder, "rev-parse", "--show-toplevel", "HEAD")
+        if isinstance(answer, bytes):
+            roots[name] = root = answer
+            states[root] = states.get(root) or _state(folder, root.split()[-1].decode())
+    return {name: states[root] for name, root in roots.items()}
+
+
+def _state(folder: Path, commit: str) -> str:
+    options = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative")
+    diff = _git(folder, "diff", "HEAD", *options)
+    return commit + (diff if isinstance(diff, str) else f", changed: {_digest(diff)}" if diff else "")
 
 
 def _git(folder: Path, *arguments: str) -> bytes | str | None:
@@ -163,21 +154,22 @@ def _git(folder: Path, *arguments: str) -> bytes | str | None:
 
 
 def own_modules() -> dict[str, str]:
-    """The imported Python files in the working directory and beside the program, with their digests: a copied recipe, a
-    user's dataset. Without what is installed, and without our packages, which their repository tells.
+    """The imported Python files in the working directory or beside the program, by their path from there, with their
+    digests: a copied recipe, a user's dataset. Without what is installed, and our packages, which a repository tells.
     """
-    here = f"{Path(am_recipes.__file__).parent}{os.sep}"
-    folders = tuple(f"{folder}{os.sep}" for folder in (Path.cwd(), Path(sys.argv[0]).absolute().parent))
+    folders = (Path.cwd(), Path(sys.argv[0]).absolute().parent)
+    within, here = tuple(f"{folder}{os.sep}" for folder in folders), f"{Path(am_recipes.__file__).parent}{os.sep}"
     packages = {name.replace("-", "_") for name in OURS}
-    files = set()
-    for name, module in list(sys.modules.items()):
+    found = {}
+    for name, module in sorted(sys.modules.items()):
         # Anything may be put in there, and its attributes may be made when they are asked for.
         file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
         if not isinstance(file, str) or not file.endswith(".py") or file.startswith(here):
             continue
-        if file.startswith(folders) and name.partition(".")[0] not in packages:
-            files.add(file)
-    return {file: file_digest(Path(file)) for file in sorted(files) if not _is_installed(Path(file))}
+        if file.startswith(within) and name.partition(".")[0] not in packages and not _is_installed(Path(file)):
+            root = next(folder for folder in folders if file.startswith(f"{folder}{os.sep}"))
+            found[str(Path(file).relative_to(root))] = file_digest(Path(file))
+    return dict(sorted(found.items()))
 
 
 def _is_installed(path: Path) -> bool:

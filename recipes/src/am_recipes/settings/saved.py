@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, escaped, inline, is_secret, override, walk
@@ -84,6 +84,17 @@ def fingerprints(values: Any, environment: Mapping[str, str]) -> Any:
         return value
 
     return _replace_leaves(values, "", fingerprint)
+
+
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar below `values`, and every empty mapping or list, with its dotted path."""
+    children = list(enumerate(values)) if isinstance(values, list) else []
+    if isinstance(values, Mapping):
+        children = list(values.items())
+    if not children:
+        yield path, values
+    for key, child in children:
+        yield from leaves(child, f"{path}.{key}" if path else str(key))
 
 
 def _replace_leaves(value: Any, path: str, new: Callable[[str, Any], Any]) -> Any:

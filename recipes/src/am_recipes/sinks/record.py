@@ -20,7 +20,7 @@ OURS = ("am-recipes", "am-ckpt", "am-data", "am-kernels", "am-loss", "am-mesh", 
 class Launch(TypedDict):
     """One start of the run's command, as `am_recipes.provenance` finds it.
 
-    git: the state of the working directory; code: of each repository by its root, and digests of the user's own files.
+    git: the state of the working directory; code: of the repositories, and digests of the user's own files.
     config: resolved, with secrets as references; origins: where each of its values was set, by dotted path. data:
     digests of what the run read, by name. environment: the machine, variables, the job of a scheduler.
     """
