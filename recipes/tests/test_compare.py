@@ -87,7 +87,14 @@ def test_the_first_step_that_differs_and_by_how_much(tmp_path: Path) -> None:
         "loss 1 1.25 +0.25",
         "grad_norm 1 null -",
     ]
-    assert lines[5] == ""
+    assert lines[5:11] == [
+        "",
+        "the last of them, the validation after step 3:",
+        "",
+        "A B B - A",
+        "val_loss 2 2.5 +0.5",
+        "",
+    ]
 
 
 def test_a_validation_that_differs_is_named_so(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from am_recipes import configs, provenance
 from am_recipes.build import Weights
-from am_recipes.settings import command_line
+from am_recipes.settings import command_line, plain
 from am_recipes.sinks import record
 
+NO_WEIGHTS = Weights({}, [], {}, {})
 CONFIG = """\
 recipe: sft
 model: {name_or_path: model}
@@ -61,7 +62,7 @@ def test_origins_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("SPLIT", raising=False)
     config = parsed(tmp_path, ("optimizer.lr", "2e-3"), ("generate.prompts.0", "Hello"), ("peft", "{r: 4}"))
     file = tmp_path / "mine.yaml"
-    found = provenance.origins(config)
+    found = provenance.of_run(config, NO_WEIGHTS, None, 1, {})["origins"]
     assert {path: found[path] for path in found if found[path] != "default"} == {
         "recipe": f"{file}:1",
         "model.name_or_path": f"{file}:2",
@@ -123,9 +124,8 @@ def test_files_of_patterns_folders_and_lists(tmp_path: Path) -> None:
         (tmp_path / f"{number}.jsonl").write_text(str(number))
 
     def files(value: str) -> dict[str, str]:
-        return provenance.data_files(
-            parsed(tmp_path, ("dataset.path", value), ("validation_dataset", "{path: none/b}"))
-        )
+        changed = (("dataset.path", value), ("validation_dataset", "{path: none/b}"))
+        return provenance.data_files(plain(parsed(tmp_path, *changed)))
 
     each = {f"{tmp_path}/{number}.jsonl": provenance.file_digest(tmp_path / f"{number}.jsonl") for number in range(3)}
     assert files(f"{tmp_path}/*.jsonl") == {f"dataset.path: {name}": digest for name, digest in each.items()}
@@ -141,7 +141,7 @@ def test_many_files_are_one_line_that_tells_another_size_and_other_content(tmp_p
         (folder / f"{number:03}.bin").write_bytes(bytes(10))
 
     def line() -> str:
-        found = provenance.data_files(parsed(tmp_path, ("dataset.path", f"{folder}/*.bin")))
+        found = provenance.data_files(plain(parsed(tmp_path, ("dataset.path", f"{folder}/*.bin"))))
         assert list(found) == [f"dataset.path: {folder}/*.bin"]
         return found[f"dataset.path: {folder}/*.bin"]
 

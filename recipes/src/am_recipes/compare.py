@@ -29,6 +29,7 @@ EMPTY = ("[]", "{}")
 # By name: a value, and what is told behind it.
 Facts = Mapping[str, tuple[str, str]]
 Value = float | int | str | None
+Pair = tuple[Mapping[str, Value], Mapping[str, Value]]
 # A step of the loop comes before a validation of the same number.
 Key = tuple[int, bool]
 
@@ -40,14 +41,15 @@ class Rows:
     Args:
         equal: rows that both have, equal in all but what is `MEASURED`.
         different: rows that both have and that differ.
-        first: the first of those: the row of A and the row of B.
+        first, latest: the first and the last of those: the row of A and the row of B.
         only: rows that one alone has; last: the last step of each.
         notes: what could not be read.
     """
 
     equal: int = 0
     different: int = 0
-    first: tuple[Mapping[str, Value], Mapping[str, Value]] | None = None
+    first: Pair | None = None
+    latest: Pair | None = None
     only: list[int] = field(default_factory=lambda: [0, 0])
     last: list[int] = field(default_factory=lambda: [0, 0])
     notes: list[str] = field(default_factory=list)
@@ -103,7 +105,7 @@ def compare_rows(file_a: Path, file_b: Path) -> Rows:
             found.equal += 1
         else:
             found.different += 1
-            found.first = found.first or (a, b)
+            found.first, found.latest = found.first or (a, b), (a, b)
     return found
 
 
@@ -143,15 +145,11 @@ def _equal(a: Any, b: Any) -> bool:
 def _told(rows: Rows) -> list[str]:
     both = rows.equal + rows.different
     lines = [*rows.notes]
-    if rows.first is not None:
-        a, b = rows.first
-        step, validation = _key(a)
-        kind = "the validation after step" if validation else "step"
-        lines += [f"rows differ from {kind} {step} on: {rows.different} of the {both} that both have", ""]
-        lines.append(f"  {'':22}{'A':>18}{'B':>18}{'B - A':>18}")
-        for name in different_columns(a, b):
-            left, right = a.get(name, NOTHING[0]), b.get(name, NOTHING[0])
-            lines.append(f"  {_cut(name, 22):22}{_number(left):>18}{_number(right):>18}{_difference(left, right):>18}")
+    if rows.first is not None and rows.latest is not None:
+        lines.append(f"rows differ from {_moment(rows.first)} on: {rows.different} of the {both} that both have")
+        lines += _table(rows.first)
+        if rows.different > 1:
+            lines += ["", f"the last of them, {_moment(rows.latest)}:", *_table(rows.latest)]
     elif both:
         lines.append(f"rows are equal to the last digit: the {both} that both have")
     else:
@@ -160,6 +158,20 @@ def _told(rows: Rows) -> list[str]:
         if alone:
             end = f"which ends at step {last}, {other} at step {sum(rows.last) - last}"
             lines.append(f"{alone} row{'s are' if alone > 1 else ' is'} in {name} alone, {end}")
+    return lines
+
+
+def _moment(pair: Pair) -> str:
+    step, is_validation = _key(pair[0])
+    return f"the validation after step {step}" if is_validation else f"step {step}"
+
+
+def _table(pair: Pair) -> list[str]:
+    """The columns that differ, and by how much."""
+    lines = ["", f"  {'':22}{'A':>18}{'B':>18}{'B - A':>18}"]
+    for name in different_columns(*pair):
+        a, b = (row.get(name, NOTHING[0]) for row in pair)
+        lines.append(f"  {_cut(name, 22):22}{_number(a):>18}{_number(b):>18}{_difference(a, b):>18}")
     return lines
 
 

@@ -72,20 +72,17 @@ def of_run(
     """The same, with what a config says and names; `hosts` as `all_hosts` has them."""
     found = launch(resume_step, world_size)
     found["environment"] |= {"nodes": len(hosts), "hosts": dict(hosts)}
-    found["config"] = written(plain(config), config.environment)
-    found["origins"] = origins(config)
-    found["data"] = data_files(config) | weights_and_files(weights)
+    values = plain(config)
+    found["config"] = written(values, config.environment)
+    found["origins"] = {path: _origin(config, path) for path, _ in leaves(values)}
+    found["data"] = data_files(values) | weights_and_files(weights)
     return found
 
 
-def origins(config: RunConfig) -> dict[str, str]:
-    """Where each value was set, by dotted path: `FILE:LINE`, `command line --FLAG`, `default`; behind it, where the
-    value refers to the environment, which variables.
-    """
-    return {path: _origin(config, path) for path, _ in leaves(plain(config))}
-
-
 def _origin(config: RunConfig, path: str) -> str:
+    """Where a value was set: `FILE:LINE`, `command line --FLAG` or `default`; behind it, where it refers to the
+    environment, which variables.
+    """
     if path not in config.places:
         return "default"
     where, _, flag = config.places[path].where.partition(" (--")
@@ -107,7 +104,7 @@ def versions() -> dict[str, str]:
             distribution, _, version = name.removesuffix(".dist-info").partition("-")
             found.setdefault(re.sub(r"[-_.]+", "-", distribution).lower(), version)
     # Ours may lie elsewhere, as an editable installation that an import hook finds.
-    ours = {name: importlib.metadata.version(name) for name in OURS}
+    ours = {name: found.get(name) or importlib.metadata.version(name) for name in OURS}
     return {"python": platform.python_version(), **ours, **dict(sorted(found.items()))}
 
 
@@ -161,12 +158,12 @@ def own_modules() -> dict[str, str]:
     within, here = tuple(f"{folder}{os.sep}" for folder in folders), f"{Path(am_recipes.__file__).parent}{os.sep}"
     packages = {name.replace("-", "_") for name in OURS}
     found = {}
-    for name, module in sorted(sys.modules.items()):
+    for name, module in list(sys.modules.items()):
         # Anything may be put in there, and its attributes may be made when they are asked for.
         file = vars(module).get("__file__") if isinstance(module, ModuleType) else None
-        if not isinstance(file, str) or not file.endswith(".py") or file.startswith(here):
+        if not isinstance(file, str) or not file.startswith(within) or file.startswith(here):
             continue
-        if file.startswith(within) and name.partition(".")[0] not in packages and not _is_installed(Path(file)):
+        if file.endswith(".py") and name.partition(".")[0] not in packages and not _is_installed(Path(file)):
             root = next(folder for folder in folders if file.startswith(f"{folder}{os.sep}"))
             found[str(Path(file).relative_to(root))] = file_digest(Path(file))
     return dict(sorted(found.items()))
@@ -181,7 +178,7 @@ def environment() -> dict[str, Any]:
     variables = {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)}
     found: dict[str, Any] = {
         "host": socket.gethostname(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -233,10 +230,9 @@ def weights_and_files(weights: Weights) -> dict[str, str]:
     return found
 
 
-def data_files(config: RunConfig) -> dict[str, str]:
-    """Digests of the files that `path`, anywhere in a dataset of the config, names here."""
+def data_files(values: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that `path`, anywhere in a dataset of the values of a config, names here."""
     found: dict[str, str] = {}
-    values = plain(config)
     for key in (key for key in values if key == "dataset" or key.startswith("validation_dataset")):
         for path, value in leaves(values[key]):
             # path, path.0 of a list, parts.1.path of a dataset in a dataset.
