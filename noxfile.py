@@ -240,9 +240,11 @@ def at_floor(name: str) -> list[str]:
         # Crashes are a matter of the file system, and two thirds of the cost.
         return [tests, "--ignore-glob=*/test_crash*.py"]
     if name == "am-recipes":
-        # And whole runs, whose exports open in stock transformers.
+        # And whole runs, whose exports open in stock transformers. Published schemas are no matter of old versions.
         return [
             tests,
+            "--ignore-glob=*/test_kubernetes.py",
+            "--ignore-glob=*/test_skypilot.py",
             "integration_tests/test_export.py",
             "integration_tests/test_vlm.py::test_from_a_folder_to_an_export",
         ]

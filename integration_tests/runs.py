@@ -49,6 +49,7 @@ SERVER.set_forkserver_preload(
         "transformers.models.idefics3.modeling_idefics3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "datasets",
+        "mlflow",
         "peft",
         "am_ckpt._train.checkpointer",
     ]
@@ -57,6 +58,8 @@ SERVER.set_forkserver_preload(
 
 def start_server() -> None:
     """Start the server with what it imports, before anyone else starts one with less."""
+    # The import of mlflow would report itself.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     process = SERVER.Process()
     process.start()
     process.join()
@@ -116,7 +119,7 @@ def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> No
     assert "Traceback" not in text
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on, below those that the system gives to connections meanwhile."""
     while True:
         port = random.SystemRandom().randint(20000, 32000)
@@ -127,7 +130,7 @@ def _free_port() -> int:
 
 def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size: int = 1) -> list[Any]:
     """The processes of `automodel CONFIG --run_dir RUN_DIR ...`, one a rank, running."""
-    port = _free_port()
+    port = free_port()
     arguments = (config, [("run_dir", str(run_dir)), *overrides.items()])
     processes = [SERVER.Process(target=_run, args=(*arguments, rank, world_size, port)) for rank in range(world_size)]
     for process in processes:
@@ -137,7 +140,7 @@ def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size:
 
 def start_file(file: Path, arguments: Sequence[str], folder: Path, output: Path, world_size: int = 1) -> list[Any]:
     """The processes of `python FILE ARGUMENTS` in `folder`, one a rank, running; rank N prints to `output`/N.txt."""
-    port = _free_port()
+    port = free_port()
     processes = [
         SERVER.Process(target=_run_file, args=(file, arguments, folder, output, rank, world_size, port))
         for rank in range(world_size)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from am_recipes import cli, errors
+from am_recipes import cli, errors, launch
 from am_recipes.configs import RECIPES, parse
 from am_recipes.settings import keys
 
@@ -93,6 +93,29 @@ def test_workers_get_the_same_config_and_overrides(folder):
         (["c.yaml", "--nproc-per-nod", "2"], "unknown option --nproc-per-nod; did you mean '--nproc-per-node'?"),
         (["c.yaml", "--nproc-per-node", "two"], "--nproc-per-node must be a whole number of at least 1, got 'two'"),
         (["c.yaml", "--nproc-per-node=0"], "--nproc-per-node must be a whole number of at least 1, got '0'"),
+        (["c.yaml", "--nnodes", "2"], "--nnodes without --node-rank and --rdzv-endpoint: several machines need"),
+        (["c.yaml", "--nnodes=2", "--rdzv-endpoint", "a:1"], "--nnodes and --rdzv-endpoint without --node-rank"),
+        (["c.yaml", "--node-rank", "0"], "--node-rank without --nnodes and --rdzv-endpoint"),
+        (["c.yaml", "--nnodes", "0"], "--nnodes must be a whole number of at least 1, got '0'"),
+        (["c.yaml", "--nnodes=1:4"], "--nnodes must be a whole number of at least 1, got '1:4'"),
+        (["c.yaml", "--nnodes=1", "--node-rank=1"], "--node-rank 1 must be less than --nnodes 1"),
+        (["c.yaml", "--nnodes"], "--nnodes needs a value"),
+        (["c.yaml", "--node-rnk", "1"], "unknown option --node-rnk; did you mean '--node-rank'?"),
+        (
+            ["c.yaml", "--nnodes=2", "--node-rank=2", "--rdzv-endpoint=a:1"],
+            "--node-rank 2 must be less than --nnodes 2; number the machines from 0 to 1",
+        ),
+        (
+            ["c.yaml", "--nnodes=2", "--node-rank=-1", "--rdzv-endpoint=a:1"],
+            "--node-rank must be a whole number of at least 0, got '-1'",
+        ),
+        *(
+            (
+                ["c.yaml", "--nnodes=2", "--node-rank=1", f"--rdzv-endpoint={endpoint}"],
+                f"--rdzv-endpoint must be HOST:PORT with a port from 1 to 65535, got {endpoint!r}; HOST is",
+            )
+            for endpoint in ("node0", "node0:", ":29400", "node0:0", "node0:65536", "node0:x", "a b:1", "::1:29400", "")
+        ),
         (["c.yaml", "--dry-run=1"], "--dry-run takes no value, got '1'"),
         (["-x", "c.yaml"], "unknown option -x"),
         (["--keys"], "--keys is about a recipe: automodel RECIPE --keys, with one of sft, pretrain, kd, vlm"),
@@ -348,6 +371,26 @@ def test_a_worker_is_told_the_number_of_processes_that_it_is_one_of(folder, caps
         monkeypatch.setenv(name, value)
     assert cli.main(["c.yaml", "--nproc-per-node", "2"]) == 2
     assert "--nproc-per-node 2 inside a torchrun worker that has 4 processes" in capsys.readouterr().err
+
+
+def test_several_machines_are_torchruns_where_torchrun_has_started_the_process(folder, capsys, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert cli.main(["c.yaml", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "a:1"]) == 2
+    assert "--nnodes 2 inside a torchrun worker: torchrun has started this process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("endpoint", "host"), [("node-0.lan:29400", "node-0.lan"), ("[fe80::1]:29400", "[fe80::1]")])
+def test_one_of_several_machines(folder, endpoint, host):
+    argv = ["c.yaml", "--nnodes=3", "--node-rank", "2", "--rdzv_endpoint", endpoint, "--seed", "3"]
+    arguments = cli.parse_arguments(argv)
+    assert arguments.nodes == launch.Nodes(3, 2, host, 29400)
+    assert arguments.worker_arguments() == ["-c", "c.yaml", "--seed=3"]
+
+
+def test_one_machine_is_a_local_run(folder):
+    for options in (["--nnodes", "1"], ["--nnodes=1", "--node_rank=0", "--rdzv-endpoint=a:1"], []):
+        assert cli.parse_arguments(["c.yaml", *options]).nodes is None
 
 
 def test_help_names_every_recipe(folder, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from am_recipes import sections
 from am_recipes.configs import ConfigError, SftConfig, Target, check_targets, identity_difference, parse
 
 MINIMAL = """\
@@ -152,6 +153,15 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
         ("generate: {prompts: hello}", "config.yaml:10: generate.prompts: expected a list, got 'hello'"),
         ("kernels: of", "config.yaml:10: kernels: must be one of 'auto', 'off', got 'of'; did you mean 'off'?"),
         ("checkpoint: {keep_last: 0}", "config.yaml:10: checkpoint.keep_last: must be at least 1, got 0"),
+        (
+            "  max_time: 2 hours",
+            "config.yaml:10: step_scheduler.max_time: must be a time longer than 0 as SLURM writes",
+        ),
+        (
+            "  max_time: 0:00",
+            "config.yaml:10: step_scheduler.max_time: must be a time longer than 0 as SLURM writes it: 90 (",
+        ),
+        ("  max_time: 1.5", "config.yaml:10: step_scheduler.max_time: expected text, got 1.5"),
         (
             "lr_scheduler: {warmup_steps: 11}",
             "config.yaml:10: lr_scheduler: warmup_steps=11 is longer than the run of step_scheduler.max_steps=10",
@@ -998,6 +1008,32 @@ def test_the_saved_config_reads_back_equal(write):
 
 
 @pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("12:30:15", 45015),
+        ("'1-12'", 36 * 3600),
+        ("1-12:30", 36 * 3600 + 1800),
+        ("2-00:00:01", 2 * 86400 + 1),
+    ],
+)
+def test_a_time_has_the_forms_that_slurm_knows(write, typed, expected):
+    """`sbatch --help` has them, and none is a number in YAML 1.2 but the first."""
+    config = parse(write(MINIMAL + f"  max_time: {typed}\n"))
+    assert config.step_scheduler.max_time == typed.strip("'")
+    assert sections.seconds(config.step_scheduler.max_time) == expected
+    overridden = parse(write(), [("step_scheduler.max_time", typed.strip("'"))])
+    assert overridden.step_scheduler == config.step_scheduler
+    assert parse(write(config.to_yaml())).step_scheduler == config.step_scheduler
+
+
+@pytest.mark.parametrize("typed", ["", "1h", "-5", "1:2:3:4", "1-1:1:1:1", "1-", ":30", "0", "0-0:00", "²", "5 "])
+def test_what_is_no_time(typed):
+    assert sections.seconds(typed) is None
+
+
+@pytest.mark.parametrize(
     ("path", "text", "different"),
     [
         ("model.dtype", "float32", ["model.dtype"]),
@@ -1023,6 +1059,7 @@ def test_the_saved_config_reads_back_equal(write):
         ("step_scheduler.local_batch_size", "2", []),
         ("step_scheduler.max_steps", "100", []),
         ("step_scheduler.val_every_steps", "1", []),
+        ("step_scheduler.max_time", "1:00:00", []),
         ("validation_dataset.path", "x", []),
         ("run_dir", "elsewhere", []),
         ("kernels", "off", []),

@@ -18,20 +18,25 @@ def test_before_the_first_step_a_signal_ends_the_process(told):
     with pytest.raises(KeyboardInterrupt), progress.StopSignal():
         signal.raise_signal(signal.SIGINT)
     assert told() == "\nCtrl-C before the first step: ending, nothing is lost\n"
-    with pytest.raises(SystemExit) as ended, progress.StopSignal():
-        signal.raise_signal(signal.SIGTERM)
-    assert ended.value.code == 75
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(SystemExit) as ended, progress.StopSignal():
+            signal.raise_signal(number)
+        assert ended.value.code == 75
+        assert told() == f"\n{number.name} before the first step: ending, nothing is lost\n"
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")]
+)
 def test_the_first_signal_is_told_at_once_and_remembered(told, number, name):
-    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(other) for other in handled]
     with progress.StopSignal() as stop:
         stop.doing = "the current step is finished and committed"
         signal.raise_signal(number)
         assert told().startswith(f"\n{name} received: the current step is finished and committed. Ctrl-C ")
         assert stop.received == name
-    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+    assert [signal.getsignal(other) for other in handled] == before
 
 
 def test_only_a_second_interrupt_by_a_person_quits_at_once(told, monkeypatch):
@@ -45,6 +50,8 @@ def test_only_a_second_interrupt_by_a_person_quits_at_once(told, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         now += 30
+        # Schedulers repeat theirs.
+        signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert told().count("\n") == 2
         with pytest.raises(KeyboardInterrupt):

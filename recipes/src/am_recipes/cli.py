@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,8 @@ Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
 options:
   -c, --config CONFIG     the config file
   --nproc-per-node N      processes on this machine (default: one per GPU, one where there is none)
+  --nnodes N --node-rank R --rdzv-endpoint HOST:PORT
+                          on each of N machines, R from 0 to N - 1; HOST is the one with R = 0
   --dry-run               do all that comes before reading weights, print the config with every default, and stop
   --keys                  every key of a recipe's config, with type, default and meaning
   --debug                 show tracebacks (also: AUTOMODEL_TRACEBACK=1)
@@ -46,7 +48,7 @@ overrides, for any key of the config:
   --dataset.truncation    a key without a value is true; null, none and ~ are no value, where the key may have none
 
 Ctrl-C finishes the step and commits it; a second one quits at once (status 130). The same command again
-continues the run from its latest checkpoint. Under torchrun and on several machines:
+continues the run from its latest checkpoint. Under torchrun:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
 A recipe is one file. Copy and change it; the copy takes the same options:
   python mysft.py -c CONFIG [--nproc-per-node N]      torchrun --nproc-per-node 8 mysft.py -c CONFIG
@@ -56,7 +58,10 @@ its status is 1 where rows differ.
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped: run it again to continue"""
 
-_WITH_VALUE = {"-c": "config", "--config": "config", "--nproc-per-node": "nproc", "--nproc_per_node": "nproc"}
+_WITH_VALUE = {"-c": "config", "--config": "config"}
+# As torchrun takes them: with dashes or underscores.
+for _name in ("nproc-per-node", "nnodes", "node-rank", "rdzv-endpoint"):
+    _WITH_VALUE |= {f"--{_name}": _name, f"--{_name.replace('-', '_')}": _name}
 _FLAGS = {"-h": "help", "--help": "help", "--dry-run": "dry_run", "--keys": "keys", "--debug": "debug"}
 
 
@@ -72,6 +77,7 @@ class Arguments:
     overrides: tuple[tuple[str, str], ...] = ()
     recipe: str | None = None
     processes: int | None = None
+    nodes: launch.Nodes | None = None
     dry_run: bool = False
     keys: bool = False
     debug: bool = False
@@ -117,7 +123,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         recipe=recipe,
         path=Path(configs[0]) if configs else None,
         overrides=tuple(overrides),
-        processes=_processes(values.get("nproc")),
+        processes=_processes(values.get("nproc-per-node")),
+        nodes=_nodes(values),
         dry_run="dry_run" in flags,
         keys="keys" in flags,
         debug="debug" in flags,
@@ -167,6 +174,13 @@ def _processes(text: str | None) -> int | None:
     return int(text)
 
 
+def _nodes(values: Mapping[str, str]) -> launch.Nodes | None:
+    try:
+        return launch.parse_nodes(values)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `automodel` command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -192,6 +206,8 @@ def run_recipe(recipe: str, file: str, argv: Sequence[str] | None = None) -> int
 
 def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | None = None) -> int:
     """`recipe` and `program`, what to run for it, are those of a recipe's own command line."""
+    if _is_worker():
+        launch.end_with_launcher()
     try:
         if list(argv) == ["--version"]:
             print(f"automodel {__version__}")
@@ -265,6 +281,11 @@ def _check_worker(arguments: Arguments) -> None:
     here = os.environ.get("LOCAL_WORLD_SIZE") if _is_worker() else None
     if arguments.processes is not None and here is not None and int(here) != arguments.processes:
         raise UsageError(f"--nproc-per-node {arguments.processes} inside a torchrun worker that has {here} processes")
+    if arguments.nodes is not None and _is_worker():
+        raise UsageError(
+            f"--nnodes {arguments.nodes.count} inside a torchrun worker: torchrun has started this process already; "
+            "leave --nnodes, --node-rank and --rdzv-endpoint to torchrun, or start the command without it"
+        )
 
 
 def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: str | None, debug: bool) -> int:
@@ -272,16 +293,37 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
     for demanded in (arguments.recipe, recipe):
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
+    if config.launchers() and not _is_worker():
+        return _elsewhere(config, arguments, path, program or f"am_recipes.{config.recipe}")
     if not _is_worker():
         # A recipe's own file and a dry run are one process, unless they are told otherwise.
         one = program is not None or arguments.dry_run
         processes = arguments.processes or (1 if one else _default_processes())
-        if processes > 1:
-            return launch.run(program or f"am_recipes.{config.recipe}", arguments.worker_arguments(), processes)
+        if processes > 1 or arguments.nodes is not None:
+            what = program or f"am_recipes.{config.recipe}"
+            return launch.run(what, arguments.worker_arguments(), processes, arguments.nodes)
     program = program or f"am_recipes.{config.recipe}"
     if arguments.dry_run:
         return _dry_run(config, program)
     return errors.reported(lambda: _train(config, program), debug=debug, run_dir=config.run_dir)
+
+
+def _elsewhere(config: RunConfig, arguments: Arguments, path: Path, program: str) -> int:
+    """Submit, or show what would be submitted below the config."""
+    from am_recipes import submission
+
+    flags = ("--debug",) if arguments.debug else ()
+    asked = submission.Asked(path, arguments.overrides, flags, program, arguments.processes)
+    if not arguments.dry_run:
+        return submission.submit(config, asked)
+    text = submission.shown(submission.rendered(config, asked))
+    if submission.same_python(config):
+        _dry_run(config, program)
+    else:
+        print("# What the config names is elsewhere (container, python, repo_root, command): not looked at here.")
+        print(config, end="")
+    print(f"---\n{text}", end="")
+    return 0
 
 
 def _train(config: RunConfig, program: str) -> int:

@@ -42,6 +42,8 @@ def held(run_dir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, json.dumps(_me()).encode())
+            # Ranks on other machines read it.
+            os.fsync(descriptor)
         yield
     finally:
         # While it is locked, so that nobody else has it.

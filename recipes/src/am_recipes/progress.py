@@ -17,7 +17,7 @@ import torch
 import am_mesh
 from am_recipes.launch import PREEMPTED
 
-_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
 # A terminal gives one Ctrl-C to every process of a job, and torchrun passes it on to its workers once more.
 _SECONDS_OF_ONE_INTERRUPT = 1.0
 
@@ -67,11 +67,12 @@ class Step:
 
 
 class StopSignal:
-    """While entered, Ctrl-C (SIGINT) and SIGTERM ask for an orderly stop instead of ending the process.
+    """While entered, Ctrl-C (SIGINT), SIGTERM and SIGUSR1 ask for an orderly stop instead of ending the process.
 
-    Before the first step there is nothing to commit: SIGTERM ends the process with `PREEMPTED`, Ctrl-C interrupts it.
-    `doing` then says what is finished before the process ends. A second Ctrl-C interrupts at once. A SIGTERM is never
-    the second: torchrun may send one for the same Ctrl-C, and so do schedulers, again and again.
+    SIGUSR1 is what schedulers send some time before the end, where they are asked to, and SIGTERM shortly before it.
+    Before the first step there is nothing to commit: these two end the process with `PREEMPTED`, Ctrl-C interrupts it.
+    `doing` then says what is finished before the process ends. A second Ctrl-C interrupts at once. The two are never
+    the second: torchrun may send SIGTERM for the same Ctrl-C, and so do schedulers, again and again.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ import torch
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, provenance, run_dir
+from am_recipes import checks, data, provenance, run_dir, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
@@ -73,6 +73,8 @@ class Run:
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
         is_first, hosts = torch.distributed.get_rank() == 0, provenance.all_hosts()
+        self._trackers = trackers.build(config, self.resumed)
+        own_sinks = [sink.build() for sink in config.sinks] if is_first else []
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -81,7 +83,7 @@ class Run:
             world_size=dims.world_size,
             resume_step=self.resumed,
             identity=config.identity(),
-            sinks=[sink.build() for sink in config.sinks] if is_first else [],
+            sinks=[*own_sinks, self._trackers],
             launch=provenance.of_run(config, weights, self.resumed, dims.world_size, hosts) if is_first else None,
         )
 
@@ -189,6 +191,8 @@ class Run:
             seconds=time.monotonic() - now.began,
             others=now.losses | dict(others),
         )
+        for fact in self._trackers.news():
+            self.log.note(fact)
         self._validated, self._is_among_best = None, False
         self._ask_every_rank()
 
@@ -235,6 +239,8 @@ class Run:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
         self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
+        # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
+        any_rank(self._dims, True)
         return PREEMPTED
 
     def choose_weights(self) -> None:

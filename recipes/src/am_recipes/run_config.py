@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from am_recipes import schedules, sections
+from am_recipes.launch.job import Launcher
 from am_recipes.settings import (
     ArgumentError,
     Call,
@@ -88,6 +89,13 @@ class RunConfig:
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
     sinks: tuple[Target, ...] = ()
     """What else is told of every step (am_recipes.sinks.Sink)."""
+    mlflow: sections.Mlflow | None = None
+    wandb: sections.Wandb | None = None
+    tensorboard: sections.TensorBoard | None = None
+    trackio: sections.Trackio | None = None
+    slurm: sections.Slurm | None = None
+    kubernetes: sections.Kubernetes | None = None
+    skypilot: sections.SkyPilot | None = None
     source: Path = field(default=Path(), compare=False)
     places: Mapping[str, Place] = field(default_factory=dict, compare=False)
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -95,6 +103,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._require_validations()
+        self._require_one_launcher()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -114,6 +123,20 @@ class RunConfig:
                 "export.merge_adapter is false with model.config: nothing could load an adapter without the random "
                 "weights it belongs to; set export.merge_adapter or give model.name_or_path"
             )
+
+    def launchers(self) -> Mapping[str, Launcher]:
+        """The sections that hand the run to a scheduler, by their key: none, or one."""
+        launchers: Mapping[str, Launcher | None] = {
+            "slurm": self.slurm,
+            "kubernetes": self.kubernetes,
+            "skypilot": self.skypilot,
+        }
+        return {key: launcher for key, launcher in launchers.items() if launcher is not None}
+
+    def _require_one_launcher(self) -> None:
+        first, *others = [*self.launchers(), ""]
+        if len(others) > 1:
+            raise self.error(others[0], f"{first} hands the run to a scheduler too; choose one: --{first} null")
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""
@@ -147,6 +170,16 @@ class RunConfig:
         """The sections that describe a model, by their key."""
         return {"model": self.model}
 
+    def trackers(self) -> dict[str, sections.Tracking]:
+        """The trackers that are on, by the key of their section."""
+        every: dict[str, sections.Tracking | None] = {
+            "mlflow": self.mlflow,
+            "wandb": self.wandb if self.wandb is not None and self.wandb.is_on else None,
+            "tensorboard": self.tensorboard,
+            "trackio": self.trackio,
+        }
+        return {name: section for name, section in every.items() if section is not None}
+
     def targets(self) -> Iterator[Call]:
         """Every target of the config, with what the recipe passes to it."""
         yield Call("dataset", self.dataset, self.DATASET_ARGUMENTS)
@@ -163,6 +196,10 @@ class RunConfig:
             yield Call("peft", self.peft.lora)
         for number, sink in enumerate(self.sinks):
             yield Call(f"sinks.{number}", sink)
+        if self.wandb is not None and self.wandb.is_on:
+            yield from self.wandb.calls("wandb")
+        if self.trackio is not None:
+            yield from self.trackio.calls("trackio")
 
     def spelt_out(self) -> Self:
         """The same config with the defaults of the datasets' classes, which the classes alone know, written out."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 import am_ckpt
-from am_recipes import lock, sections
+from am_recipes import lock, sections, shared, trackers
 from am_recipes.run_config import RunConfig, identity_difference
 from am_recipes.sinks import files, record
 
@@ -42,11 +42,14 @@ def claim(config: RunConfig) -> Iterator[bool]:
 
     Every rank enters it before anything is loaded or written, and gets the same answer, or the same error: Refused
     where another process has the directory, or it holds another run (with the keys that differ) or files of somebody
-    else; NotADirectoryError or PermissionError where the run could not write. What ends before its first launch is
-    recorded in run.json leaves no trace.
+    else, or is not the same one on every rank; NotADirectoryError or PermissionError where the run could not write.
+    What ends before its first launch is recorded in run.json leaves no trace.
     """
     with contextlib.ExitStack() as stack:
-        yield _on_rank_zero(lambda: _take(config, stack))
+        finished, claimed = _on_rank_zero(lambda: (_take(config, stack), shared.claim_of(config)))
+        with config.at("run_dir"):
+            shared.require_shared(config, claimed)
+        yield finished
 
 
 def _on_rank_zero(function: Callable[[], Outcome]) -> Outcome:
@@ -73,6 +76,9 @@ def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
         _require_room(config.run_dir)
     if finished:
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+        trackers.deliver_rest(config)
+    else:
+        trackers.require_reachable(config)
     return finished
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +22,9 @@ class Job:
         arguments: of the program, beside `-c CONFIG`: the overrides, among them one (`--slurm null`) that takes the
             section of the launcher out.
         folder: where the command was typed, and runs.
+        run_dir: where the run is kept, as the config has it.
         processes: ranks on each machine that the command line asks for.
+        variables: what the config needs of the environment, and the first key that does, by name.
     """
 
     name: str
@@ -33,7 +33,9 @@ class Job:
     program: tuple[str, ...]
     arguments: tuple[str, ...]
     folder: Path
+    run_dir: Path
     processes: int | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Rendered:
 class Launcher(Protocol):
     """A section of a config that says which scheduler runs it."""
 
+    @property
+    def same_python(self) -> bool:
+        """Whether the ranks have the Python and packages of this process: what the config names is then looked at."""
+        ...
+
     def render(self, job: Job, now: int) -> Rendered:
         """The files and the command for `job`, at `now` (seconds since the epoch). Writes nothing.
 
@@ -70,28 +77,23 @@ class Launcher(Protocol):
         """
         ...
 
+    def refused(self, errors: str) -> tuple[str, str]:
+        """Of what the command wrote on stderr when it failed: which key of the section it means, and what helps."""
+        ...
 
-def submit(launcher: Launcher, rendered: Rendered, folder: Path) -> int:
-    """Write the files and run the command in `folder`; its exit status. Prints what became of the job.
+
+def submit(rendered: Rendered, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Write the files and run the command in `folder`; how it ended and what it said.
 
     Raises FileNotFoundError where the scheduler's command is not on PATH, before anything is written.
     """
     program = rendered.command[0]
     if shutil.which(program) is None:
         raise FileNotFoundError(
-            f"{program} is not on PATH; type this where it is, or write the files with --dry-run and take them there"
+            f"{program} is not on PATH, so there is nothing to submit to; type this where it is. --dry-run shows what "
+            "would be submitted, and the section taken out (null) trains here"
         )
     rendered.folder.mkdir(parents=True)
     for name, text in rendered.files.items():
         (rendered.folder / name).write_text(text, encoding="utf-8")
-    result = subprocess.run(rendered.command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        print(f"error: {program} ended with {result.returncode}; what it was given: {rendered.folder}", file=sys.stderr)
-        return result.returncode
-    print(launcher.submitted(rendered, result.stdout))
-    return 0
-
-
-def now() -> int:
-    """Seconds since the epoch, whole ones."""
-    return int(time.time())
+    return subprocess.run(rendered.command, cwd=folder, capture_output=True, text=True, check=False)

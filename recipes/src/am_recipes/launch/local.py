@@ -3,80 +3,205 @@
     python -m am_recipes.launch 4 am_recipes.sft -c CONFIG
     python -m am_recipes.launch 4 mysft.py -c CONFIG
 
-torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM and Ctrl-C
-are passed on to the workers, which get ten minutes to finish their step and commit it; a second Ctrl-C kills them.
+torchrun itself exits with 1 whatever its workers returned; here the workers' own statuses decide. SIGTERM, SIGUSR1 and
+Ctrl-C are passed on to the workers, which get ten minutes to finish their step and commit it; a second Ctrl-C kills
+them. Workers do not outlive their launcher.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+
+from am_recipes.launch.nodes import Nodes
 
 PREEMPTED = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
 
 _USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT ...]"
-# How long torchrun waits for workers after a signal, in seconds, before it kills them; its own default of 30 is shorter
-# than a training step and a checkpoint of a large model.
-_STOP_SECONDS = "600"
-# Those that torchrun handles itself.
-_TORCHRUNS = "SIGTERM,SIGHUP,SIGQUIT"
+# How long workers have after a signal, in seconds, before they are killed; torchrun's own default of 30 is shorter than
+# a training step and a checkpoint of a large model.
+_TIMEOUT, _STOP_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
+# Asks for an orderly stop. torchrun would pass SIGTERM on and forget what became of the workers.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Those that torchrun handles itself, and leaves its handlers behind.
+_TORCHRUNS = (signal.SIGHUP, signal.SIGQUIT)
+# The process of the launcher, for its workers.
+_LAUNCHER = "AUTOMODEL_LAUNCHER"
 
 
-def torchrun_arguments(program: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The torchrun command line that runs `program` on local ranks: a module, or a file that ends in .py."""
+def torchrun_arguments(program: str, arguments: Sequence[str], processes: int, nodes: Nodes | None = None) -> list[str]:
+    """The torchrun command line that runs `program` on local ranks: a module, or a file that ends in .py.
+
+    Several machines meet statically: their ranks are in the order of the machines, so that rank 0, which prints and
+    commits, is on the one that was given number 0, at each start. torchrun's other backend numbers them as they come.
+    """
+    if nodes is None:
+        # Said also where it is the default: a cluster's own environment (PET_NNODES) may say otherwise.
+        place = ["--standalone", "--nnodes=1"]
+    else:
+        place = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", "--rdzv-backend=static"]
+        place.append(f"--rdzv-endpoint={nodes.endpoint}")
     run = [program] if program.endswith(".py") else ["-m", program]
-    return ["--standalone", f"--nproc-per-node={processes}", *run, *arguments]
+    return [*place, f"--nproc-per-node={processes}", *run, *arguments]
 
 
-def run(program: str, arguments: Sequence[str], processes: int) -> int:
-    """Run `program`, a module or a file that ends in .py, on `processes` local ranks and return the exit status of all.
+def run(program: str, arguments: Sequence[str], processes: int, nodes: Nodes | None = None) -> int:
+    """Run `program`, a module or a file that ends in .py, on `processes` ranks here and return the exit status of all.
 
-    0 when every rank returned 0, otherwise the worst status of the ranks (see `worst_status`); 75 after a SIGTERM or a
-    Ctrl-C, however far the workers came: what they committed stands. A second Ctrl-C kills them: 130. Call it from the
-    main thread. Sets `OMP_NUM_THREADS` to this machine's cores divided by the ranks where it is not set.
+    0 when every rank returned 0, otherwise the worst status of the ranks of this machine (see `worst_status`); 75 after
+    SIGTERM, SIGUSR1 or Ctrl-C for ranks that it ended, however far they came: what they committed stands. A second
+    Ctrl-C kills them: 130. Call it from the main thread. Sets `OMP_NUM_THREADS` to this machine's cores divided by the
+    ranks where it is not set.
+
+    With `nodes` it waits for the other machines first, ten minutes: 1 where one does not come, 2 where they were given
+    different numbers.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with _Stops() as stops:
+        try:
+            command = torchrun_arguments(program, arguments, processes, nodes)
+            return _torchrun(command, stops) if nodes is None else _with_others(nodes, processes, command, stops)
+        except _Stopped:
+            return PREEMPTED
+
+
+def _with_others(nodes: Nodes, processes: int, command: Sequence[str], stops: _Stops) -> int:
+    from am_recipes.launch import meeting
+
+    try:
+        met = meeting.meet(nodes, processes)
+    except (ConnectionError, TimeoutError, meeting.Disagreement) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, meeting.Disagreement) else 1
+    status = _torchrun(command, stops)
+    for line in met.ended(status, status not in (0, PREEMPTED)):
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _torchrun(arguments: Sequence[str], stops: _Stops) -> int:
     # torch costs seconds to import; whoever only builds the command line does not pay.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _STOP_SECONDS)
-    replaced = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = [signal.getsignal(number) for number in replaced]
-    interrupts: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupts.append(number)
-        if len(interrupts) == 1:
-            # torchrun passes it on; a second such exception it would let through, past workers that go on alone.
-            raise SignalException("Ctrl-C", signal.SIGINT)
-        for child in _children():
-            os.kill(child, signal.SIGKILL)
-
-    signal.signal(signal.SIGINT, interrupt)
+    # What it says of a worker that was told to stop looks like an error.
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    logger.addFilter(_is_news)
+    handled = ",".join(number.name for number in _TORCHRUNS)
+    os.environ[_LAUNCHER] = str(os.getpid())
     try:
-        torchrun(parse_args([f"--signals-to-handle={_TORCHRUNS}", *torchrun_arguments(program, arguments, processes)]))
+        torchrun(parse_args([f"--signals-to-handle={handled}", *arguments]))
     except ChildFailedError as error:
-        _tell_killed({rank: failure.exitcode for rank, failure in error.failures.items()})
-        return worst_status(failure.exitcode for failure in error.failures.values())
-    except SignalException as error:
-        if len(interrupts) > 1:
+        own = stops.without_own({rank: failure.exitcode for rank, failure in error.failures.items()})
+        _tell_killed(own)
+        if stops.quit:
             return 128 + signal.SIGINT
-        return PREEMPTED if error.sigval in (signal.SIGTERM, signal.SIGINT) else 128 + error.sigval
+        return worst_status(own.values()) or PREEMPTED
+    except SignalException as error:
+        return 128 + error.sigval
     finally:
-        # torchrun installs its own and leaves them behind.
-        for number, handler in zip(replaced, handlers, strict=True):
-            signal.signal(number, handler)
+        logger.removeFilter(_is_news)
+        del os.environ[_LAUNCHER]
     return 0
+
+
+def _is_news(entry: logging.LogRecord) -> bool:
+    return f"failed (exitcode: {PREEMPTED})" not in entry.getMessage()
+
+
+class _Stopped(BaseException):
+    """A signal came where there were no workers to pass it on to; as with Ctrl-C, nobody is to take it for an error."""
+
+
+class _Stops:
+    """While entered, signals that ask for a stop are passed on to the workers, and their end is waited for.
+
+    Without workers yet they end the launcher. A second Ctrl-C kills the workers, and so does the end of their time.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._overdue = False
+        self._seconds = int(os.environ.setdefault(_TIMEOUT, _STOP_SECONDS))
+        self._timer = threading.Timer(self._seconds, self._end)
+
+    @property
+    def quit(self) -> bool:
+        """Whether a second Ctrl-C came."""
+        return self._received.count(signal.SIGINT) > 1
+
+    def __enter__(self) -> _Stops:
+        self._previous = {number: signal.getsignal(number) for number in (*_STOPS, *_TORCHRUNS)}
+        for number in _STOPS:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def without_own(self, statuses: Mapping[int, int]) -> dict[int, int]:
+        """The statuses by rank, without those of ranks that ended by a signal which they got from here."""
+        if not self._received:
+            return dict(statuses)
+        # Python ends with 130 or by the signal itself where Ctrl-C comes before anybody handles it.
+        own = {-number for number in self._received} | ({130} if signal.SIGINT in self._received else set())
+        if self.quit or self._overdue:
+            own.add(-signal.SIGKILL)
+        return {rank: status for rank, status in statuses.items() if status not in own}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+        workers = _children()
+        if not workers:
+            raise _Stopped
+        _kill(workers, signal.SIGKILL if self.quit else number)
+        if len(self._received) == 1:
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _end(self) -> None:
+        self._overdue = True
+        print(f"error: ranks have not ended within {self._seconds} s of the signal; killing them", file=sys.stderr)
+        _kill(_children(), signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """In a worker: be killed by the system as soon as the launcher has died, whose ranks would train on alone.
+
+    Nothing where another program than `run` has started this process, and on another system than Linux.
+    """
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    if os.getppid() == int(launcher):
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    # It may have died before that; where it lives and is no parent of this one, somebody between them decides.
+    if os.getppid() != int(launcher) and not Path(f"/proc/{launcher}").exists():
+        raise SystemExit(1)
+
+
+def _kill(processes: Iterable[int], number: int) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 def _children() -> list[int]:

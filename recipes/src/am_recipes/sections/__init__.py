@@ -6,7 +6,8 @@ The string below a field is what `automodel RECIPE --keys` says about it.
 from __future__ import annotations
 
 from am_recipes.sections.data import DataLoader, Generate, GenerateFromRows, PackedSequence
-from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source
+from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source, Time, seconds
+from am_recipes.sections.kubernetes import Kubernetes
 from am_recipes.sections.model import (
     AdapterExport,
     FreezeRule,
@@ -18,6 +19,9 @@ from am_recipes.sections.model import (
     Tokenizer,
     VisionModel,
 )
+from am_recipes.sections.skypilot import SkyPilot
+from am_recipes.sections.slurm import Mount, Slurm
+from am_recipes.sections.tracking import Mlflow, TensorBoard, Tracking, Trackio, Wandb
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -44,8 +48,11 @@ __all__ = [
     "FreezeRule",
     "Generate",
     "GenerateFromRows",
+    "Kubernetes",
     "LrScheduler",
+    "Mlflow",
     "Model",
+    "Mount",
     "NonNegativeInt",
     "Optimizer",
     "PackedSequence",
@@ -57,8 +64,16 @@ __all__ = [
     "Ratio",
     "Reader",
     "Router",
+    "SkyPilot",
+    "Slurm",
     "Source",
     "StepScheduler",
+    "TensorBoard",
+    "Time",
     "Tokenizer",
+    "Tracking",
+    "Trackio",
     "VisionModel",
+    "Wandb",
+    "seconds",
 ]

@@ -16,6 +16,7 @@ from am_recipes.sections.kinds import (
     Pattern,
     PositiveFloat,
     PositiveInt,
+    Time,
     torch_dtype,
 )
 from am_recipes.settings import DefaultTarget, Inline, Target
@@ -100,6 +101,8 @@ class StepScheduler:
     """Minutes after which a step without a checkpoint of its own gets one; null: not by time."""
     ckpt_every_epoch: bool = False
     """Whether the last step of every epoch gets a checkpoint too."""
+    max_time: Time | None = None
+    """How long one launch may take from the start of its process: it then commits and exits with 75. Null: no limit."""
     val_every_steps: PositiveInt | None = None
     """Steps between validations; null: only before the first step and at the end."""
 

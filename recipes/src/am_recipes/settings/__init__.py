@@ -8,7 +8,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 from __future__ import annotations
 
 from am_recipes.settings.saved import command_line, fingerprints, leaves, written
-from am_recipes.settings.schema import Check, Inline, Prefixed, plain, read, read_section
+from am_recipes.settings.schema import AsWritten, Check, Inline, Prefixed, Typed, plain, read, read_section
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -19,17 +19,21 @@ from am_recipes.settings.yaml import (
     dump,
     first_name,
     inline,
+    is_secret,
     load,
     nearest,
     override,
     resolve,
+    rewritten,
     unusable,
+    variable,
     walk,
     with_folder,
 )
 
 __all__ = [
     "ArgumentError",
+    "AsWritten",
     "Call",
     "Check",
     "Checked",
@@ -40,6 +44,7 @@ __all__ = [
     "Place",
     "Prefixed",
     "Target",
+    "Typed",
     "UnusableError",
     "checked",
     "command_line",
@@ -48,6 +53,7 @@ __all__ = [
     "fingerprints",
     "first_name",
     "inline",
+    "is_secret",
     "leaves",
     "load",
     "nearest",
@@ -56,7 +62,9 @@ __all__ = [
     "read",
     "read_section",
     "resolve",
+    "rewritten",
     "unusable",
+    "variable",
     "walk",
     "with_folder",
     "written",

@@ -2,7 +2,8 @@
 
 The annotations of a dataclass are its schema: `int`, `float`, `bool`, `str`, `Path`, `Literal`, `X | None`,
 `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, Any]` (free-form), `Target` and nested dataclasses. `Annotated` adds a
-constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`).
+constraint (`Check`) or says how keys map to the field (`Inline`, `Prefixed`, `DefaultTarget`). What a
+dataclass refuses itself stands at its section; where it raises `ArgumentError`, at the key that this names.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from am_recipes.settings.target import DefaultTarget, Target
-from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, walk
+from am_recipes.settings.target import ArgumentError, DefaultTarget, Target
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, variable, walk
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,19 @@ class Check:
 
     test: Callable[[Any], bool]
     rule: str
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A text that may look like a whole number, and is then the text that was typed: `max_time: 90`."""
+
+
+@dataclass(frozen=True)
+class AsWritten:
+    """A text that keeps its references to the environment, for another process to resolve; whole numbers are text.
+
+    What its key names a secret is such a reference and nothing else, so no secret ever stands in the field.
+    """
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,21 @@ def read_section(node: Node, kind: type[Any], **given: Any) -> Any:
         return kind(**values)
     except ConfigError:
         raise
+    except ArgumentError as error:
+        raise _below(node, error.path).error(str(error)) from error
     except ValueError as error:
         raise node.error(str(error)) from error
+
+
+def _below(node: Node, path: str) -> Node:
+    """The node at the dotted `path` below this one, or the last on the way there; keys may have dots themselves."""
+    children = dict(enumerate(node.value)) if isinstance(node.value, list) else node.value
+    for key, child in children.items() if isinstance(children, dict) else ():
+        if path == str(key):
+            return child
+        if path.startswith(f"{key}."):
+            return _below(child, path.removeprefix(f"{key}."))
+    return node
 
 
 def _read_field(node: Node, annotation: Any, item: dataclasses.Field[Any]) -> Any:
@@ -114,6 +141,10 @@ def read(node: Node, annotation: Any) -> Any:
     if origin is typing.Annotated:
         if arguments[0] is Target:
             return read_target(node, metadata(annotation, DefaultTarget))
+        if metadata(annotation, Typed) and type(node.value) is int:
+            node = dataclasses.replace(node, value=str(node.value))
+        if metadata(annotation, AsWritten):
+            node = _as_written(node)
         value = read(node, arguments[0])
         for check in annotation.__metadata__:
             if isinstance(check, Check) and not check.test(value):
@@ -133,12 +164,21 @@ def read(node: Node, annotation: Any) -> Any:
         if not isinstance(node.value, dict):
             raise node.error(f"expected a mapping, got {node.shown()}")
         # Whoever takes this mapping checks its own keys; what is nested deeper, nobody does.
-        return {key: read_free(child) for key, child in node.value.items()}
+        free = arguments[1] is Any
+        return {key: read_free(child) if free else read(child, arguments[1]) for key, child in node.value.items()}
     if annotation is Target:
         return read_target(node, None)
     if dataclasses.is_dataclass(annotation):
         return read_section(node, typing.cast(type, annotation))
     return _read_scalar(node, annotation)
+
+
+def _as_written(node: Node) -> Node:
+    written = node.value if node.reference is None else node.reference
+    if is_secret(node.place.path) and (node.reference is None or variable(node.reference) is None):
+        raise node.error("a secret in clear; name an environment variable that holds it instead: ${NAME}")
+    text = str(written) if type(written) is int else written
+    return dataclasses.replace(node, value=text, text=text if isinstance(text, str) else None)
 
 
 def _read_scalar(node: Node, kind: type[Any]) -> Any:

@@ -358,6 +358,28 @@ def resolve(node: Node, environment: Mapping[str, str] | None = None) -> Node:
     return replace(node, value=_scalar(text) if whole else text, text=text, reference=node.value)
 
 
+def variable(text: str) -> str | None:
+    """The environment variable that a text as it was written stands for; None of any other text, or with a default."""
+    only = _REFERENCE.fullmatch(text)
+    return None if only is None or only["default"] is not None else only["name"] or only["bare"]
+
+
+def rewritten(text: str, literal: Callable[[str], str], variable: Callable[[str, str | None], str]) -> str:
+    """A text as it was written in another notation.
+
+    `literal` writes what stands for itself, `variable` a reference by its name and its default, if it has one.
+    """
+    result, end = "", 0
+    for match in _REFERENCE.finditer(text):
+        result += literal(text[end : match.start()])
+        if match["name"] or match["bare"]:
+            result += variable(match["name"] or match["bare"], match["default"])
+        else:
+            result += literal(match["plain"][1:] if match["plain"] else "${")
+        end = match.end()
+    return result + literal(text[end:])
+
+
 def escaped(text: str) -> str:
     """A text that `resolve` turns back into `text`."""
     return ("$" if _BARE.match(text) else "") + text.replace("${", "$${")

@@ -1,0 +1,221 @@
+"""The sbatch script of a job, as text that a person can read: `script` is a pure function.
+
+SLURM starts one process of ours on each node, which starts the ranks there through torchrun. The script waits for
+them, and asks SLURM for the same job again where they were stopped and can be continued (status 75).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Container:
+    """Where the ranks run, if not on the node itself.
+
+    Args:
+        runtime: `pyxis`, which is part of srun, or `apptainer`, a command.
+        image: a path, or a name that the runtime knows.
+        mounts: `SOURCE:DESTINATION`, each.
+        gpus: whether GPUs are to be seen in it.
+    """
+
+    runtime: str
+    image: str
+    mounts: tuple[str, ...]
+    gpus: bool
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a script says.
+
+    Args:
+        name: of the job, also of its files.
+        options: of sbatch, by their long names; None where one has no value.
+        nodes, ranks: how many nodes, and ranks on each.
+        folder: of the job: config, script, log. Every node sees it.
+        directory: where the ranks run.
+        run_dir: as the config has it.
+        array: whether it is an array of jobs.
+        requeue: whether a run that was stopped is started again.
+        needed: environment variables that must be there.
+        environment: other variables, as shell text that may name those.
+        port: on which the first node meets the others.
+        sources: a checkout of this repository that is to run instead of what is installed; shell text.
+        command: shell text, what each node runs.
+        container: None for the node itself.
+    """
+
+    name: str
+    options: Mapping[str, str | None]
+    nodes: int
+    ranks: int
+    folder: Path
+    directory: Path
+    run_dir: Path
+    array: bool
+    requeue: bool
+    needed: tuple[str, ...]
+    environment: Mapping[str, str]
+    port: int
+    sources: str | None
+    command: str
+    container: Container | None = None
+
+
+_IDENTITY = """\
+# The job as SLURM's commands name it: a task of an array has a number of its own.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-$SLURM_JOB_ID}
+start=$((${SLURM_RESTART_COUNT:-0} + 1))
+about_job() { scontrol show job "$job" | sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" | head -n 1; }
+"""
+
+_TIME = """\
+# When this job's time is up, in seconds since the epoch, so that the run can save before: old SLURM does not say.
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+  SLURM_JOB_END_TIME=$(date -d "$(about_job EndTime)" +%s 2>/dev/null) && export SLURM_JOB_END_TIME
+fi
+until=$([ -z "${SLURM_JOB_END_TIME:-}" ] || date -d "@$SLURM_JOB_END_TIME" '+ until %F %T')
+"""
+
+_MEETING = """\
+# Where the nodes meet: the first of them, by the address at which SLURM itself reaches it.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-$first}
+"""
+
+_TRAPS = """\
+# Bash itself must not die of a signal. SIGUSR1 that comes here alone (--signal=B:USR1) is for the ranks; of the end of
+# the job SLURM tells them itself.
+ranks='' signalled=''
+trap 'signalled=1; [ -z "$ranks" ] || kill -USR1 "$ranks"' USR1
+trap 'signalled=1' TERM INT HUP
+"""
+
+_WAIT = """\
+while
+  signalled=''
+  wait "$ranks"
+  status=$?
+  [ -n "$signalled" ] && [ "$status" -gt 128 ]
+do :; done
+# srun's status is the largest of all nodes, and 75 is larger than 1: a node that failed has said so.
+if [ "$status" = 75 ] && [ -s "$FAILED" ]; then status=$(head -n 1 "$FAILED"); fi
+"""
+
+_REQUEUE = """\
+# 75: stopped, committed, to be continued. Never a job that somebody has cancelled.
+if [ "$status" = 75 ]; then
+  state=$(about_job JobState)
+  if [ "$state" != RUNNING ]; then
+    echo "$(date '+%F %T') job $job was cancelled or is at its end ($state) and is not requeued"
+  elif scontrol requeue "$job"; then
+    echo "$(date '+%F %T') job $job was stopped and is requeued"
+  else
+    echo "$(date '+%F %T') job $job could not be requeued; submitted again, it continues"
+  fi
+fi
+"""
+
+
+def script(given: Script) -> str:
+    """The text of the sbatch script."""
+    log = f"{given.name}_$job.log"
+    return "\n".join(
+        (
+            _header(given),
+            _IDENTITY,
+            f"folder={shlex.quote(str(given.folder))}\nexport FAILED=$folder/failed.$job.$start\n",
+            _TIME,
+            "\n".join(
+                (
+                    f"echo \"$(date '+%F %T') job $job, start $start: {given.nodes} x {given.ranks} ranks on "
+                    '$SLURM_JOB_NODELIST$until"',
+                    f'echo "  follow  tail -F $folder/{log}"',
+                    'echo "  cancel  scancel $job"',
+                    f'echo "  files   $folder; the run: "{shlex.quote(str(given.run_dir))}\n',
+                )
+            ),
+            _environment(given),
+            _MEETING,
+            _on_each_node(given),
+            _TRAPS,
+            _srun(given),
+            _WAIT,
+            *([_REQUEUE] if given.requeue else []),
+            'exit "$status"\n',
+        )
+    )
+
+
+def _header(given: Script) -> str:
+    lines = ["#!/usr/bin/env bash"]
+    for name, value in given.options.items():
+        lines.append(f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}"))
+    lines += ["", "# Written by automodel: one torchrun on every node, and the same job again where it was stopped."]
+    lines.append("set -uo pipefail")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    """A value of an #SBATCH line, which sbatch reads as a shell would."""
+    return value if value and all(letter.isalnum() or letter in "/._-+:,%@=[]*&|" for letter in value) else f'"{value}"'
+
+
+def _environment(given: Script) -> str:
+    lines = ["# The environment of every rank, beside what the job was submitted with."]
+    for name in given.needed:
+        lines.append(f': "${{{name}:?is not set here: submit the job where it is, and with its environment}}"')
+    for name, value in given.environment.items():
+        lines.append(f"export {name}={value}")
+    if given.container is not None:
+        lines.append('mkdir -p "$HF_HOME"')
+    # Tasks of an array may share a node.
+    offset = " + ${SLURM_ARRAY_TASK_ID:-0} % 1000" if given.array else ""
+    lines.append(f"export MASTER_PORT=$(({given.port}{offset}))" if offset else f"export MASTER_PORT={given.port}")
+    return "\n".join(lines) + "\n"
+
+
+def _on_each_node(given: Script) -> str:
+    lines = ["# What every node runs. SLURM signals this shell together with its child, which it waits for."]
+    lines += [
+        "# shellcheck disable=SC2317,SC2329",
+        "on_each_node() {",
+        "  trap : TERM INT HUP USR1",
+        f"  cd {shlex.quote(str(given.directory))} || return 1",
+    ]
+    if given.sources is not None:
+        lines += [
+            "  # The checkout that is to run, instead of what is installed.",
+            f"  for source in {given.sources}/packages/*/src {given.sources}/recipes/src; do",
+            "    export PYTHONPATH=$source${PYTHONPATH:+:$PYTHONPATH}",
+            "  done",
+        ]
+    lines += [f"  {line}" for line in given.command.splitlines()]
+    lines += ["  status=$?", '  case $status in 0 | 75) ;; *) echo "$status" >>"$FAILED" ;; esac']
+    lines += ['  return "$status"', "}"]
+    return "\n".join(lines) + "\n"
+
+
+def _srun(given: Script) -> str:
+    """One task a node; one that ends with 75 must not take along those that are still committing."""
+    options = [f"--nodes={given.nodes} --ntasks={given.nodes} --ntasks-per-node=1 --mpi=none --export=ALL"]
+    options.append("--kill-on-bad-exit=0 --wait=600")
+    inside = 'bash -c "$(declare -f on_each_node); on_each_node"'
+    if given.container is not None and given.container.runtime == "pyxis":
+        options += [
+            f"--container-image={shlex.quote(given.container.image)}",
+            f"--container-mounts={shlex.quote(','.join(given.container.mounts))}",
+            "--no-container-mount-home",
+        ]
+    elif given.container is not None:
+        options.append("apptainer exec" + (" --nv" if given.container.gpus else ""))
+        options += [f"--bind {shlex.quote(mount)}" for mount in given.container.mounts]
+        options.append(shlex.quote(given.container.image))
+    return " \\\n  ".join(["srun", *options, inside + " &"]) + "\nranks=$!"

@@ -1,0 +1,139 @@
+"""Handing a run to the scheduler that its config names, or showing what it would be given."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from am_recipes.configs import RunConfig, check_targets, parse
+from am_recipes.launch import job
+from am_recipes.settings import is_secret, load, override, rewritten, variable, walk, with_folder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A command line that is to run elsewhere.
+
+    Args:
+        path: of the config.
+        overrides: of the config.
+        flags: of the command beside them.
+        program: what runs: a module, or a file that ends in .py.
+        processes: ranks on each machine, where the command line says so.
+    """
+
+    path: Path
+    overrides: tuple[tuple[str, str], ...]
+    flags: tuple[str, ...]
+    program: str
+    processes: int | None
+
+
+def rendered(config: RunConfig, asked: Asked) -> job.Rendered:
+    """What the scheduler would be given. Raises `ConfigError` or `UnusableError`, with the key that is responsible."""
+    key, launcher = _launcher(config)
+    given = _job(config, key, asked)
+    with config.at(key):
+        # A folder of its own, also for a second submission in one second.
+        texts = (launcher.render(given, now) for now in itertools.count(int(time.time())))
+        return next(text for text in texts if not text.folder.exists())
+
+
+def same_python(config: RunConfig) -> bool:
+    """Whether what the config names by `_target_` is what will run, so that it can be held against it here."""
+    return _launcher(config)[1].same_python
+
+
+def submit(config: RunConfig, asked: Asked) -> int:
+    """Hand the run to its scheduler; the exit status of the command that does it. Says what became of it."""
+    key, launcher = _launcher(config)
+    given = rendered(config, asked)
+    if launcher.same_python:
+        check_targets(config)
+    with config.at(key):
+        result = job.submit(given, Path.cwd())
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        name, fix = launcher.refused(result.stderr)
+        message = f"{given.command[0]} refused the job ({result.returncode}): {fix}"
+        print(f"error: {config.error(f'{key}.{name}'.rstrip('.'), message)}", file=sys.stderr)
+        print(f"what it was given: {shlex.join(given.command)}", file=sys.stderr)
+        return result.returncode
+    print(launcher.submitted(given, result.stdout))
+    print(f"  run     {config.run_dir} (config.yaml, metrics.jsonl, checkpoints)")
+    return 0
+
+
+def _launcher(config: RunConfig) -> tuple[str, job.Launcher]:
+    ((key, launcher),) = config.launchers().items()
+    return key, launcher
+
+
+def _job(config: RunConfig, key: str, asked: Asked) -> job.Job:
+    text = with_folder(asked.path.read_text(encoding="utf-8"), str(asked.path.absolute().parent))
+    _require_same(config, text, asked)
+    _require_no_secrets(asked)
+    arguments = (*(f"--{path}={value}" for path, value in asked.overrides), f"--{key}=null", *asked.flags)
+    program = (asked.program,) if asked.program.endswith(".py") else ("-m", asked.program)
+    name = "_".join(reversed(config.COMMAND))
+    return job.Job(
+        name=name,
+        config=asked.path.name,
+        text=text,
+        program=program,
+        arguments=arguments,
+        folder=Path.cwd(),
+        run_dir=config.run_dir,
+        processes=asked.processes,
+        variables=_variables(config, key),
+    )
+
+
+def _variables(config: RunConfig, key: str) -> dict[str, str]:
+    """What the config takes from the environment, sections of launchers aside, with the first key that does."""
+    found: dict[str, str] = {}
+    for path, text in config.environment.items():
+        names: list[str] = []
+
+        def note(name: str, default: str | None, names: list[str] = names) -> str:
+            if default is None:
+                names.append(name)
+            return ""
+
+        rewritten(text, str, note)
+        if path.partition(".")[0] != key:
+            found = dict.fromkeys(names, path) | found
+    return found
+
+
+def _require_no_secrets(asked: Asked) -> None:
+    """Refuse secrets in clear: the config is copied, and overrides stand in the command of the job."""
+    tree = load(asked.path)
+    for path, text in asked.overrides:
+        override(tree, path, text)
+    for path, node in walk(tree):
+        literal = isinstance(node.value, str) and node.value not in ("", "none", "None")
+        if literal and is_secret(path) and variable(node.value) is None:
+            raise node.error(
+                "a secret in clear would be copied with the config to where it runs; name an environment variable "
+                "that holds it instead: ${NAME}"
+            )
+
+
+def _require_same(config: RunConfig, text: str, asked: Asked) -> None:
+    """Refuse a config that means something else at another place: `${here}` where it cannot be written out."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, asked.path.name)
+        copy.write_text(text, encoding="utf-8")
+        if parse(copy, asked.overrides) != config:
+            raise config.error("", "a copy in the folder of the job would mean something else; write ${here} out")
+
+
+def shown(given: job.Rendered) -> str:
+    """The text for people, with the command that would hand it over."""
+    return f"# {shlex.join(given.command)}\n{given.files[given.shown]}"
