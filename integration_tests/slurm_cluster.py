@@ -1,7 +1,7 @@
 """A SLURM of two nodes on this machine, with daemons, keys, ports and folders of its own: for tests that submit jobs.
 
 Debian's packages run as they are (`PACKAGES`), as root, without systemd. Both nodes see this machine's files, as those
-of a cluster see the shared ones. Nothing of another SLURM or munge here is used or touched, and all ends with the block.
+of a cluster see the shared ones. No other SLURM or munge here is used or touched, and all ends with the block.
 """
 
 from __future__ import annotations

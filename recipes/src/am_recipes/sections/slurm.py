@@ -354,4 +354,4 @@ def _in_bash(command: str) -> str:
 
 
 def _with_default(name: str, default: str) -> str:
-    return f"${{{name}-{shlex.quote(default)}}}"
+    return f"${{{name}-{shlex.quote(default.strip())}}}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from am_recipes.sinks import delivered
+from am_recipes.sinks.address import without_password
 from am_recipes.sinks.delivered import Delivered
 from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, Tracker, row_key
 
@@ -118,7 +119,7 @@ class Follower:
         # A service may fail in any way, and the run goes on without it; what failed is tried again.
         except Exception as error:  # noqa: BLE001
             if not self._warned:
-                what = " ".join(str(error).split())[:300]
+                what = without_password(" ".join(str(error).split())[:300])
                 self._news.append(
                     f"WARNING {self.name} does not take the run: {type(error).__name__}: {what}; training goes on, and "
                     "it is tried again"

@@ -10,14 +10,14 @@ import logging
 import math
 import os
 import re
+import shlex
 import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from am_recipes.sinks.address import require_connection, without_password
 from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, row_key
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
-_SECONDS_TO_CONNECT = 5.0
 # Limits of MLflow's API: entries of a batch, characters of a name, of a parameter's and of a tag's value.
 _PARAMS, _METRICS, _NAME, _VALUE, _TAG = 100, 1000, 250, 6000, 8000
 
@@ -161,7 +160,10 @@ def reach(settings: Mlflow) -> None:
     """Ask for the experiment. Raises ValueError or ConnectionError where nobody answers, or it was deleted."""
     address = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if address is not None:
-        _require_connection(address)
+        try:
+            require_connection(address)
+        except ConnectionError as error:
+            raise ConnectionError(_unreachable(address, error)) from error
     client = _client(settings)
     from mlflow.exceptions import MlflowException
 
@@ -176,30 +178,12 @@ def reach(settings: Mlflow) -> None:
         )
 
 
-def _require_connection(address: str) -> None:
-    """Refuse a server that takes no connection, at once: the client would take its time."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
-        return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname, port), _SECONDS_TO_CONNECT).close()
-    except (OSError, ValueError) as error:
-        raise ConnectionError(_unreachable(address, error)) from error
-
-
 def _unreachable(address: str, error: Exception) -> str:
-    what = " ".join(str(error).split())[:300]
+    what = without_password(" ".join(str(error).split())[:300])
     return (
-        f"tracking_uri={_without_password(address)} does not answer as an MLflow server ({what}); start it, correct "
+        f"tracking_uri={without_password(address)} does not answer as an MLflow server ({what}); start it, correct "
         "the address, or leave the section out (--mlflow null)"
     )
-
-
-def _without_password(address: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", address)
 
 
 def _client(settings: Mlflow) -> MlflowClient:
@@ -214,10 +198,10 @@ def _client(settings: Mlflow) -> MlflowClient:
 
 
 def _where(client: MlflowClient, identifier: str) -> str:
-    address, run = str(client.tracking_uri), client.get_run(identifier)
+    address, run = without_password(str(client.tracking_uri)), client.get_run(identifier)
     if address.startswith("http"):
-        return f"{_without_password(address)}/#/experiments/{run.info.experiment_id}/runs/{identifier}"
-    return f"run {identifier} in {_without_password(address)}; to look at it: mlflow ui --backend-store-uri {address!r}"
+        return f"{address}/#/experiments/{run.info.experiment_id}/runs/{identifier}"
+    return f"run {identifier} in {address}; to look at it: mlflow ui --backend-store-uri {shlex.quote(address)}"
 
 
 def grouped(params: Mapping[str, object], depth: int | None) -> dict[str, object]:
