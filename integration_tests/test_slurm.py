@@ -46,7 +46,7 @@ class Jobs:
     def config(self, slurm: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Path:
         """A config with the section, whose steps cost next to nothing."""
         config = runs.changed(
-            runs.shipped("tiny.yaml"), {"packed_sequence.packed_sequence_size": 256} | (changes or {})
+            runs.shipped("tiny.yaml"), {"packed_sequence.packed_sequence_size": 512} | (changes or {})
         )
         small = {"nodes": 2, "ntasks_per_node": 1, "job_dir": str(self.folder / "jobs")}
         config["slurm"] = small | {"env_vars": {"OMP_NUM_THREADS": 1}} | dict(slurm)
@@ -123,6 +123,7 @@ def test_a_failure_on_one_node_is_that_of_the_job_with_its_traceback_first(jobs:
     job = jobs.cluster.ended(jobs.submit(config))
     log = jobs.log()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "0"), log
+    assert "Traceback" in log, log
     traceback = log[log.index("Traceback") :]
     assert "integration_tests/user_code.py" in traceback
     assert re.search(r'^KeyError: "a bug of the second rank"', traceback.replace("'", '"'), re.MULTILINE)
