@@ -455,6 +455,18 @@ def test_full_disk(run: Runner, small_disk: Path, tmp_path: Path) -> None:
     reference = Runner(tmp_path)
     four = {"step_scheduler.max_steps": 4}
     assert reference(four)[0] == 0
+
+    # One that the next would replace, beside two that somebody has pinned.
+    run.run_dir = small_disk / "by_time"
+    (run.run_dir / "checkpoints").mkdir(parents=True)
+    for step in (1, 2):
+        (run.run_dir / "checkpoints" / f"step_{step:06d}.pin").touch()
+    status, text = run(four | {"step_scheduler.ckpt_every_steps": None, "step_scheduler.ckpt_every_minutes": 1e-9})
+    assert status == 1
+    assert re.search(r"error: \[Errno 28\] step 3 was not saved in \S+, nothing was published: .*free some", text)
+    pins = ["step_000001.pin", "step_000002.pin"]
+    assert saved_steps(run.run_dir) == sorted(["step_000001", "step_000002", *pins])
+    shutil.rmtree(run.run_dir)
     run.run_dir = small_disk / "run"
 
     status, text = run(four)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,3 +174,27 @@ class WithoutLengths:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
+
+
+class Slow:
+    """A `am_recipes.sinks.Sink` that takes `seconds` for each step, by the number of the start of a SLURM job."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._seconds = [*seconds, *[0.0] * start][start]
+
+    def note(self, fact: str) -> None: ...
+
+    def step(self, row: Mapping[str, float]) -> None:
+        time.sleep(self._seconds)
+
+    def validation(self, row: Mapping[str, float]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+def fails_on_the_second_rank(samples: Sequence[Any]) -> am_data.Batch:
+    """A broken `am_data.Collate`: a bug that one rank alone runs into."""
+    if os.environ["RANK"] == "1":
+        return {}["a bug of the second rank"]
+    return am_data.collate(samples, layout="packed")

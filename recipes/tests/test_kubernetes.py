@@ -277,6 +277,7 @@ def test_without_a_name_each_submission_has_its_own(rendered):
         ("nodes: 2", "shared_memory: 10Gb", 10, "shared_memory", "quantity of Kubernetes"),
         ("nodes: 2", "resources:\n    requests:\n      memory: 10Gb", 12, "resources.requests.memory", "got '10Gb'"),
         ("nodes: 2", "resources:\n    limits: {cpu: 0}", 11, "resources.limits.cpu", "greater than 0, got 0"),
+        ("nodes: 2", "resources: {limits: {nvidia.com/gpu: 4}}", 10, "resources.limits.nvidia.com/gpu", "gpus_"),
         ("nodes: 2", "resources: {limit: {}}", 10, "resources.limit", "did you mean 'limits'?"),
         ("nodes: 2", "env_vars:\n    A: 1\n    HF_TOKEN: hf_abc", 12, "env_vars.HF_TOKEN", "[HF_TOKEN=SECRET/KEY]"),
         ("nodes: 2", "env_vars: {A-B: 1}", 10, "env_vars.A-B", "environment variable"),

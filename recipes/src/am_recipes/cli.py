@@ -273,6 +273,12 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
     if config.launchers() and not _is_worker():
+        if arguments.nodes is not None:
+            (key,) = config.launchers()
+            raise config.error(
+                key,
+                f"--nnodes {arguments.nodes.count} with a section {key}, which starts the nodes itself: --{key} null",
+            )
         return _elsewhere(config, arguments, path, program or f"am_recipes.{config.recipe}")
     if not _is_worker():
         # A recipe's own file and a dry run are one process, unless they are told otherwise.

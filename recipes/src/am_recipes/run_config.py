@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._require_validations()
         self._require_one_launcher()
+        self._require_no_password()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -135,6 +137,16 @@ class RunConfig:
         first, *others = [*self.launchers(), ""]
         if len(others) > 1:
             raise self.error(others[0], f"{first} hands the run to a scheduler too; choose one: --{first} null")
+
+    def _require_no_password(self) -> None:
+        """Refuse an address with a password in it, which config.yaml and every copy of it would repeat."""
+        key, address = "mlflow.tracking_uri", None if self.mlflow is None else self.mlflow.tracking_uri
+        if address is not None and key not in self.environment and urllib.parse.urlsplit(address).password:
+            raise self.error(
+                key,
+                "has a password in clear; give the whole address as ${MLFLOW_TRACKING_URI}, or the rest of it here and "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment",
+            )
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""

@@ -6,7 +6,7 @@ Each section of the config that is set (`RunConfig.trackers`) is a tracker with 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -16,18 +16,30 @@ from am_recipes.sinks import Row, delivered, record
 from am_recipes.sinks.follower import Follower
 from am_recipes.sinks.tracker import Status, Tracked
 
-# How long the end of a run waits for its trackers. Who sends a signal does not wait long.
+# Of the end of a run; who sends a signal does not wait long.
 _SECONDS_AT_THE_END, _SECONDS_AFTER_A_SIGNAL = 60.0, 10.0
 
 
 class Trackers:
     """A sink that reads along: the thread of each tracker follows metrics.jsonl, and the training thread does nothing.
 
-    Every rank may make one; only rank 0 has threads. `news` is to be asked now and then, and told to the log.
+    `news` is to be asked now and then, and told to the log.
+
+    Args:
+        seconds: how long the end of a run waits for what is not delivered yet; a folder that is being uploaded may take
+            as long as it likes.
+        seconds_after_a_signal: the same where the run was stopped.
     """
 
-    def __init__(self, config: RunConfig, resume_step: int | None) -> None:
-        self._followers = _followers(config, resume_step) if torch.distributed.get_rank() == 0 else []
+    def __init__(
+        self,
+        followers: Sequence[Follower],
+        *,
+        seconds: float = _SECONDS_AT_THE_END,
+        seconds_after_a_signal: float = _SECONDS_AFTER_A_SIGNAL,
+    ) -> None:
+        self._followers = followers
+        self._seconds: dict[Status, float] = {"FINISHED": seconds, "FAILED": seconds, "KILLED": seconds_after_a_signal}
         self._started = False
 
     def news(self) -> Iterator[str]:
@@ -37,10 +49,7 @@ class Trackers:
 
     def note(self, fact: str) -> None:
         """Begin: a log tells its first fact once its files are those of this launch."""
-        if not self._started:
-            self._started = True
-            for follower in self._followers:
-                follower.start()
+        self._start()
 
     def step(self, row: Row) -> None:
         """Nothing: it is in the file."""
@@ -50,19 +59,34 @@ class Trackers:
 
     def close(self, status: str) -> None:
         """Wait, within bounds, until everything is delivered, and print what is not."""
-        self.note("")
+        self._start()
+        how = _status(status)
         for follower in self._followers:
-            follower.finish(_status(status))
-        deadline = time.monotonic() + (_SECONDS_AFTER_A_SIGNAL if _status(status) == "KILLED" else _SECONDS_AT_THE_END)
+            follower.finish(how)
+        deadline = time.monotonic() + self._seconds[how]
         waiting = list(self._followers)
-        while waiting and (time.monotonic() < deadline or any(follower.is_uploading for follower in waiting)):
+        while waiting and time.monotonic() < deadline:
             waiting = [follower for follower in waiting if not follower.join(0.05)]
+            if any(follower.is_uploading for follower in waiting):
+                # What comes after the upload has its time too.
+                deadline = time.monotonic() + self._seconds[how]
         for fact in self.news():
             print(fact)
         for follower in self._followers:
             left = follower.undelivered()
             if left is not None:
                 print(left)
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            for follower in self._followers:
+                follower.start()
+
+
+def build(config: RunConfig, resume_step: int | None) -> Trackers:
+    """The trackers of a run; on another rank than the first, none. `resume_step`: see `Tracked`."""
+    return Trackers(_followers(config, resume_step) if torch.distributed.get_rank() == 0 else [])
 
 
 def require_reachable(config: RunConfig) -> None:
@@ -86,7 +110,7 @@ def deliver_rest(config: RunConfig) -> None:
     missing = [name for name in config.trackers() if delivered.load(config.run_dir, name).status != "FINISHED"]
     if missing:
         print(f"{', '.join(missing)}: what is missing there of {config.run_dir} is delivered")
-        Trackers(config, None).close("finished")
+        build(config, None).close("finished")
 
 
 def _followers(config: RunConfig, resume_step: int | None) -> list[Follower]:

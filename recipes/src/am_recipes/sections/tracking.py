@@ -64,8 +64,8 @@ class Mlflow:
 
     experiment_name: Text = "automodel-experiment"
     """Made where it is not there."""
-    run_name: Text | None = None
-    """Null: the name of run_dir."""
+    run_name: str | None = None
+    """Null or empty: the name of run_dir."""
     tracking_uri: Text | None = None
     """Address of the server; null: $MLFLOW_TRACKING_URI, or MLflow's own default, a database in this folder."""
     artifact_location: Text | None = None

@@ -1,7 +1,8 @@
-"""Whether somebody listens at an address, found out in seconds where a client would try for minutes."""
+"""Addresses of services: whether somebody listens there, in seconds where a client would try for minutes."""
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -21,3 +22,8 @@ def require_connection(address: str) -> None:
         socket.create_connection((parts.hostname, port), _SECONDS_TO_CONNECT).close()
     except (OSError, ValueError) as error:
         raise ConnectionError(" ".join(str(error).split())[:300]) from error
+
+
+def without_password(text: str) -> str:
+    """`text` with what stands before an `@` in the addresses of it left out."""
+    return re.sub(r"(?<=\w:)//[^/@\s]+@", "//***@", text)

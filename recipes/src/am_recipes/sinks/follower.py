@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from am_recipes.sinks import delivered
+from am_recipes.sinks.address import without_password
 from am_recipes.sinks.delivered import Delivered
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, Tracker
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, Tracker, row_key
 
 ROWS = "metrics.jsonl"
 # Of one call, so that the calls of a long backlog stay short.
@@ -118,7 +119,7 @@ class Follower:
         # A service may fail in any way, and the run goes on without it; what failed is tried again.
         except Exception as error:  # noqa: BLE001
             if not self._warned:
-                what = " ".join(str(error).split())[:300]
+                what = without_password(" ".join(str(error).split())[:300])
                 self._news.append(
                     f"WARNING {self.name} does not take the run: {type(error).__name__}: {what}; training goes on, and "
                     "it is tried again"
@@ -133,13 +134,19 @@ class Follower:
         while rows := self._read():
             self._tracker.rows(rows)
             self._offset, self._time = self._next
-            step, validation = _key(rows[-1])
+            step, validation = row_key(rows[-1])
             self._remember(replace(self._delivered, step=step, validation=validation, status=None))
+            if len(rows) < _ROWS_AT_A_TIME:
+                break
             # A long backlog leaves the interpreter to the training thread in between.
             self._closing.wait(self._interval / 20)
         # Rows go first: a place for files may fail by itself, and then they wait for nothing but the end.
         if is_last:
-            self._refused = [name for name in self._artifacts if not self._succeeds(self._send, name)]
+            self._refused = [
+                name
+                for name in self._artifacts
+                if not any(self._succeeds(self._send, name) for _ in range(_ATTEMPTS_AT_THE_END))
+            ]
             self._tracker.end(self._status)
             if not self._refused:
                 self._remember(replace(self._delivered, status=self._status))
@@ -186,7 +193,7 @@ class Follower:
                 row = json.loads(line)
                 # A validation has none of its own. That of its step is the same when the row is sent a second time.
                 now = row.setdefault("time", now)
-                if not self._delivered.has(*_key(row)):
+                if not self._delivered.has(*row_key(row)):
                     rows.append(row)
             self._next = offset, now
         if not rows:
@@ -207,16 +214,9 @@ class Follower:
         self._sent[name] = changed
 
 
-def _key(row: TrackedRow) -> tuple[int, bool]:
-    """Where a row stands in the order of the run: a step before its validation."""
-    step = row["step"]
-    assert step is not None
-    return int(step), "loss" not in row
-
-
 def _keys(run_dir: Path) -> list[tuple[int, bool]]:
     file = run_dir / ROWS
     if not file.exists():
         return []
     with file.open("rb") as stream:
-        return [_key(json.loads(line)) for line in stream if line.endswith(b"\n")]
+        return [row_key(json.loads(line)) for line in stream if line.endswith(b"\n")]

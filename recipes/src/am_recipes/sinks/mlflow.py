@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import itertools
 import json
+import logging
 import math
 import os
 import re
+import shlex
 import socket
 import sys
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow
+from am_recipes.sinks.address import require_connection, without_password
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, row_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import RunData
 
     from am_recipes.sections import Mlflow
 
@@ -29,47 +32,65 @@ if TYPE_CHECKING:
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
-_SECONDS_TO_CONNECT = 5.0
 # Limits of MLflow's API: entries of a batch, characters of a name, of a parameter's and of a tag's value.
 _PARAMS, _METRICS, _NAME, _VALUE, _TAG = 100, 1000, 250, 6000, 8000
+
+# The tag that says which is the last row: "7", or "7 validation".
+_DELIVERED = "automodel.delivered"
 
 Item = TypeVar("Item")
 
 
 class MlflowTracker:
-    """A run of MLflow. Parameters cannot change there: another value that a later launch has becomes a tag."""
+    """A run of MLflow. Parameters cannot change there: another value that a later launch has becomes a tag.
+
+    The last row that it has is a tag too, set in the request that brings it: a process that is killed before it knows
+    of the answer leaves no step twice.
+    """
 
     def __init__(self, settings: Mlflow) -> None:
         self._settings = settings
+        self._id: str | None = None
         self.where = ""
 
     def begin(self, run: Tracked) -> str:
         self._client = _client(self._settings)
-        known = self._params_of(run.id) if run.id is not None and self._settings.resume else None
-        if run.id is None or known is None:
-            self._id, known = self._create(run), {}
+        # One that a failure after its creation has left is continued too.
+        identifier = self._id or (run.id if self._settings.resume else None)
+        data = None if identifier is None else self._data_of(identifier)
+        if identifier is None or data is None:
+            self._id = identifier = self._create(run)
+            self._has = (-1, False)
+            self._describe(run, {})
         else:
-            self._id = run.id
-            self._client.update_run(self._id, status="RUNNING")
-        self._describe(run, known)
-        self.where = _where(self._client, self._id)
-        return self._id
+            self._id = identifier
+            step, _, validation = data.tags.get(_DELIVERED, "-1").partition(" ")
+            self._has = int(step), bool(validation)
+            self._client.update_run(identifier, status="RUNNING")
+            self._describe(run, data.params)
+        self.where = _where(self._client, identifier)
+        return identifier
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
-        metrics = [
-            Metric(_name(name), math.nan if value is None else float(value), _milliseconds(row["time"]), row["step"])
-            for row in rows
-            for name, value in row.items()
-            if name not in ("step", "time")
-        ]
-        for some in _batches(metrics, _METRICS):
-            self._client.log_batch(self._id, metrics=some)
+        batch: list[Metric] = []
+        new = [row for row in rows if row_key(row) > self._has]
+        for row, following in itertools.zip_longest(new, new[1:], fillvalue=None):
+            assert row is not None
+            batch += [
+                Metric(_name(name), math.nan if value is None else value, _milliseconds(row["time"]), row["step"])
+                for name, value in row.items()
+                if name not in ("step", "time")
+            ]
+            if following is None or len(batch) + len(following) > _METRICS:
+                step, validation = row_key(row)
+                delivered = RunTag(_DELIVERED, f"{step} validation" if validation else str(step))
+                self._client.log_batch(self._id, metrics=batch, tags=[delivered])
+                self._has, batch = (step, validation), []
 
     def artifact(self, path: Path) -> None:
         if path.is_dir():
@@ -80,8 +101,8 @@ class MlflowTracker:
     def end(self, status: Status) -> None:
         self._client.set_terminated(self._id, status)
 
-    def _params_of(self, identifier: str) -> dict[str, str] | None:
-        """The parameters that the run has; None where it is not there any more."""
+    def _data_of(self, identifier: str) -> RunData | None:
+        """Parameters and tags that the run has; None where it is not there any more."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -90,7 +111,7 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        return dict(run.data.params) if run.info.lifecycle_stage == "active" else None
+        return run.data if run.info.lifecycle_stage == "active" else None
 
     def _create(self, run: Tracked) -> str:
         from mlflow.exceptions import MlflowException
@@ -139,7 +160,10 @@ def reach(settings: Mlflow) -> None:
     """Ask for the experiment. Raises ValueError or ConnectionError where nobody answers, or it was deleted."""
     address = settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if address is not None:
-        _require_connection(address)
+        try:
+            require_connection(address)
+        except ConnectionError as error:
+            raise ConnectionError(_unreachable(address, error)) from error
     client = _client(settings)
     from mlflow.exceptions import MlflowException
 
@@ -154,30 +178,12 @@ def reach(settings: Mlflow) -> None:
         )
 
 
-def _require_connection(address: str) -> None:
-    """Refuse a server that takes no connection, at once: the client would take its time."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
-        return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname, port), _SECONDS_TO_CONNECT).close()
-    except (OSError, ValueError) as error:
-        raise ConnectionError(_unreachable(address, error)) from error
-
-
 def _unreachable(address: str, error: Exception) -> str:
-    what = " ".join(str(error).split())[:300]
+    what = without_password(" ".join(str(error).split())[:300])
     return (
-        f"tracking_uri={_without_password(address)} does not answer as an MLflow server ({what}); start it, correct "
+        f"tracking_uri={without_password(address)} does not answer as an MLflow server ({what}); start it, correct "
         "the address, or leave the section out (--mlflow null)"
     )
-
-
-def _without_password(address: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", address)
 
 
 def _client(settings: Mlflow) -> MlflowClient:
@@ -185,14 +191,17 @@ def _client(settings: Mlflow) -> MlflowClient:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        # Each table that it makes is a line otherwise. Its import sets the level, so this comes after it.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=settings.tracking_uri)
 
 
 def _where(client: MlflowClient, identifier: str) -> str:
-    address, run = str(client.tracking_uri), client.get_run(identifier)
+    address, run = without_password(str(client.tracking_uri)), client.get_run(identifier)
     if address.startswith("http"):
-        return f"{_without_password(address)}/#/experiments/{run.info.experiment_id}/runs/{identifier}"
-    return f"run {identifier} in {_without_password(address)}; to look at it: mlflow ui --backend-store-uri {address!r}"
+        return f"{address}/#/experiments/{run.info.experiment_id}/runs/{identifier}"
+    return f"run {identifier} in {address}; to look at it: mlflow ui --backend-store-uri {shlex.quote(address)}"
 
 
 def grouped(params: Mapping[str, object], depth: int | None) -> dict[str, object]:

@@ -70,3 +70,10 @@ class Tracker(Protocol):
     def where(self) -> str:
         """Where people find the run, once it was begun: an address, or a folder and the command that shows it."""
         ...
+
+
+def row_key(row: TrackedRow) -> tuple[int, bool]:
+    """Where a row stands in the order of the run: its step, and whether it is the validation after it."""
+    step = row["step"]
+    assert step is not None
+    return int(step), "loss" not in row
