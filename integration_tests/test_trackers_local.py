@@ -75,7 +75,7 @@ def failed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": f"{folder}/mlflow"},
         "wandb": {"mode": "offline", "tags": ["one"], "log_artifacts": ["config", "export"]},
         "tensorboard": {},
-        "trackio": {"dir": f"{folder}/trackio", "project": "four"},
+        "trackio": {"dir": f"{folder}/trackio", "project": "four", "group": "g"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     process = runs.start(folder / "config.yaml", folder / "run", {})
@@ -210,6 +210,7 @@ def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> 
 
 def trackio_with_rows_twice(folder: Path) -> None:
     section = sections.Trackio(Target("trackio.init", {}), dir=folder, project="p")
+    section.require()
     section.reach()
     tracker = section.tracker()
     known = tracker.begin(told(folder))

@@ -213,6 +213,9 @@ class Trackio:
 
     def require(self) -> None:
         require_package("trackio")
+        if self.dir is not None:
+            # trackio reads it once, when it is imported: by whatever binds or reaches it next.
+            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
 
     def reach(self) -> None:
         from am_recipes.sinks import trackio
