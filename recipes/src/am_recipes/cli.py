@@ -1,6 +1,6 @@
 """The `automodel` command, and the command line of each recipe and of every copy of one.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM or Ctrl-C and can be continued, 130 quit.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped, and to be continued, 130 quit.
 A wrong config, value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so
 does everything with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 """
@@ -27,6 +27,7 @@ usage: automodel CONFIG [options] [overrides]
        automodel COMMAND -c CONFIG [options] [overrides]
        automodel RECIPE --keys
        automodel report RUN
+       automodel compare RUN_A RUN_B [--assert-equal]
 
 Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
 {_COMMAND_LINES}
@@ -51,7 +52,9 @@ continues the run from its latest checkpoint. Under torchrun:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
 A recipe is one file. Copy and change it; the copy takes the same options:
   python mysft.py -c CONFIG [--nproc-per-node N]      torchrun --nproc-per-node 8 mysft.py -c CONFIG
-`automodel report RUN` draws RUN/report.html of a run directory, while it runs or later.
+`automodel report RUN` draws RUN/report.html of a run directory, while it runs or later. `automodel compare RUN_A RUN_B`
+says from which step two runs differ, and what differs in config, code, data and machine; with --assert-equal
+its status is 1 where rows differ.
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped: run it again to continue"""
 
@@ -211,6 +214,8 @@ def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | 
             return 0
         if argv[:1] == ["report"] and recipe is None:
             return _report(argv[1:])
+        if argv[:1] == ["compare"] and recipe is None:
+            return _compare(argv[1:])
         arguments = parse_arguments(argv)
         if arguments.help or not argv:
             # Nothing at all is no question: a script whose variable was empty must not go on.
@@ -254,6 +259,22 @@ def _report(arguments: Sequence[str]) -> int:
         return 0
 
     return errors.reported(draw, debug=_tracebacks_wanted())
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    folders = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if len(folders) != 2 or set(flags) - {"--assert-equal"}:
+        raise UsageError("automodel compare takes two run directories, and --assert-equal or nothing else")
+
+    def tell() -> int:
+        from am_recipes import compare
+
+        are_equal, told = compare.compare(*map(Path, folders))
+        print(told)
+        return 1 if flags and not are_equal else 0
+
+    return errors.reported(tell, debug=_tracebacks_wanted())
 
 
 def _check_worker(arguments: Arguments) -> None:

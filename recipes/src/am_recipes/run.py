@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, run_dir, time_limit, trackers
+from am_recipes import checks, data, provenance, run_dir, time_limit, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
@@ -78,8 +78,9 @@ class Run:
         self._estimate: time_limit.Save | None = None
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
+        is_first, hosts = torch.distributed.get_rank() == 0, provenance.all_hosts()
         self._trackers = trackers.build(config, self.resumed)
-        own_sinks = [sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else []
+        own_sinks = [sink.build() for sink in config.sinks] if is_first else []
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -89,6 +90,7 @@ class Run:
             resume_step=self.resumed,
             identity=config.identity(),
             sinks=[*own_sinks, self._trackers],
+            launch=provenance.of_run(config, weights, self.resumed, dims.world_size, hosts) if is_first else None,
         )
 
     def __enter__(self) -> Run:
@@ -115,6 +117,8 @@ class Run:
 
     def begin(self, dataset: object, *facts: object) -> None:
         """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
+        if isinstance(dataset, am_data.Dataset):
+            self.log.data({"dataset, as read": dataset.fingerprint})
         for restored in self._restored:
             self.log.note(restored)
         if isinstance(dataset, am_data.Reported):

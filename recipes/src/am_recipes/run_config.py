@@ -70,6 +70,8 @@ class RunConfig:
     step_scheduler: sections.StepScheduler
     seed: sections.NonNegativeInt = 42
     """Decides every random number, however the work is split."""
+    deterministic: bool = False
+    """The same run again gives the same numbers to the bit, with slower operations where that takes them."""
     validation_datasets: Mapping[str, Target] = field(default_factory=dict)
     """Held-out rows, as dataset; their losses are val_loss and val_loss_NAME."""
     dataloader: sections.DataLoader = field(default_factory=sections.DataLoader)
