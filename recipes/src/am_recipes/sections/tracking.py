@@ -213,13 +213,12 @@ class Trackio:
 
     def require(self) -> None:
         require_package("trackio")
-        if self.dir is not None:
-            # trackio reads it once, when it is imported: by whatever binds or reaches it next.
-            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
+        self._choose_folder()
 
     def reach(self) -> None:
         from am_recipes.sinks import trackio
 
+        self._choose_folder()
         trackio.reach(self)
 
     def tracker(self) -> Tracker:
@@ -229,6 +228,11 @@ class Trackio:
 
     def artifacts(self) -> Sequence[str]:
         return files(self.log_artifacts)
+
+    def _choose_folder(self) -> None:
+        """Before the package is imported, by whatever comes next: it reads this once."""
+        if self.dir is not None:
+            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
 
 
 def files(artifacts: Sequence[Artifact]) -> list[str]:
