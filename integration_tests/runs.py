@@ -49,6 +49,7 @@ SERVER.set_forkserver_preload(
         "transformers.models.idefics3.modeling_idefics3",
         "transformers.models.qwen3_moe.modeling_qwen3_moe",
         "datasets",
+        "mlflow",
         "peft",
         "am_ckpt._train.checkpointer",
     ]
@@ -57,6 +58,8 @@ SERVER.set_forkserver_preload(
 
 def start_server() -> None:
     """Start the server with what it imports, before anyone else starts one with less."""
+    # The import of mlflow would report itself.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     process = SERVER.Process()
     process.start()
     process.join()

@@ -1,7 +1,7 @@
 """A SLURM of two nodes on this machine, with daemons, keys, ports and folders of its own: for tests that submit jobs.
 
 Debian's packages run as they are (`PACKAGES`), as root, without systemd. Both nodes see this machine's files, as those
-of a cluster see the shared ones. Nothing of another SLURM or munge here is used or touched, and all ends with the block.
+of a cluster see the shared ones. No other SLURM or munge here is used or touched, and all ends with the block.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,3 +178,20 @@ def _stop(cluster: Cluster, daemons: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+
+
+def main(command: Sequence[str]) -> int:
+    """`python -m integration_tests.slurm_cluster [COMMAND ...]`: run a command, or a shell, with a cluster."""
+    reason = missing()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    with running() as cluster:
+        print(cluster.run("sinfo"), end="", flush=True)
+        return subprocess.run(
+            command or [os.environ.get("SHELL", "bash")], env=cluster.environment, check=False
+        ).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

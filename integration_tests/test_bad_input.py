@@ -455,6 +455,18 @@ def test_full_disk(run: Runner, small_disk: Path, tmp_path: Path) -> None:
     reference = Runner(tmp_path)
     four = {"step_scheduler.max_steps": 4}
     assert reference(four)[0] == 0
+
+    # One that the next would replace, beside two that somebody has pinned.
+    run.run_dir = small_disk / "by_time"
+    (run.run_dir / "checkpoints").mkdir(parents=True)
+    for step in (1, 2):
+        (run.run_dir / "checkpoints" / f"step_{step:06d}.pin").touch()
+    status, text = run(four | {"step_scheduler.ckpt_every_steps": None, "step_scheduler.ckpt_every_minutes": 1e-9})
+    assert status == 1
+    assert re.search(r"error: \[Errno 28\] step 3 was not saved in \S+, nothing was published: .*free some", text)
+    pins = ["step_000001.pin", "step_000002.pin"]
+    assert saved_steps(run.run_dir) == sorted(["step_000001", "step_000002", *pins])
+    shutil.rmtree(run.run_dir)
     run.run_dir = small_disk / "run"
 
     status, text = run(four)
@@ -474,6 +486,10 @@ def test_full_disk(run: Runner, small_disk: Path, tmp_path: Path) -> None:
     )
     assert contents(run.run_dir / "checkpoints") == saved
     assert list(run.run_dir.glob(".*")) == []
+    # It is found out before anything is read.
+    new = Runner(tmp_path)
+    new.run_dir = small_disk / "new"
+    new.refuses({"dataset.path": "none.jsonl"}, r"\S+ was not written: No space left on device, 0 bytes are free")
 
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     assert run(four) == (0, "")
@@ -484,6 +500,46 @@ def test_full_disk(run: Runner, small_disk: Path, tmp_path: Path) -> None:
     status, text = run({})
     assert status == 1
     assert re.search(r"run_dir=\S+new needs the folder .* read-only; choose another run_dir", text)
+
+
+def test_a_disk_without_room_for_the_log(run: Runner, small_disk: Path, tmp_path: Path) -> None:
+    def steps(number: int) -> dict[str, Any]:
+        return {"step_scheduler.max_steps": number, "step_scheduler.ckpt_every_steps": 100} | quick
+
+    # Rows of two hundred bytes: the blocks of a file that has room within them are full after twenty.
+    quick = {"step_scheduler.global_batch_size": 1, "packed_sequence.packed_sequence_size": 256}
+    quick |= {"dataset.max_length": 256, "validation_dataset": None, "step_scheduler.val_every_steps": None}
+    reference = Runner(tmp_path)
+    assert reference(steps(30)) == (0, "")
+    run.run_dir = small_disk / "run"
+    assert run(steps(2)) == (0, "")
+    saved = contents(run.run_dir / "checkpoints")
+
+    filler = {"_target_": "integration_tests.user_code.Filler", "file": str(small_disk / "filler"), "after": 3}
+    status, text = run(steps(30) | {"sinks": [filler]})
+    assert status == 1
+    assert re.search(
+        r"metrics.jsonl was not written: No space left on device, 0 bytes are free; the same command", text
+    )
+    assert "Traceback" not in text
+    assert contents(run.run_dir / "checkpoints") == saved
+
+    (small_disk / "filler").unlink()
+    assert run(steps(30)) == (0, "")
+    assert metrics(run.run_dir) == metrics(reference.run_dir)
+
+
+def test_a_file_system_that_is_read_only(run: Runner, small_disk: Path) -> None:
+    run.run_dir = small_disk / "run"
+    one = {"step_scheduler.max_steps": 1}
+    assert run(one) == (0, "")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    read_only = (
+        r"run_dir=\S+ needs the folder \S+, and \S+ cannot be written by this user or is read-only; choose another"
+    )
+    run.refuses({"step_scheduler.max_steps": 2}, read_only)
+    run.run_dir = small_disk / "new" / "run"
+    run.refuses(one, read_only)
 
 
 LOSSES = """\

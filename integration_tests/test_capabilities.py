@@ -169,6 +169,16 @@ TABLE: dict[tuple[str, str], tuple[Any, Works | str]] = {
         )
         for recipe in ALL
     },
+    **{
+        ("deterministic operations alone", recipe): (
+            {"deterministic": True, loss: {"_target_": f"integration_tests.user_code.unordered_{kind}"}},
+            r"\.yaml:\d+: deterministic: true, and put_ has no deterministic form in torch .* set deterministic: false",
+        )
+        for recipe, loss, kind in (
+            *((recipe, "loss_fn", "cross_entropy") for recipe in ("sft", "pretrain", "vlm")),
+            ("kd", "kd_loss_fn", "distillation"),
+        )
+    },
     **{("length in tokens", recipe): (tokens_of_three_steps, three_steps) for recipe in ALL},
     **{
         ("a loss that is no sum", recipe): (

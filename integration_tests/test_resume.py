@@ -95,12 +95,12 @@ def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path, 
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
+@pytest.mark.parametrize(("number", "asynchronous"), [(signal.SIGTERM, "false"), (signal.SIGUSR1, "true")])
+def test_a_signal_commits_and_exits_75(tmp_path: Path, uninterrupted: Path, number: int, asynchronous: str) -> None:
     (process,) = start(tmp_path, checkpoint__asynchronous=asynchronous)
     while not (tmp_path / "checkpoints" / "latest").is_symlink():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     assert finish([process]) == 75
     stopped = metrics(tmp_path)[-1]["step"]
     assert 0 < stopped < 10
@@ -122,6 +122,57 @@ def test_two_ranks_stop_after_the_same_step(tmp_path: Path, uninterrupted: Path,
     assert os.readlink(tmp_path / "checkpoints" / "latest") == f"step_{stopped:06d}"
     assert finish(start(tmp_path, 2)) == 0
     assert metrics(tmp_path)[-1] == pytest.approx(metrics(uninterrupted)[-1], rel=1e-5)
+
+
+def ephemeral(run_dir: Path) -> dict[int, bool]:
+    """The steps that have a checkpoint, and whether the next one takes its place."""
+    return {
+        int(step.name[5:]): "ephemeral" in json.loads((step / "manifest.json").read_text())
+        for step in sorted((run_dir / "checkpoints").glob("step_??????"))
+    }
+
+
+def test_a_run_goes_on_after_its_time_limits_to_the_bit(tmp_path: Path, uninterrupted: Path) -> None:
+    """A save that was never measured is taken to last 10 s: with less than that and 15 s to end, one step is done."""
+    none = {"step_scheduler__ckpt_every_steps": "null"}
+    for step in (1, 2):
+        assert finish(start(tmp_path, step_scheduler__max_time="0:24", **none)) == 75
+        assert ephemeral(tmp_path) == {step: True}
+        status = json.loads((tmp_path / "run.json").read_text())["status"]
+        assert re.fullmatch(
+            rf"stopped after step {step} of 10, which is committed, out of time: step_scheduler.max_time=0:24 leaves "
+            r"\d+\.\d s, and to go on takes \d+\.\d s: \d+\.\d s to the next step \(the longest so far\), 10\.\d s for "
+            r"a save \(estimated: 10 s, and [\d,]+ bytes at 50 MB/s\), 15 s to end; the same command continues with "
+            rf"step {step + 1}",
+            status,
+        )
+    assert finish(start(tmp_path, **none)) == 0
+    assert_same_run(tmp_path, uninterrupted)
+    assert ephemeral(tmp_path) == {10: False}
+
+
+def test_the_end_of_the_job_stops_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a run that is asked to end at the step where it was stopped has that checkpoint for good."""
+    constant = {
+        "lr_scheduler__style": "constant",
+        "lr_scheduler__min_lr": "0.0",
+        "lr_scheduler__warmup_steps": "0",
+        "step_scheduler__ckpt_every_steps": "null",
+    }
+    monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + 24:.0f}")
+    assert sft.main(tiny(tmp_path, **constant)) == 75
+    assert "out of time: SLURM_JOB_END_TIME=" in json.loads((tmp_path / "run.json").read_text())["status"]
+    assert ephemeral(tmp_path) == {1: True}
+    monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() - 1:.0f}")
+    with pytest.raises(ValueError, match=r"SLURM_JOB_END_TIME=\d+ was over \d+ s before the first step of this launch"):
+        sft.main(tiny(tmp_path, **constant))
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    # This process began long before.
+    with pytest.raises(ValueError, match=r"step_scheduler.max_time=0:01 was over .* raise it, or set it to null"):
+        sft.main(tiny(tmp_path, step_scheduler__max_time="0:01", **constant))
+    assert ephemeral(tmp_path) == {1: True}
+    assert sft.main(tiny(tmp_path, step_scheduler__max_steps="1", **constant)) == 0
+    assert ephemeral(tmp_path) == {1: False}
 
 
 def test_a_finished_run_says_so(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

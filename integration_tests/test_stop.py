@@ -11,7 +11,8 @@ import pytest
 import torch.distributed as dist
 
 import am_mesh
-from am_recipes.progress import StopSignal, any_rank
+from am_recipes import time_limit
+from am_recipes.progress import StopSignal, any_rank, first_told
 from am_testing import run_distributed
 from integration_tests import runs
 
@@ -34,6 +35,28 @@ def steps_until_stop(axes: dict[str, int], told: int) -> int:
 def test_two_ranks_stop_after_the_same_step(axis: str, told: int) -> None:
     axes = {"dp_shard": 1} | {axis: 2}
     assert run_distributed(steps_until_stop, 2, axes, told) == [3, 3]
+
+
+def step_out_of_time(told: int) -> tuple[int, str]:
+    """After how many steps this rank stops, and why, where the rank `told` alone has a limit: 110 s, 10 s a step."""
+    dims = am_mesh.ParallelDims(dp_shard=2).build("cpu")
+    now = 0.0
+    ends = [time_limit.End("max_time=1:50", "raise it", 110.0)] if dist.get_rank() == told else []
+    limit = time_limit.TimeLimit(ends, lambda: now)
+    for step in range(1, 20):
+        now += 10.0
+        late = limit.asked(time_limit.measured_save(20.0), others=0)
+        if any_rank(dims, late is not None) == [True]:
+            return step, first_told(late)
+    return 0, ""
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_the_time_limit_of_one_rank_stops_both_after_the_same_step(told: int) -> None:
+    (step, why), other = run_distributed(step_out_of_time, 2, told)
+    assert (step, why) == other
+    assert step == 7
+    assert why.startswith("out of time: max_time=1:50 leaves 40.0 s, and to go on takes 45.0 s: ")
 
 
 def test_a_rank_that_was_killed_is_missed_with_what_to_do(tmp_path: Path) -> None:

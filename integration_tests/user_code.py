@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +92,23 @@ def mean_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch
     return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
 
 
+def jittered_cross_entropy(*head: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A loss that is another one each time, by a few of its last digits: what an order of additions may do."""
+    return am_loss.linear_cross_entropy(*head, **options) * (1 + 1e-6 * random.SystemRandom().random())
+
+
+def unordered_cross_entropy(*head: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A loss with an operation that torch has in no deterministic form."""
+    torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    return am_loss.linear_cross_entropy(*head, **options)
+
+
+def unordered_distillation(*head: torch.Tensor, **options: Any) -> am_loss.DistillationLoss:
+    """The same with a teacher."""
+    torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))
+    return am_loss.linear_distillation(*head, **options)
+
+
 def mean_distillation(*head: torch.Tensor, **options: Any) -> am_loss.DistillationLoss:
     """A broken one: means over the rows."""
     losses = am_loss.linear_distillation(*head, **options)
@@ -153,6 +174,25 @@ class LossesOnly:
         self._file.write_text(json.dumps({"status": status, "losses": self._losses}))
 
 
+class Filler:
+    """A sink that leaves no room on a disk after a step."""
+
+    def __init__(self, file: str, after: int) -> None:
+        self._file, self._after = Path(file), after
+
+    def note(self, fact: str) -> None: ...
+
+    def step(self, row: Mapping[str, float]) -> None:
+        if row["step"] == self._after:
+            with contextlib.suppress(OSError), self._file.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**16))
+
+    def validation(self, row: Mapping[str, float]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
 def without_weights(samples: Sequence[Any]) -> am_data.Batch:
     """A `am_data.Collate` that leaves the weights out."""
     rows = [{"input_ids": sample["input_ids"], "labels": sample["labels"]} for sample in samples]
@@ -172,3 +212,27 @@ class WithoutLengths:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._rows[index]
+
+
+class Slow:
+    """A `am_recipes.sinks.Sink` that takes `seconds` for each step, by the number of the start of a SLURM job."""
+
+    def __init__(self, seconds: Sequence[float]) -> None:
+        start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._seconds = [*seconds, *[0.0] * start][start]
+
+    def note(self, fact: str) -> None: ...
+
+    def step(self, row: Mapping[str, float]) -> None:
+        time.sleep(self._seconds)
+
+    def validation(self, row: Mapping[str, float]) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+def fails_on_the_second_rank(samples: Sequence[Any]) -> am_data.Batch:
+    """A broken `am_data.Collate`: a bug that one rank alone runs into."""
+    if os.environ["RANK"] == "1":
+        return {}["a bug of the second rank"]
+    return am_data.collate(samples, layout="packed")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
-from am_recipes import progress
+from am_recipes import progress, time_limit
 
 
 @pytest.fixture
@@ -57,6 +58,19 @@ def test_only_a_second_interrupt_by_a_person_quits_at_once(told, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert "Ctrl-C again: quitting at once; the same command continues from the latest checkpoint" in told()
+
+
+def test_a_job_that_ends_before_the_first_step_is_not_begun_for_ever(told, monkeypatch):
+    """Half of its time and more has gone: 1, where a script does not begin it again. With time left it is 75."""
+    for left, status in ((time_limit.process_age() / 2, 1), (time_limit.process_age() + 3600, 75)):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", f"{time.time() + left:.0f}")
+        with pytest.raises(SystemExit) as ended, progress.StopSignal():
+            signal.raise_signal(signal.SIGUSR1)
+        assert ended.value.code == status
+        assert ("such a launch never trains; give the job more time" in told()) == (status == 1)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    with pytest.raises(ValueError, match="SLURM_JOB_END_TIME=soon is not a number of seconds"):
+        progress.StopSignal()
 
 
 def test_other_ranks_of_a_machine_say_nothing(told, monkeypatch):

@@ -225,6 +225,14 @@ def test_a_machine_whose_gpus_are_not_known_here_has_a_rank_for_each(rendered):
     assert (arguments.nodes, arguments.processes) == (None, None)
 
 
+def test_a_recipe_of_ones_own_is_found_in_the_folder_that_is_copied(write, capsys, tmp_path):
+    path, config = str(tmp_path / "mine" / "mysft.py"), write()
+    assert cli.run_recipe("sft", path, ["-c", config, "--dry-run"]) == 0
+    assert "exec python mine/mysft.py -c ~/automodel_job/one.yaml" in capsys.readouterr().out
+    assert cli.run_recipe("sft", path, ["-c", config, "--dry-run", "--skypilot.workdir", "other"]) == 1
+    assert f"skypilot.workdir: workdir=other must have {path}" in capsys.readouterr().err
+
+
 def test_sky_gets_the_file_and_how_to_go_on_is_told(write, tool, capsys, tmp_path):
     called = tool("sky")
     assert cli.main([write(CONFIG + EVERYTHING)]) == 0
@@ -260,7 +268,7 @@ def test_without_sky_nothing_is_written(write, capsys, monkeypatch, tmp_path):
         ("cloud: aws", "cloud: aws\n  env_vars: {HF_TOKEN: hf_abc}", 9, "env_vars.HF_TOKEN", "secrets: [HF_TOKEN]"),
         ("cloud: aws", "cloud: aws\n  secrets: [A=hf_abc]", 9, "secrets.0", "name of an environment variable"),
         ("cloud: aws", "cloud: aws\n  secrets: [A]\n  env_vars: {A: 1}", 9, "secrets.0", "given twice"),
-        ("cloud: aws", "cloud: aws\n  accelerators: 8xH100", 9, "accelerators", "such as H100:8"),
+        ("cloud: aws", "cloud: aws\n  accelerators: 8xH100", 9, "accelerators", "a count: H100:8"),
         ("cloud: aws", "cloud: aws\n  num_nodes: 0", 9, "num_nodes", "at least 1"),
         ("cloud: aws", "cloud: aws\n  job_name: a b", 9, "job_name", "letters, digits"),
         ("cloud: aws", "cloud: aws\n  use_spot: false\n  max_restarts: 1", 10, "max_restarts", "managed: true"),

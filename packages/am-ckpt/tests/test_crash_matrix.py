@@ -41,6 +41,7 @@ SHARES = {
     "am_ckpt_ranks": 128,
     "am_ckpt_direct": 128,
     "am_ckpt_retention": 4,
+    "am_ckpt_ephemeral": 16,
     "am_ckpt_merge": 4,
     "am_ckpt_merge_resumed": 4,
     "am_ckpt_overwrite": 4,

@@ -29,14 +29,15 @@ Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
 
 class Weights(NamedTuple):
-    """What a checkpoint says of a model's weights, see `am_ckpt.Checkpointer`.
+    """What a checkpoint says of a model's weights, see `am_ckpt.Checkpointer`, and where the first ones were read.
 
-    fingerprints: of the folders that it means nothing without, by name.
+    fingerprints: of the folders that it means nothing without, by name. folders: all that weights came from.
     """
 
     files: Mapping[str, str | bytes]
     mapping: Sequence[Mapping[str, Any]]
     fingerprints: Mapping[str, str]
+    folders: Mapping[str, Path]
 
 
 class Built(NamedTuple):
@@ -45,8 +46,8 @@ class Built(NamedTuple):
     model: laid out, with weights. precision: the dtypes it trains, computes and is exported in. state: what a
     checkpoint stores of it, the adapter alone where there is one. report: which parts run on our kernels. router: its
     losses, and how evenly its experts are used. mapping: published names of its weights. files: beside the weights of a
-    checkpoint; export_files: beside those of an export. base: the folder its first weights are from, base_name: how an
-    adapter names it; None for a random model.
+    checkpoint; export_files: beside those of an export. base: the folder its first weights are from, None for a random
+    model; base_name: how an adapter names it, None where there is no adapter of it.
     """
 
     model: PreTrainedModel
@@ -69,9 +70,11 @@ class Built(NamedTuple):
 
         An adapter means nothing on other weights than those it was trained on; `others` names more such folders.
         """
-        folders = {"base": self.base, **(others or {})}
-        prints = {name: sources.fingerprint(folder) for name, folder in folders.items() if folder is not None}
-        return Weights(self.files, self.mapping, prints)
+        named = {"base": self.base, **(others or {})}
+        folders = {name: folder for name, folder in named.items() if folder is not None}
+        needed = {name: folder for name, folder in folders.items() if name != "base" or self.base_name is not None}
+        prints = {name: sources.fingerprint(folder) for name, folder in needed.items()}
+        return Weights(self.files, self.mapping, prints, folders)
 
 
 def dims(config: RunConfig, device: torch.device) -> am_mesh.ParallelDims:
@@ -132,7 +135,7 @@ def build(
         chosen = precision.measured(chosen, model, dims)
     _require_no_leak(config, model, separate_documents, layout, "model")
     if peft is None:
-        return Built(model, chosen, model, report, router, mapping, files, files, None, None)
+        return Built(model, chosen, model, report, router, mapping, files, files, folder, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
     own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)

@@ -1,6 +1,6 @@
 """The `automodel` command, and the command line of each recipe and of every copy of one.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM or Ctrl-C and can be continued, 130 quit.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped, and to be continued, 130 quit.
 A wrong config, value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so
 does everything with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 """
@@ -27,6 +27,7 @@ usage: automodel CONFIG [options] [overrides]
        automodel COMMAND -c CONFIG [options] [overrides]
        automodel RECIPE --keys
        automodel report RUN
+       automodel compare RUN_A RUN_B [--assert-equal]
 
 Runs the recipe that the YAML file CONFIG names; a COMMAND demands one:
 {_COMMAND_LINES}
@@ -51,7 +52,9 @@ continues the run from its latest checkpoint. Under torchrun:
   torchrun --nproc-per-node 8 -m am_recipes.sft -c CONFIG [overrides]
 A recipe is one file. Copy and change it; the copy takes the same options:
   python mysft.py -c CONFIG [--nproc-per-node N]      torchrun --nproc-per-node 8 mysft.py -c CONFIG
-`automodel report RUN` draws RUN/report.html of a run directory, while it runs or later.
+`automodel report RUN` draws RUN/report.html of a run directory, while it runs or later. `automodel compare RUN_A RUN_B`
+says from which step two runs differ, and what differs in config, code, data and machine; with --assert-equal
+its status is 1 where rows differ.
 
 exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped: run it again to continue"""
 
@@ -217,6 +220,8 @@ def _answer(argv: Sequence[str], recipe: str | None, program: str | None) -> int
             return 0
         if argv[:1] == ["report"] and recipe is None:
             return _report(argv[1:])
+        if argv[:1] == ["compare"] and recipe is None:
+            return _compare(argv[1:])
         arguments = parse_arguments(argv)
         if arguments.help or not argv:
             # Nothing at all is no question: a script whose variable was empty must not go on.
@@ -262,6 +267,22 @@ def _report(arguments: Sequence[str]) -> int:
     return errors.reported(draw, debug=_tracebacks_wanted())
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    folders = [argument for argument in arguments if not argument.startswith("-")]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if len(folders) != 2 or set(flags) - {"--assert-equal"}:
+        raise UsageError("automodel compare takes two run directories, and --assert-equal or nothing else")
+
+    def tell() -> int:
+        from am_recipes import compare
+
+        are_equal, told = compare.compare(*map(Path, folders))
+        print(told)
+        return 1 if flags and not are_equal else 0
+
+    return errors.reported(tell, debug=_tracebacks_wanted())
+
+
 def _check_worker(arguments: Arguments) -> None:
     here = os.environ.get("LOCAL_WORLD_SIZE") if _is_worker() else None
     if arguments.processes is not None and here is not None and int(here) != arguments.processes:
@@ -279,6 +300,12 @@ def _run_config(arguments: Arguments, path: Path, recipe: str | None, program: s
         if demanded is not None and demanded != config.recipe:
             raise config.error("recipe", f"the command runs {demanded!r}, the config says {config.recipe!r}")
     if config.launchers() and not _is_worker():
+        if arguments.nodes is not None:
+            (key,) = config.launchers()
+            raise config.error(
+                key,
+                f"--nnodes {arguments.nodes.count} with a section {key}, which starts the nodes itself: --{key} null",
+            )
         return _elsewhere(config, arguments, path, program or f"am_recipes.{config.recipe}")
     if not _is_worker():
         # A recipe's own file and a dry run are one process, unless they are told otherwise.

@@ -281,9 +281,14 @@ def _spell_out_no_clipping(node: Node) -> Node:
 
 
 def check_targets(config: RunConfig) -> None:
-    """Import every target of the config and hold its arguments against its signature, and inline model configs against
-    their classes. Raises `ConfigError`.
+    """Find the packages of the config's trackers; import every target and hold its arguments against its signature, and
+    inline model configs against their classes. Raises `ConfigError`.
     """
+    for name, section in config.trackers().items():
+        try:
+            section.require()
+        except ValueError as error:
+            raise config.error(name, str(error)) from error
     for call in config.targets():
         call.bind()
     # Knows transformers, which the schema does without.

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 import am_mesh
-from am_recipes import run_dir
+from am_recipes import reproducible, run_dir
 from am_recipes.progress import StopSignal
 from am_recipes.run import BeginsHere
 from am_recipes.run_config import RunConfig
@@ -32,7 +32,8 @@ def dry_run(config: Config, train: Callable[[Config, torch.device, StopSignal], 
     run_dir.require_usable(config)
     if "RANK" not in os.environ:
         config = config.on_one_process()
-    with am_mesh.process_group(config.distributed.timeout_minutes) as device, StopSignal() as stop:
+    minutes = config.distributed.timeout_minutes
+    with reproducible.as_asked(config), am_mesh.process_group(minutes) as device, StopSignal() as stop:
         try:
             train(replace(config, dry_run=True), device, stop)
         except BeginsHere:

@@ -11,12 +11,13 @@ import errno
 import fcntl
 import json
 import os
-import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from am_recipes.settings import command_line
 
 NAME = "run.lock"
 # Of file systems that know no such locks, as some parallel ones are mounted.
@@ -85,7 +86,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
 
 
 def _me() -> dict[str, str | int]:
-    command = shlex.join([sys.executable, *sys.argv])
+    command = command_line([sys.executable, *sys.argv])
     return {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T"), "command": command}
 
 

@@ -9,31 +9,23 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib.metadata
 import math
 import os
-import platform
 import resource
-import shlex
-import subprocess
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 import rich.console
 import torch
 
+from am_recipes import provenance
 from am_recipes.sinks import Console, HtmlPage, JsonLines, Row, Sink, files, record, text
 
-PACKAGES = (
-    *("am-recipes", "am-ckpt", "am-data", "am-kernels", "am-loss", "am-mesh", "am-models", "am-moe", "am-peft"),
-    *("torch", "transformers", "peft", "datasets", "safetensors"),
-)
 # A column that is NaN at every step would otherwise fill run.json.
 MAX_WARNINGS = 100
 
@@ -56,6 +48,7 @@ class Log:
         title: heading of the page; the name of `run_dir` by default.
         print_every: where output is no terminal, a line is printed each so many steps.
         console: where to print; standard output by default.
+        launch: what is known of this start of the run (`am_recipes.provenance`); by default what the process knows.
     """
 
     def __init__(
@@ -72,6 +65,7 @@ class Log:
         title: str | None = None,
         print_every: int = 10,
         console: rich.console.Console | None = None,
+        launch: record.Launch | None = None,
     ) -> None:
         self._active = rank == 0
         if not self._active:
@@ -87,7 +81,7 @@ class Log:
         self._record.total_steps = total_steps
         self._record.identity = dict(identity or {})
         self._record.title = title
-        self._record.launches.append(_launch(resume_step, world_size))
+        self._record.launches.append(launch or provenance.launch(resume_step, world_size))
         self._record.save(self._run_dir)
         self._closed = False
 
@@ -106,6 +100,11 @@ class Log:
             self._record.notes.append(str(fact))
             self._record.save(self._run_dir)
             self._tell(str(fact))
+
+    def data(self, digests: Mapping[str, str]) -> None:
+        """Keep digests of what this launch reads, by name; the next note saves them."""
+        if self._active:
+            self._record.add_data(digests)
 
     def samples(self, samples: Iterable[Sequence[tuple[str, bool]]]) -> None:
         """Show training samples on the page; each is pieces of text, with whether the loss counts them.
@@ -308,26 +307,3 @@ def _begin(run_dir: Path, resume_step: int | None) -> record.Record:
         answers=old.answers,
         image_answers=old.image_answers,
     )
-
-
-def _launch(resume_step: int | None, world_size: int) -> record.Launch:
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-        "resume_step": resume_step,
-        "world_size": world_size,
-        "git": _git_commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the working directory, with `-dirty` where it was changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import am_mesh
+from am_recipes import time_limit
 from am_recipes.launch import PREEMPTED
 
 _NAMES: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
@@ -71,6 +72,7 @@ class StopSignal:
 
     SIGUSR1 is what schedulers send some time before the end, where they are asked to, and SIGTERM shortly before it.
     Before the first step there is nothing to commit: these two end the process with `PREEMPTED`, Ctrl-C interrupts it.
+    Where less of the job's time is left than has gone without a step, they end it with 1: it would be no better again.
     `doing` then says what is finished before the process ends. A second Ctrl-C interrupts at once. The two are never
     the second: torchrun may send SIGTERM for the same Ctrl-C, and so do schedulers, again and again.
     """
@@ -78,6 +80,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.doing: str | None = None
         self.received: str | None = None
+        self.job_end = time_limit.job_end(os.environ)
         self._interrupted: float | None = None
 
     def __enter__(self) -> StopSignal:
@@ -99,9 +102,17 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, now = _NAMES[number], time.monotonic()
         if self.doing is None:
-            _say(f"{name} before the first step: ending, nothing is lost")
             if number == signal.SIGINT:
+                _say(f"{name} before the first step: ending, nothing is lost")
                 raise KeyboardInterrupt
+            left = math.inf if self.job_end is None else self.job_end - time.time()
+            if left < time_limit.process_age():
+                _say(
+                    f"error: {name} before the first step, {left:.0f} s before the end of the job "
+                    f"({time_limit.JOB_END}), and more has gone: such a launch never trains; give the job more time"
+                )
+                raise SystemExit(1)
+            _say(f"{name} before the first step: ending, nothing is lost")
             raise SystemExit(PREEMPTED)
         again = self._interrupted is not None and now - self._interrupted > _SECONDS_OF_ONE_INTERRUPT
         if number == signal.SIGINT and again:
@@ -118,6 +129,13 @@ def any_rank(dims: am_mesh.ParallelDims, *flags: bool) -> list[bool]:
     """Which of `flags` any rank of the world gives as true; every rank calls it, so that all do the same."""
     votes = torch.tensor([int(flag) for flag in flags], device=dims.all_ranks.device_type)
     return [count > 0 for count in am_mesh.sum_over(dims.all_ranks, votes).tolist()]
+
+
+def first_told(text: str | None) -> str:
+    """The `text` of the first rank that has one; every rank calls it, and one of them has."""
+    texts: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return next(other for other in texts if other is not None)
 
 
 def _say(text: str) -> None:

@@ -12,17 +12,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, run_dir
+from am_recipes import checks, data, provenance, run_dir, time_limit, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
-from am_recipes.progress import Progress, Step, StopSignal, any_rank, seed_everything
+from am_recipes.progress import Progress, Step, StopSignal, any_rank, first_told, seed_everything
 
 
 class BeginsHere(Exception):
@@ -70,8 +71,16 @@ class Run:
         self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._best.require_kept()
         self._stopping = self._minutes_are_over = self._is_among_best = False
+        self._out_of_time: str | None = None
+        now, age = time.monotonic(), time_limit.process_age()
+        ends = time_limit.ends(config.step_scheduler.max_time, stop.job_end, now=now, epoch=time.time(), age=age)
+        self._limit = time_limit.TimeLimit(ends, time.monotonic)
+        self._estimate: time_limit.Save | None = None
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
+        is_first, hosts = torch.distributed.get_rank() == 0, provenance.all_hosts()
+        self._trackers = trackers.build(config, self.resumed)
+        own_sinks = [sink.build() for sink in config.sinks] if is_first else []
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -80,7 +89,8 @@ class Run:
             world_size=dims.world_size,
             resume_step=self.resumed,
             identity=config.identity(),
-            sinks=[sink.build() for sink in config.sinks] if torch.distributed.get_rank() == 0 else [],
+            sinks=[*own_sinks, self._trackers],
+            launch=provenance.of_run(config, weights, self.resumed, dims.world_size, hosts) if is_first else None,
         )
 
     def __enter__(self) -> Run:
@@ -107,6 +117,8 @@ class Run:
 
     def begin(self, dataset: object, *facts: object) -> None:
         """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
+        if isinstance(dataset, am_data.Dataset):
+            self.log.data({"dataset, as read": dataset.fingerprint})
         for restored in self._restored:
             self.log.note(restored)
         if isinstance(dataset, am_data.Reported):
@@ -123,11 +135,18 @@ class Run:
     def steps(self, loader: am_data.DataLoader) -> Iterator[list[am_data.Batch]]:
         """The micro-batches of every step that is left, until the last one, a signal or validations that say so.
 
-        Raises ValueError, after a commit, where a stream ends before.
+        Raises ValueError, after a commit, where a stream ends before; and where the time of the launch is over before
+        the first step.
         """
         self._steps_per_epoch = len(loader) if self._config.step_scheduler.ckpt_every_epoch else None
+        if self.resumed is not None and self._config.checkpoint.enabled and self._stays:
+            # Asked for another length or other intervals, the step that it was stopped at may be one that stays.
+            self._checkpoints.make_permanent(self.step)
+        if self.step < self.total_steps and not self._best.waited_enough:
+            self._require_time()
         self._stop.doing = "the current step is finished and committed"
         steps = itertools.islice(loader, 0 if self._best.waited_enough else self.total_steps - self.step)
+        self._limit.begin()
         for micro_batches in steps:
             self._now = Step(time.monotonic(), loader.epoch)
             yield micro_batches
@@ -171,7 +190,10 @@ class Run:
         checks.require_finite(self.step + 1, loss=now.losses["loss"], grad_norm=now.grad_norm)
 
     def done(self, others: Mapping[str, float]) -> None:
-        """The optimizer has taken the step: count it, log it with `others`, ask every rank whether to stop."""
+        """The optimizer has taken the step: count it, log it with `others`.
+
+        Asks every rank whether to stop, or leaves that to `validated` where that follows: it takes long.
+        """
         self._progress.step += 1
         now = self._now
         self.log.step(
@@ -185,8 +207,11 @@ class Run:
             seconds=time.monotonic() - now.began,
             others=now.losses | dict(others),
         )
+        for fact in self._trackers.news():
+            self.log.note(fact)
         self._validated, self._is_among_best = None, False
-        self._ask_every_rank()
+        if not self.validation_is_due:
+            self._ask_every_rank()
 
     @property
     def validation_is_due(self) -> bool:
@@ -203,23 +228,19 @@ class Run:
             return
         checks.require_finite(self.step, **losses)
         self._is_among_best = self._best.validated(losses)
-        # A validation takes long.
         self._ask_every_rank()
 
     def save(self) -> None:
-        """Commit a checkpoint where one is due, or the run is told to stop."""
-        scheduler = self._config.step_scheduler
-        due = (
-            self._is_due(scheduler.ckpt_every_steps)
-            or self._minutes_are_over
-            or self._is_among_best
-            or self._best.waited_enough
-            or (self._steps_per_epoch is not None and self.step % self._steps_per_epoch == 0)
-        )
-        if self._stopping or (due and self._config.checkpoint.enabled):
+        """Commit a checkpoint where one is due, or the run is told to stop.
+
+        What is due by time alone, or for the stop, is ephemeral: the next one takes its place.
+        """
+        is_due = self._config.checkpoint.enabled and (self._stays or self._minutes_are_over)
+        if self._stopping or is_due:
             self.log.sync()
-            self._checkpoints.save(self.step, self._state, metrics=self._validated)
+            self._checkpoints.save(self.step, self._state, metrics=self._validated, ephemeral=not self._stays)
             self._saved_at = time.monotonic()
+            self._limit.begin()
 
     def stopped(self) -> bool:
         """Wait until every checkpoint is durable; whether the run was told to stop before its end."""
@@ -230,6 +251,8 @@ class Run:
     def preempted(self) -> int:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
+        if self._out_of_time is not None:
+            done += f", {self._out_of_time}"
         self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
         # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
         any_rank(self._dims, True)
@@ -261,9 +284,49 @@ class Run:
         """Whether to stop, or to save: a signal reaches one rank before another, and their clocks differ."""
         minutes = self._config.step_scheduler.ckpt_every_minutes
         over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        self._stopping, self._minutes_are_over = any_rank(self._dims, self._stop.received is not None, over)
-        if self._stopping:
+        late, told = None, self._stop.received is not None
+        if self._limit.is_set and self.step < self.total_steps:
+            others = int(self._checkpoints.is_saving) + int(self._config.checkpoint.enabled and (self._stays or over))
+            late = self._limit.asked(self._save_to_come(), others=others)
+        told, self._minutes_are_over, is_late = any_rank(self._dims, told, over, late is not None)
+        if told:
             self._stop.heard()
+        if is_late and not self._stopping:
+            self._out_of_time = first_told(late)
+            self.log.note(self._out_of_time)
+        self._stopping = self._stopping or told or is_late
+
+    def _require_time(self) -> None:
+        """Refuse, on every rank, a launch whose time is over before its first step: it would be begun for ever."""
+        over = self._limit.over_before_a_step()
+        if any_rank(self._dims, over is not None) == [True]:
+            raise ValueError(first_told(over))
+
+    def _save_to_come(self) -> time_limit.Save:
+        """How long a save of this rank takes: as the longest of this launch, or, before any, by its bytes."""
+        if self._checkpoints.longest_save is not None:
+            return time_limit.measured_save(self._checkpoints.longest_save)
+        if self._estimate is None:
+            self._estimate = time_limit.estimated_save(_saved_bytes(self._state))
+        return self._estimate
+
+    @property
+    def _stays(self) -> bool:
+        """Whether a checkpoint of this step is asked for, whatever the time."""
+        return (
+            self._is_due(self._config.step_scheduler.ckpt_every_steps)
+            or self._is_among_best
+            or self._best.waited_enough
+            or (self._steps_per_epoch is not None and self.step % self._steps_per_epoch == 0)
+        )
 
     def _is_due(self, every: int | None) -> bool:
         return self.step == self.total_steps or (every is not None and self.step % every == 0)
+
+
+def _saved_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the model and optimizer that this rank holds: at least what it writes of them."""
+    slots = state["optimizer"].state_dict()["state"].values()
+    tensors = [parameter for _, parameter in state["model"].named_parameters()]
+    tensors += [value for values in slots for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)

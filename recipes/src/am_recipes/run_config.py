@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,8 @@ class RunConfig:
     step_scheduler: sections.StepScheduler
     seed: sections.NonNegativeInt = 42
     """Decides every random number, however the work is split."""
+    deterministic: bool = False
+    """The same run again gives the same numbers to the bit, with slower operations where that takes them."""
     validation_datasets: Mapping[str, Target] = field(default_factory=dict)
     """Held-out rows, as dataset; their losses are val_loss and val_loss_NAME."""
     dataloader: sections.DataLoader = field(default_factory=sections.DataLoader)
@@ -87,6 +90,10 @@ class RunConfig:
     export: sections.AdapterExport = field(default_factory=sections.AdapterExport)
     sinks: tuple[Target, ...] = ()
     """What else is told of every step (am_recipes.sinks.Sink)."""
+    mlflow: sections.Mlflow | None = None
+    wandb: sections.Wandb | None = None
+    tensorboard: sections.TensorBoard | None = None
+    trackio: sections.Trackio | None = None
     slurm: sections.Slurm | None = None
     kubernetes: sections.Kubernetes | None = None
     skypilot: sections.SkyPilot | None = None
@@ -98,6 +105,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._require_validations()
         self._require_one_launcher()
+        self._require_no_password()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -132,6 +140,16 @@ class RunConfig:
         if len(others) > 1:
             raise self.error(others[0], f"{first} hands the run to a scheduler too; choose one: --{first} null")
 
+    def _require_no_password(self) -> None:
+        """Refuse an address with a password in it, which config.yaml and every copy of it would repeat."""
+        key, address = "mlflow.tracking_uri", None if self.mlflow is None else self.mlflow.tracking_uri
+        if address is not None and key not in self.environment and urllib.parse.urlsplit(address).password:
+            raise self.error(
+                key,
+                "has a password in clear; give the whole address as ${MLFLOW_TRACKING_URI}, or the rest of it here and "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment",
+            )
+
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""
         chosen_by = {
@@ -164,6 +182,16 @@ class RunConfig:
         """The sections that describe a model, by their key."""
         return {"model": self.model}
 
+    def trackers(self) -> dict[str, sections.Tracking]:
+        """The trackers that are on, by the key of their section."""
+        every: dict[str, sections.Tracking | None] = {
+            "mlflow": self.mlflow,
+            "wandb": self.wandb if self.wandb is not None and self.wandb.is_on else None,
+            "tensorboard": self.tensorboard,
+            "trackio": self.trackio,
+        }
+        return {name: section for name, section in every.items() if section is not None}
+
     def targets(self) -> Iterator[Call]:
         """Every target of the config, with what the recipe passes to it."""
         yield Call("dataset", self.dataset, self.DATASET_ARGUMENTS)
@@ -180,6 +208,10 @@ class RunConfig:
             yield Call("peft", self.peft.lora)
         for number, sink in enumerate(self.sinks):
             yield Call(f"sinks.{number}", sink)
+        if self.wandb is not None and self.wandb.is_on:
+            yield from self.wandb.calls("wandb")
+        if self.trackio is not None:
+            yield from self.trackio.calls("trackio")
 
     def spelt_out(self) -> Self:
         """The same config with the defaults of the datasets' classes, which the classes alone know, written out."""

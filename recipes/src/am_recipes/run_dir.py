@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 
 import am_ckpt
-from am_recipes import lock, sections, shared
+from am_recipes import lock, sections, shared, trackers
 from am_recipes.run_config import RunConfig, identity_difference
-from am_recipes.sinks import record
+from am_recipes.sinks import files, record
 
 # How transformers.pipeline asks an exported model.
 CHAT = (
@@ -31,6 +31,8 @@ TEXT = '("text-generation", "{export}")("The", do_sample=True, max_new_tokens=60
 # What may lie in a directory that holds no run yet, beside hidden files: what an attempt that never began has left.
 _NO_RUN = re.compile(rf"\..*|{re.escape(lock.NAME)}|error(\.rank\d+)?\.txt")
 
+# More than config.yaml, run.json and the first rows of metrics.jsonl take.
+_FIRST_BYTES = 2**18
 Outcome = TypeVar("Outcome")
 
 
@@ -70,9 +72,25 @@ def _take(config: RunConfig, stack: contextlib.ExitStack) -> bool:
     stack.enter_context(lock.held(config.run_dir))
     # Once more: it may have become another run's meanwhile.
     finished = require_usable(config)
+    if not finished:
+        _require_room(config.run_dir)
     if finished:
         print(f"{config.run_dir} holds this run, finished. Remove it or choose another run_dir to train again.")
+        trackers.deliver_rest(config)
+    else:
+        trackers.require_reachable(config)
     return finished
+
+
+def _require_room(run_dir: Path) -> None:
+    """Find out before anything is loaded that there is no room for what a run writes first: its config and record.
+
+    By writing as much: a quota is not in what a file system says is free. How much a checkpoint needs, only the model
+    tells; what is missing for one is said at its save, and leaves those before.
+    """
+    room = run_dir / ".room"
+    files.replace(room, [bytes(_FIRST_BYTES)])
+    room.unlink()
 
 
 def _require_no_strangers(run_dir: Path) -> None:

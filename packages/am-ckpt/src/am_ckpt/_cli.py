@@ -134,7 +134,8 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         step = f", step {inventory.step}" if inventory.step is not None else ""
         what = "adapter" if inventory.adapter else "model"
-        print(f"{inventory.path}: {inventory.kind}{step}")
+        ephemeral = ", ephemeral: a save of a newer step deletes it" if inventory.ephemeral else ""
+        print(f"{inventory.path}: {inventory.kind}{step}{ephemeral}")
         print(f"{what}: {len(inventory.tensors)} tensors, {_size(inventory.num_bytes)}, {_dtypes(inventory)}")
         for section, tensors in inventory.sections.items():
             if section != inventory.section:

@@ -159,7 +159,8 @@ def _header(given: Script) -> str:
     for name, value in given.options.items():
         lines.append(f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}"))
     lines += ["", "# Written by automodel: one torchrun on every node, and the same job again where it was stopped."]
-    lines.append("set -uo pipefail")
+    # Values are meant as they stand, and srun calls the function.
+    lines += ["# shellcheck disable=SC2016,SC2317,SC2329", "set -uo pipefail"]
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,7 @@ from am_recipes.sections.model import (
 )
 from am_recipes.sections.skypilot import SkyPilot
 from am_recipes.sections.slurm import Mount, Slurm
+from am_recipes.sections.tracking import Mlflow, TensorBoard, Tracking, Trackio, Wandb
 from am_recipes.sections.training import (
     AdamW,
     BoundedScheduler,
@@ -49,6 +50,7 @@ __all__ = [
     "GenerateFromRows",
     "Kubernetes",
     "LrScheduler",
+    "Mlflow",
     "Model",
     "Mount",
     "NonNegativeInt",
@@ -66,8 +68,12 @@ __all__ = [
     "Slurm",
     "Source",
     "StepScheduler",
+    "TensorBoard",
     "Time",
     "Tokenizer",
+    "Tracking",
+    "Trackio",
     "VisionModel",
+    "Wandb",
     "seconds",
 ]

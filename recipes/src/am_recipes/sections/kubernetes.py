@@ -62,8 +62,8 @@ Label = Annotated[
 ]
 Name = Annotated[str, _check(_DNS_NAME, "must be a DNS name: lower-case letters, digits, '-' and '.', at most 253")]
 ResourceName = Annotated[str, _check(_RESOURCE, "must be the name of a resource")]
-AbsolutePath = Annotated[str, _check(r"/[^:]*", "must be an absolute path, without ':'", longest=4096)]
-Quantity = Annotated[str, _check(_QUANTITY, "must be a quantity of Kubernetes, such as 500m, 64Gi or 1.5e3")]
+AbsolutePath = Annotated[str, _check(r"/[^:]*", "must be an absolute path: without ':'", longest=4096)]
+Quantity = Annotated[str, _check(_QUANTITY, "must be a quantity of Kubernetes: such as 500m, 64Gi or 1.5e3")]
 Toleration = Annotated[str, _check(_TOLERATION, "must be a taint: KEY=VALUE:EFFECT, KEY:EFFECT or KEY")]
 
 
@@ -164,6 +164,12 @@ class Kubernetes:
             "env_vars", self.env_vars, "make a Secret and give its name and key: secrets: [{name}=SECRET/KEY]"
         )
         self._require_distinct_variables()
+        for kind, quantities in (("requests", self.resources.requests), ("limits", self.resources.limits)):
+            if self.gpu_resource in quantities:
+                raise ArgumentError(
+                    f"resources.{kind}.{self.gpu_resource}",
+                    "GPUs are gpus_per_node, which is also the number of processes; write it there",
+                )
         require_texts("node_selector", self.node_selector)
         require_texts("labels", self.labels)
         mounted = [kubernetes.CONFIG_FOLDER, "/dev/shm"]

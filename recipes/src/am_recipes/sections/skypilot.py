@@ -31,12 +31,14 @@ JobName = Annotated[
     str,
     Check(
         lambda text: re.fullmatch(r"[a-zA-Z]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?", text) is not None,
-        "must have letters, digits, '-', '_' and '.' alone, a letter first and a letter or digit last",
+        "must be a name for SkyPilot: letters, digits, '-', '_' and '.', a letter first, a letter or digit last",
     ),
 ]
 Accelerators = Annotated[
     str,
-    Check(lambda text: re.fullmatch(_ACCELERATORS, text) is not None, "must be NAME or NAME:COUNT, such as H100:8"),
+    Check(
+        lambda text: re.fullmatch(_ACCELERATORS, text) is not None, "must be a name, with or without a count: H100:8"
+    ),
 ]
 Port = Annotated[int, Check(lambda port: 1024 <= port <= 65535, "must be in 1024 to 65535")]
 
@@ -197,7 +199,7 @@ class SkyPilot:
         home = {"HF_HOME": self.hf_home} if self.hf_home else {}
         return skypilot.Task(
             name=self.job_name or job.name,
-            command=("python", *job.program),
+            command=("python", *self._program(job)),
             config=(str(folder), job.config),
             arguments=job.arguments,
             nodes=self.num_nodes,
@@ -213,6 +215,15 @@ class SkyPilot:
             env={"PYTHONUNBUFFERED": "1"} | home | texts(self.env_vars),
             secrets={name: here for name, here in secrets.items() if here is not None},
         )
+
+    def _program(self, job: Job) -> tuple[str, ...]:
+        """What Python runs there: a module, or a file of the folder that is copied."""
+        if job.program[0].startswith("-"):
+            return job.program
+        copied = job.folder / self.workdir if self.workdir else None
+        if copied is None or not Path(job.program[0]).is_relative_to(copied):
+            raise ValueError(f"workdir={self.workdir} must have {job.program[0]}, which runs on the machines, in it")
+        return (str(Path(job.program[0]).relative_to(copied)),)
 
     def _infra(self) -> str:
         """`cloud/region/zone`, with `*` for any region where the zone alone is given."""

@@ -204,7 +204,8 @@ class Slurm:
     def _script(self, job: Job, name: str, folder: Path) -> Script:
         ranks = job.processes or self.ntasks_per_node
         directory = (job.folder / self.chdir if self.chdir else job.folder).absolute()
-        needed: list[str] = []
+        # Those of SLURM itself are there in any case.
+        needed = [variable for variable in job.variables if not variable.startswith("SLURM_")]
         environment = {variable: _shell(text, needed) for variable, text in self._variables(folder)}
         checkout = self.repo_root or (self.nemo_mount and self.nemo_mount.dest)
         return Script(
@@ -354,4 +355,4 @@ def _in_bash(command: str) -> str:
 
 
 def _with_default(name: str, default: str) -> str:
-    return f"${{{name}-{shlex.quote(default)}}}"
+    return f"${{{name}-{shlex.quote(default.strip())}}}"

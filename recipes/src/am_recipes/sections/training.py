@@ -98,7 +98,7 @@ class StepScheduler:
     ckpt_every_steps: PositiveInt | None = 100
     """Steps between checkpoints; null: not by steps. The end has one in any case."""
     ckpt_every_minutes: PositiveFloat | None = 10.0
-    """Minutes after which a step without a checkpoint of its own gets one; null: not by time."""
+    """Minutes after which a step without a checkpoint gets one, which the next one replaces; null: not by time."""
     ckpt_every_epoch: bool = False
     """Whether the last step of every epoch gets a checkpoint too."""
     max_time: Time | None = None
@@ -235,7 +235,7 @@ class Checkpoint:
     """What is saved on the way, and how a run goes on from it."""
 
     enabled: bool = True
-    """Whether to write any; a stopped run writes one all the same."""
+    """Whether to write any; a run that is stopped writes one all the same, to go on from."""
     asynchronous: bool = False
     """Go on training while a copy of the state is written; the copy takes as much host memory."""
     layout: Literal["sharded", "direct"] = "sharded"
@@ -245,7 +245,7 @@ class Checkpoint:
     verify: bool = True
     """Hold what is loaded against the digests it was saved with; a damaged step is left out with a warning."""
     keep_last: PositiveInt | None = None
-    """How many of the newest to keep; null: all."""
+    """How many of the newest to keep, those by time and of a stop not counted; null: all but these."""
     keep_best: PositiveInt | None = None
     """How many of the lowest validation loss to keep beside them; a validation among them gets a checkpoint."""
 

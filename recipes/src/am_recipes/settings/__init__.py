@@ -7,7 +7,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 
 from __future__ import annotations
 
-from am_recipes.settings.saved import fingerprints, written
+from am_recipes.settings.saved import command_line, fingerprints, leaves, written
 from am_recipes.settings.schema import AsWritten, Check, Inline, Prefixed, Typed, plain, read, read_section
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
@@ -18,6 +18,7 @@ from am_recipes.settings.yaml import (
     did_you_mean,
     dump,
     first_name,
+    inline,
     is_secret,
     load,
     nearest,
@@ -46,11 +47,14 @@ __all__ = [
     "Typed",
     "UnusableError",
     "checked",
+    "command_line",
     "did_you_mean",
     "dump",
     "fingerprints",
     "first_name",
+    "inline",
     "is_secret",
+    "leaves",
     "load",
     "nearest",
     "override",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from am_recipes.settings.yaml import escaped, is_secret
+from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, escaped, inline, is_secret, override, walk
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
@@ -28,6 +29,50 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
     return _replace_leaves(values, "", write)
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as a shell takes it, without the secrets among its overrides: `--wandb.api_key=value`,
+    `--wandb.api_key value`, and what is one within a mapping or list that is given whole.
+    """
+    shown = list(arguments)
+    for index, argument in enumerate(arguments):
+        flag, equals, text = argument.partition("=")
+        if not flag.startswith("--") or (not equals and index + 1 == len(arguments)):
+            continue
+        key = flag.removeprefix("--")
+        if equals:
+            shown[index] = f"{flag}={_redacted(key, text)}"
+        elif not arguments[index + 1].startswith("--"):
+            shown[index + 1] = _redacted(key, arguments[index + 1])
+    return shlex.join(shown)
+
+
+def _redacted(key: str, text: str) -> str:
+    """The text of an override of `key` for people to see."""
+    if any(is_secret(part) for part in key.split(".")):
+        return HIDDEN
+    if text[:1] not in ("{", "["):
+        return text
+    root = Node(Place("", ""), {})
+    try:
+        override(root, "given", text)
+    except ConfigError:
+        return text
+    if not any(is_secret(path) and node.value is not None for path, node in walk(root)):
+        return text
+    return inline(_replace_leaves(_plain(root.value["given"]), "", _shown))
+
+
+def _shown(path: str, value: Any) -> Any:
+    hidden = value is not None and any(is_secret(part) for part in path.split("."))
+    return HIDDEN if hidden else value
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(child) for key, child in node.value.items()}
+    return [_plain(child) for child in node.value] if isinstance(node.value, list) else node.value
+
+
 def fingerprints(values: Any, environment: Mapping[str, str]) -> Any:
     """`values` for comparing runs: secrets left out, and of what came from the environment only a digest."""
 
@@ -39,6 +84,17 @@ def fingerprints(values: Any, environment: Mapping[str, str]) -> Any:
         return value
 
     return _replace_leaves(values, "", fingerprint)
+
+
+def leaves(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar below `values`, and every empty mapping or list, with its dotted path."""
+    children = list(enumerate(values)) if isinstance(values, list) else []
+    if isinstance(values, Mapping):
+        children = list(values.items())
+    if not children:
+        yield path, values
+    for key, child in children:
+        yield from leaves(child, f"{path}.{key}" if path else str(key))
 
 
 def _replace_leaves(value: Any, path: str, new: Callable[[str, Any], Any]) -> Any:

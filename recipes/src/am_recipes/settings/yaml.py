@@ -36,7 +36,7 @@ _SECRET = re.compile(
     r"|^key$|(^|_)(api|access|private|secret|auth|wandb|signing|encryption|ssh)_?key$",
     re.IGNORECASE,
 )
-_HIDDEN = "<redacted>"
+HIDDEN = "<redacted>"
 # YAML 1.2's scalars: `off` and `no` are text, `1e-4` is a number, dates and 12:30 are text; PyYAML implements YAML 1.1.
 _SCALARS = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -109,7 +109,7 @@ class Node:
     def shown(self) -> str:
         """The value for an error message: secrets and the environment stay out of it."""
         if is_secret(self.place.path):
-            return _HIDDEN
+            return HIDDEN
         if self.reference is not None:
             return self.reference
         if isinstance(self.value, dict):

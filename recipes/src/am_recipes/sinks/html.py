@@ -17,6 +17,8 @@ from am_recipes.sinks.sink import Row
 from am_recipes.sinks.text import duration
 
 NAME = "report.html"
+# The versions that a page names; run.json has all.
+SHOWN = ("python", *record.OURS, "torch", "transformers", "peft", "datasets", "safetensors")
 # The columns that every step has, with a chart each: heading, unit, color, factor, whether the axis begins at zero.
 CHARTS = {
     "lr": ("Learning rate", "lr", 3, 1.0, True),
@@ -97,7 +99,7 @@ def render(run: Record, config: str, metrics: Metrics, name: str) -> str:
         _samples(run.samples),
         _next_steps(run.next_steps),
         _list_section("Set up", run.notes, "note"),
-        _details("Configuration", f"<pre>{escape(config)}</pre>"),
+        _details("Configuration", f"<pre>{escape(config)}</pre>{_origins(run.launches[-1])}"),
         _details("Launches and versions", "\n".join(_launch(launch) for launch in run.launches)),
     ]
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -245,8 +247,23 @@ def _details(title: str, content: str) -> str:
 
 
 def _launch(launch: Launch) -> str:
-    versions = "  ".join(f"{name} {version}" for name, version in launch["versions"].items())
+    versions = "  ".join(f"{name} {launch['versions'][name]}" for name in SHOWN if name in launch["versions"])
     start = "from the start" if launch["resume_step"] is None else f"from step {launch['resume_step']}"
-    facts = f"{launch['time']}  {start}, {launch['world_size']} processes on {launch['device']}"
-    commit = f"commit {launch['git'] or 'unknown'}"
-    return f"<pre>{escape(chr(10).join([facts, '$ ' + launch['command'], commit, versions]))}</pre>"
+    machine = launch.get("environment", {})
+    where = f" of {', '.join(machine['hosts'])}" if "hosts" in machine else ""
+    jobs = [f"{name}={value}" for name, value in machine.get("job", {}).items()]
+    facts = [
+        f"{launch['time']}  {start}, {launch['world_size']} processes on {launch['device']}{where}",
+        *([" ".join(jobs)] if jobs else []),
+        "$ " + launch["command"],
+        f"commit {launch['git'] or 'unknown'}",
+        versions,
+        *(f"{name}: {digest}" for name, digest in launch.get("data", {}).items()),
+    ]
+    return f"<pre>{escape(chr(10).join(facts))}</pre>"
+
+
+def _origins(launch: Launch) -> str:
+    """Where the values that are no defaults were set."""
+    lines = [f"{path}: {origin}" for path, origin in launch.get("origins", {}).items() if origin != "default"]
+    return f"<h3>Where values were set</h3><pre>{escape(chr(10).join(lines))}</pre>" if lines else ""

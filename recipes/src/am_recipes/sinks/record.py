@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from am_recipes.sinks import files
 
 NAME = "run.json"
+# Our distributions.
+OURS = ("am-recipes", "am-ckpt", "am-data", "am-kernels", "am-loss", "am-mesh", "am-models", "am-moe", "am-peft")
 
 
 class Launch(TypedDict):
-    """One start of the run's command."""
+    """One start of the run's command, as `am_recipes.provenance` finds it.
+
+    git: the state of the working directory; code: of the repositories, and digests of the user's own files.
+    config: resolved, with secrets as references; origins: where each of its values was set, by dotted path. data:
+    digests of what the run read, by name. environment: the machine, variables, the job of a scheduler.
+    """
 
     time: str
     command: str
@@ -23,6 +32,13 @@ class Launch(TypedDict):
     git: str | None
     device: str
     versions: dict[str, str]
+    # Runs of earlier versions lack these.
+    code: NotRequired[dict[str, str]]
+    environment: NotRequired[dict[str, Any]]
+    # Of a recipe's run alone.
+    config: NotRequired[dict[str, Any]]
+    origins: NotRequired[dict[str, str]]
+    data: NotRequired[dict[str, str]]
 
 
 class ImageAnswers(TypedDict):
@@ -53,6 +69,8 @@ class Record:
         samples: training samples as pieces of text, each with whether the loss counts it.
         answers: by moment, such as `after`: pairs of prompt and answer.
         next_steps: shell commands, with `# ...` lines for comments.
+
+    It is saved at every note, so a launch, which says much and does not change, becomes text once.
     """
 
     total_steps: int
@@ -69,9 +87,25 @@ class Record:
     image_answers: ImageAnswers | None = None
     next_steps: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._texts: list[str] = []
+
+    def add_data(self, digests: Mapping[str, str]) -> None:
+        """Say more of what the latest launch read."""
+        latest = self.launches[-1]
+        latest["data"] = {**digests, **latest.get("data", {})}
+        del self._texts[len(self.launches) - 1 :]
+
     def save(self, run_dir: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        content = {item.name: self.__dict__[item.name] for item in dataclasses.fields(self) if item.name != "launches"}
+        self._texts += [_indented(launch, "    ") for launch in self.launches[len(self._texts) :]]
+        launches, others = ",\n".join(self._texts), json.dumps(content, indent=2).removeprefix("{")
+        text = f'{{\n  "launches": [\n{launches}\n  ],{others}\n'
         files.replace(run_dir / NAME, [text.encode()])
+
+
+def _indented(value: object, margin: str) -> str:
+    return textwrap.indent(json.dumps(value, indent=2), margin)
 
 
 def load(run_dir: Path) -> Record:

@@ -252,6 +252,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "mapping": lambda value: value is None or _lists(_is_object)(value),
     "published": _is_published,
     "dcp": _is_dcp,
+    "ephemeral": lambda value: value is True,
     "tensors": lambda value: _maps(_maps(_is_tensor))(value) and {"model", "optim"} <= set(value),
     "files": _lists(_is_object),
 }
@@ -270,7 +271,7 @@ _DIGESTS = ({"header_xxh3_128", "blocks_xxh3_128"}, {"header_xxh3_128", "boxes_x
 
 def require_manifest(manifest: Mapping[str, Any], where: str) -> None:
     """Raise `ValueError` unless every field has its type, `UnsafeError` where a path leads out of the step."""
-    _require(manifest, _FIELDS, {"published", "dcp"}, where)
+    _require(manifest, _FIELDS, {"published", "dcp", "ephemeral"}, where)
     seen: set[str] = set()
     for number, record in enumerate(manifest["files"]):
         _require(record, _RECORD, set().union(*_DIGESTS), f"{where}, files[{number}]")

@@ -258,6 +258,7 @@ def _own(folder: Path) -> Inventory:
         mapping=manifest["mapping"],
         aliases=aliases,
         step=manifest["step"],
+        ephemeral="ephemeral" in manifest,
     )
 
 

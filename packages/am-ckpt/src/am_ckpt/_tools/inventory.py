@@ -22,7 +22,8 @@ class Inventory:
     writer), `"torch_checkpointing"`, `"huggingface"`, `"torch"` (`pytorch_model.bin`) or `"adapter"`. `tensors` are
     those of the model by name; `sections` those of every part, `section` the part that is the model. `others`: entries
     that are no tensors. `files`: small files that belong to the model. `problems`: everything by which the model's
-    tensors are not whole. `notes`: what a reader should know and cannot be checked.
+    tensors are not whole. `ephemeral`: a save of a newer step deletes it. `notes`: what a reader should know and cannot
+    be checked.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Inventory:
     mapping: list[dict[str, Any]] | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     step: int | None = None
+    ephemeral: bool = False
     exact_shapes: bool = True
     follow_symlinks: bool = False
     notes: list[str] = field(default_factory=list)
@@ -85,6 +87,7 @@ class Inventory:
             "path": str(self.path),
             "kind": self.kind,
             "step": self.step,
+            "ephemeral": self.ephemeral,
             "adapter": self.adapter,
             "bytes": self.num_bytes,
             "section": self.section,

@@ -275,7 +275,9 @@ def _step(inventory: Inventory, layout: _Layout, target: Path) -> Transfer:
         axes = {"dp": layout.dp, **({"tp": layout.tp} if layout.tp > 1 else {})}
         files = sorted(records, key=lambda record: str(record["path"]))
         own = {"save_id": metadata["am_ckpt_save_id"], "world_size": layout.size, "axes": axes, "files": files}
-        return {MANIFEST: seal({**old, **own})}
+        # Whoever cuts a step anew wants to have it.
+        kept_anyway = {key: value for key, value in old.items() if key != "ephemeral"}
+        return {MANIFEST: seal({**kept_anyway, **own})}
 
     return Transfer(headers, small, outputs, list(inventory.notes), False, finish)
 

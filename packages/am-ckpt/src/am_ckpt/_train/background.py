@@ -32,6 +32,11 @@ class Background:
         self._thread = threading.Thread(target=run, name="am-ckpt save")
         self._thread.start()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the action has not ended yet."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self, seconds: float | None = None) -> bool:
         """Whether the action has ended, waiting up to `seconds` (None: as long as it takes). Raises its error."""
         if self._thread is not None:

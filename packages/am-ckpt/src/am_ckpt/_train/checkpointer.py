@@ -13,7 +13,8 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,22 +22,20 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from am_ckpt._copy.mapping import records_by_parameter
 from am_ckpt._dtypes import ITEM_BYTES
 from am_ckpt._files.hf_folder import INDEX, byte_count, weight_index
-from am_ckpt._files.safetensors import element_count
-from am_ckpt._files.step import Best, read_manifest, require_file_name, step_name, steps
+from am_ckpt._files.safetensors import Header, element_count
+from am_ckpt._files.step import Best, require_file_name, step_name, steps
 from am_ckpt._files.step_digests import Problem
-from am_ckpt._io import fsync_directory
 from am_ckpt._train.background import Background
 from am_ckpt._train.choose import choose, is_searched, warn_of_skipped, was_deleted
-from am_ckpt._train.existing import is_there
+from am_ckpt._train.existing import is_there, save_again
 from am_ckpt._train.host_memory import StagingMemory, Versions, require_unchanged, versions
 from am_ckpt._train.job import Job, file_metadata
 from am_ckpt._train.ranks import agree, compute, rank_and_size, rank_zero
 from am_ckpt._train.restore import restore
-from am_ckpt._train.retention import Keep, discard_newer_steps, pin_path, require_disposable, tidy
-from am_ckpt._train.shared_files import WeightFiles
+from am_ckpt._train.retention import Keep, discard_newer_steps, make_permanent, pin_path, require_disposable, tidy
+from am_ckpt._train.shared_files import WeightFiles, require_mapped, require_one_machine
 from am_ckpt._train.state import (
     Contents,
     Description,
@@ -48,18 +47,16 @@ from am_ckpt._train.state import (
     join_per_rank,
     make_plan,
 )
-from am_ckpt._train.step_files import content_of, data_records, file_bytes, tensor_files
-from am_ckpt._train.write import discard, join_records, new_manifest, run, stage
-
-# What of a manifest says what was saved, beside the bytes.
-_CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
+from am_ckpt._train.step_files import data_records, file_bytes, tensor_files
+from am_ckpt._train.write import discard, new_manifest, run, stage
 
 
 class Checkpointer:
     """Checkpoints of one run under `directory`. Every rank builds one with equal arguments and calls every method.
 
     A step stays if `keep_last`, `keep_every` or `keep_best` keeps it, or a pin (`pin`), or if it is the newest; with
-    none of the three, nothing is deleted.
+    none of the three, nothing is deleted but ephemeral steps. `longest_save`: seconds that the longest save of this
+    object took on this rank from its call, or the end of the one before it, until it was durable; None before any was.
 
     Args:
         directory: on a file system that all ranks share.
@@ -115,6 +112,8 @@ class Checkpointer:
         self._background = Background() if asynchronous else None
         self._memory = StagingMemory()
         self._stop = threading.Event()
+        self.longest_save: float | None = None
+        self._began = 0.0
         # By the last load; the next save sets aside what is damaged.
         self._skipped: dict[str, Problem] = {}
         self._files = dict(files or {})
@@ -127,7 +126,14 @@ class Checkpointer:
         # Refused here, not at the first save after hours of training.
         json.dumps([self._mapping, self._fingerprints], allow_nan=False)
 
-    def save(self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        ephemeral: bool = False,
+    ) -> None:
         """Commit `state` as `step_{step:06d}`. Collective: every rank calls it.
 
         On return the step is durable; or, where `asynchronous`, copied: training goes on, `wait` returns when it is.
@@ -139,8 +145,12 @@ class Checkpointer:
         of nothing but tensors, are stored in shards as the model is: averaged weights. All others are objects with
         `state_dict()`, data, numpy arrays or generators of random numbers, equal on every rank, or `PerRank`.
 
-        Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing; with other
-        content it raises `FileExistsError`. A damaged folder of that name is set aside as `.damaged-*`.
+        `ephemeral`: deleted once a newer step is durable, unless `keep_every`, `keep_best` or a pin keeps it;
+        `keep_last` does not count it.
+
+        Saving a step that exists with the same content and ranks (a stop right after a resume) does nothing, or makes
+        an ephemeral one permanent; with other content it raises `FileExistsError`. A damaged folder of that name is
+        set aside as `.damaged-*`.
 
         Any failure on any rank (no space, I/O error, unsupported type, a rank that does not report in time, tensors
         that another thread changes meanwhile) raises the same error on every rank, leaves earlier checkpoints as they
@@ -148,10 +158,7 @@ class Checkpointer:
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step={step!r} must be an integer of at least 0")
-        scores = {name: float(value) for name, value in (metrics or {}).items()}
-        best = self._keep.best
-        if best is not None and metrics is not None and best.metric not in scores:
-            raise ValueError(f"metrics {sorted(scores)} lack {best.metric!r}, by which keep_best chooses")
+        scores = self._keep.scores(metrics)
         context = f"step {step} was not saved in {self.directory}, nothing was published"
         contents = Contents()
         described = agree(context, lambda: self._collect(state, contents))
@@ -165,26 +172,16 @@ class Checkpointer:
         headers = weights.headers({name: metadata[name] for name in ("format", "am_ckpt_save_id")}) if weights else {}
         files = list(tensor_files(contents, plan, rank, metadata, weights, headers))
         manifest = self._manifest(step, save_id, scores, contents, described, plan, weights) if rank == 0 else {}
+        manifest |= {"ephemeral": True} if ephemeral else {}
         if exists:
             found = agree(context, lambda: data_records(files, contents, rank))
-            rank_zero(context, lambda: self._require_same(step, manifest, found))
+            copied = self._files.keys()
+            rank_zero(context, lambda: save_again(self.directory, step, manifest, found, copied, self._keep))
             return
-        texts = compute(context, lambda: self._texts(contents) if rank == 0 else {})
-        if rank == 0 and weights is not None and len(headers) > 1:
-            texts[f"model/{INDEX}"] = weight_index(headers)
-        self._stop = threading.Event()
+        texts = compute(context, lambda: self._texts(contents, headers) if rank == 0 else {})
+        self._stop, leases = threading.Event(), [description.lease for description in described]
         job = Job(
-            self.directory,
-            step,
-            save_id,
-            rank,
-            [description.lease for description in described],
-            files,
-            headers,
-            texts,
-            manifest,
-            self._timeout,
-            self._stop,
+            self.directory, step, save_id, rank, leases, files, headers, texts, manifest, self._timeout, self._stop
         )
         self._commit(job, described, plan, before, contents)
 
@@ -280,6 +277,24 @@ class Checkpointer:
         except TimeoutError:
             return False
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save of this rank is under way in the background."""
+        return self._background is not None and self._background.is_busy
+
+    def make_permanent(self, step: int) -> None:
+        """Make `step`, if it was saved as ephemeral, one that is not; delete what retention no longer keeps.
+
+        Every rank calls it. Raises `ValueError` where the step is not there, or damaged.
+        """
+        self.wait()
+
+        def change() -> None:
+            make_permanent(self.directory, step, {})
+            tidy(self.directory, self._keep, step)
+
+        rank_zero(f"step {step} was not made permanent", change)
+
     def pin(self, step: int) -> None:
         """Keep `step` from being deleted until `unpin`: creates the empty file `step_000100.pin`."""
         if not (self.directory / step_name(step)).is_dir():
@@ -296,24 +311,8 @@ class Checkpointer:
     def _collect(self, state: Mapping[str, Any], contents: Contents) -> Description:
         # The save before ends first, and its error is the answer to this call, on all ranks.
         self.wait()
+        self._began = time.monotonic()
         return collect(state, contents)
-
-    def _require_same(self, step: int, manifest: dict[str, Any], found: list[list[dict[str, Any]]]) -> None:
-        path = self.directory / step_name(step)
-        saved = read_manifest(path)
-        copied = {f"model/{name}" for name in (*self._files, INDEX)}
-        there = [content_of(record) for record in saved["files"] if record["path"] not in copied]
-        here = [content_of(record) for record in join_records(record for part in found for record in part)]
-        keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] else [])]
-        # As JSON gives it back.
-        described = json.loads(json.dumps({key: manifest.get(key) for key in keys}))
-        if (here, described) != (there, {key: saved.get(key) for key in keys}):
-            raise FileExistsError(
-                f"{path} exists with other content, metrics or number of ranks and is never overwritten; delete it, "
-                "save another step, or use another directory"
-            )
-        # Saved by a process that may have been stopped before it could do so.
-        fsync_directory(self.directory)
 
     def _commit(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> None:
         try:
@@ -322,11 +321,16 @@ class Checkpointer:
             if job.rank == 0:
                 discard(job.staging)
             raise
-        remaining = partial(tidy, self.directory, self._keep, job.step)
+        remaining, began = partial(tidy, self.directory, self._keep, job.step), self._began
+
+        def write(unchanged: Callable[[], None]) -> None:
+            run(job, unchanged, remaining)
+            self.longest_save = max(self.longest_save or 0.0, time.monotonic() - began)
+
         if self._background is not None:
-            self._background.start(lambda: run(job, lambda: None, remaining))
+            self._background.start(partial(write, lambda: None))
         else:
-            run(job, partial(require_unchanged, before, contents.tensors), remaining)
+            write(partial(require_unchanged, before, contents.tensors))
 
     def _prepare(self, job: Job, described: list[Description], plan: Plan, before: Versions, contents: Contents) -> Job:
         """Make room for the step; where it is saved in the background, return the job with copies of its tensors."""
@@ -346,38 +350,23 @@ class Checkpointer:
         return replace(job, files=files)
 
     def _plan(self, contents: Contents, described: list[Description]) -> tuple[Plan, WeightFiles | None]:
-        """What every rank writes, computed alike on all of them."""
+        """What every rank writes, computed alike on all of them, and the files that all write the model to together."""
         join_optimizers(contents, described)
         join_extra_states(contents, described)
         join_per_rank(contents, described)
         plan = make_plan(described)
         if contents.adapter is None:
-            self._require_mapped(plan)
-        return plan, self._weight_files(described, plan)
-
-    def _require_mapped(self, plan: Plan) -> None:
-        shapes = {name: item.shape for name, item in plan.merged["model"].items()}
-        records_by_parameter(self._mapping, shapes)
-        unknown = sorted({str(record["parameter"]) for record in self._mapping or ()} - set(shapes)) if shapes else []
-        if unknown:
-            raise ValueError(f"mapping names {unknown[0]!r} ({len(unknown)} such), which is no parameter of the model")
-
-    def _weight_files(self, described: list[Description], plan: Plan) -> WeightFiles | None:
-        """The files that the ranks write the model to together, or None where each writes its own."""
+            require_mapped(self._mapping, plan.merged["model"])
         if self._layout != "direct" or not plan.merged["model"]:
-            return None
-        for rank, description in enumerate(described):
-            if description.machine != described[0].machine:
-                raise ValueError(
-                    f"layout='direct' needs all ranks on one machine, ranks 0 and {rank} are on two: over a network, "
-                    "ranges of one file that several machines write are not safe; use layout='sharded' and am-ckpt "
-                    "merge"
-                )
-        return WeightFiles(plan.merged["model"], self._mapping, self._max_shard_bytes)
+            return plan, None
+        require_one_machine([description.machine for description in described])
+        return plan, WeightFiles(plan.merged["model"], self._mapping, self._max_shard_bytes)
 
-    def _texts(self, contents: Contents) -> dict[str, bytes]:
+    def _texts(self, contents: Contents, headers: Mapping[str, Header]) -> dict[str, bytes]:
         """The files of the step that hold no tensors."""
         texts = {f"state/{entry}.json": text for entry, (text, _) in contents.state.items()}
+        if len(headers) > 1:
+            texts[f"model/{INDEX}"] = weight_index(headers)
         return texts | {f"model/{name}": file_bytes(source) for name, source in self._files.items()}
 
     def _manifest(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from am_ckpt._files.hf_folder import INDEX
 from am_ckpt._files.step import check_step, read_manifest, step_name
 from am_ckpt._files.step_digests import Problem, twice
+from am_ckpt._io import fsync_directory
 from am_ckpt._train.ranks import rank_zero
-from am_ckpt._train.retention import newer_steps, set_damaged_aside
+from am_ckpt._train.retention import Keep, make_permanent, newer_steps, set_damaged_aside, tidy
+from am_ckpt._train.step_files import content_of
 from am_ckpt._train.verified import changed_files
+from am_ckpt._train.write import join_records
 from am_ckpt.errors import NewerError
+
+# What of a manifest says what was saved, beside the bytes.
+_CONTENT = ("fingerprints", "mapping", "published", "model", "aliases", "tensors", "optimizers", "state")
 
 
 def is_there(directory: Path, step: int, skipped: Mapping[str, Problem], context: str) -> bool:
@@ -61,3 +70,39 @@ def _is_whole(path: Path) -> bool:
         set_damaged_aside(path, str(error))
         return False
     return True
+
+
+def save_again(
+    directory: Path,
+    step: int,
+    manifest: Mapping[str, Any],
+    found: list[list[dict[str, Any]]],
+    files: Collection[str],
+    keep: Keep,
+) -> None:
+    """Take a save of `step`, which is there, for the one that is there; `FileExistsError` where it is another one.
+
+    A step that was ephemeral and is now saved for good becomes that. On rank 0. `manifest` and `found`, the records of
+    all ranks, are what would be saved; `files` the names in `model/` that are copied.
+    """
+    path = directory / step_name(step)
+    saved = read_manifest(path)
+    copied = {f"model/{name}" for name in (*files, INDEX)}
+    there = [content_of(record) for record in saved["files"] if record["path"] not in copied]
+    here = [content_of(record) for record in join_records(record for part in found for record in part)]
+    becomes_permanent = "ephemeral" in saved and "ephemeral" not in manifest
+    # An ephemeral step may be older than the validation that it is kept for.
+    brings_metrics = becomes_permanent and not saved["metrics"]
+    keys = [*_CONTENT, *(["metrics"] if manifest["metrics"] and not brings_metrics else [])]
+    # As JSON gives it back.
+    described = json.loads(json.dumps({key: manifest.get(key) for key in keys}))
+    if (here, described) != (there, {key: saved.get(key) for key in keys}):
+        raise FileExistsError(
+            f"{path} exists with other content, metrics or number of ranks and is never overwritten; delete it, "
+            "save another step, or use another directory"
+        )
+    if becomes_permanent:
+        make_permanent(directory, step, manifest["metrics"])
+        tidy(directory, keep, step)
+    # Saved by a process that may have been stopped before it could do so.
+    fsync_directory(directory)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from am_ckpt._copy.publish import point, remove
-from am_ckpt._files.step import Best, rank_best, read_complete, read_manifest, step_name, steps
+from am_ckpt._files.step import MANIFEST, Best, rank_best, read_complete, read_manifest, seal, step_name, steps
+from am_ckpt._io import fsync_directory, write_bytes
 
 
 @dataclass(frozen=True)
 class Keep:
-    """The newest `last`, every multiple of `every`, the best by a metric; all steps where all three are None."""
+    """The newest `last`, every multiple of `every`, the best by a metric; all steps where all three are None.
+
+    An ephemeral step is not counted by `last`, and kept by the others alone, or as the newest of all.
+    """
 
     last: int | None
     every: int | None
@@ -27,11 +31,20 @@ class Keep:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or None")
 
+    def scores(self, metrics: Mapping[str, float] | None) -> dict[str, float]:
+        """`metrics` of a step; `ValueError` where there are some, but not the one by which `best` chooses."""
+        scores = {name: float(value) for name, value in (metrics or {}).items()}
+        if self.best is not None and metrics is not None and self.best.metric not in scores:
+            raise ValueError(f"metrics {sorted(scores)} lack {self.best.metric!r}, by which keep_best chooses")
+        return scores
+
     def chosen(self, manifests: dict[int, dict[str, Any]]) -> set[int]:
         """The steps to keep, of those with a manifest. The newest is always among them."""
+        permanent = [step for step, manifest in manifests.items() if "ephemeral" not in manifest]
+        newest = set(sorted(manifests, reverse=True)[:1])
         if self == Keep(None, None, None):
-            return set(manifests)
-        kept = set(sorted(manifests, reverse=True)[: self.last or 1])
+            return newest.union(permanent)
+        kept = newest.union(sorted(permanent, reverse=True)[: self.last or 1])
         if self.every is not None:
             kept.update(step for step in manifests if step % self.every == 0)
         if self.best is not None:
@@ -102,6 +115,25 @@ def discard_newer_steps(directory: Path, step: int) -> None:
     if not (directory / "best").exists():
         # Of a step that went; the next save finds the best that is left.
         (directory / "best").unlink(missing_ok=True)
+
+
+def make_permanent(directory: Path, step: int, metrics: Mapping[str, Any]) -> bool:
+    """Make `step` as if it had never been saved as ephemeral, with `metrics` where there are some; whether it was.
+
+    One rename does it: a crash leaves the step whole, and the one or the other. Of a step that is a link, which is
+    never deleted, nothing is changed.
+    """
+    path = directory / step_name(step)
+    manifest = read_manifest(path)
+    if path.is_symlink() or not manifest.pop("ephemeral", False):
+        return False
+    # One name, so that what a crash leaves here is taken away by the next call.
+    temporary = path / f".{MANIFEST}-new"
+    temporary.unlink(missing_ok=True)
+    write_bytes(temporary, seal({**manifest, **({"metrics": metrics} if metrics else {})}))
+    os.replace(temporary, path / MANIFEST)
+    fsync_directory(path)
+    return True
 
 
 def tidy(directory: Path, keep: Keep, saved: int) -> None:

@@ -23,6 +23,25 @@ from am_ckpt._io import PIECE_BYTES, create, digest, open_file, write_all
 from am_ckpt._train.pieces import TORCH_DTYPES, Held, Piece, cut, plain_bytes
 
 
+def require_mapped(mapping: Sequence[Mapping[str, Any]] | None, merged: Mapping[str, Held]) -> None:
+    """Raise `ValueError` where `mapping` does not fit the parameters `merged`, or names what is none."""
+    records_by_parameter(mapping, {name: item.shape for name, item in merged.items()})
+    unknown = sorted({str(record["parameter"]) for record in mapping or ()} - set(merged)) if merged else []
+    if unknown:
+        raise ValueError(f"mapping names {unknown[0]!r} ({len(unknown)} such), which is no parameter of the model")
+
+
+def require_one_machine(machines: Sequence[str]) -> None:
+    """Raise `ValueError` where ranks that write the same files are on several machines."""
+    for rank, machine in enumerate(machines):
+        if machine != machines[0]:
+            raise ValueError(
+                f"layout='direct' needs all ranks on one machine, ranks 0 and {rank} are on two: over a network, "
+                "ranges of one file that several machines write are not safe; use layout='sharded' and am-ckpt "
+                "merge"
+            )
+
+
 class WeightFiles:
     """Names and contents of the files for the parameters `merged`, with the records of `mapping` applied."""
 

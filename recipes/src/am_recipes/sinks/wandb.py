@@ -1,0 +1,159 @@
+"""Weights & Biases: a run at a server, or in a folder of the run directory that `wandb sync` uploads."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from am_recipes.sinks import address
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow
+
+if TYPE_CHECKING:
+    from am_recipes.sections import Wandb
+
+# W&B's own process writes to the disk so often, in seconds; by itself every 15, and a kill takes what was not written.
+_SECONDS_TO_DISK = 0.1
+# Neither the terminal nor code is taken along, and an end has an end where the server is gone. `settings` in the
+# config comes after it.
+_SETTINGS: Mapping[str, object] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "finish_timeout": 50.0,
+    "finish_timeout_raises": True,
+    "quiet": True,
+    "save_code": False,
+    "show_info": False,
+    "x_transaction_log_flush_interval": _SECONDS_TO_DISK,
+}
+# What its pages call finished, failed and killed.
+_EXIT_CODES: Mapping[Status, int] = {"FINISHED": 0, "FAILED": 1, "KILLED": 255}
+_KINDS = {"config.yaml": "config", "report.html": "report", "export": "model"}
+
+
+class WandbTracker:
+    """A run of W&B, over the metric `step`.
+
+    W&B's own count of rows is twice the step, and one more for a validation: so it grows, over every launch, and W&B
+    leaves out a row that comes again.
+    """
+
+    def __init__(self, settings: Wandb) -> None:
+        self._settings = settings
+        self.where = ""
+
+    def begin(self, run: Tracked) -> str:
+        import wandb
+
+        settings, why_offline = self._settings, _why_offline(self._settings)
+        self._online = why_offline is None
+        options = settings.init.built_arguments()
+        self._run: Any = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            id=run.id or uuid.uuid4().hex[:12],
+            name=settings.name or run.name,
+            group=settings.group,
+            notes=settings.notes,
+            tags=settings.tags,
+            config={**run.params, **{f"launch.{name}": value for name, value in run.tags.items()}},
+            mode="online" if self._online else "offline",
+            resume="allow",
+            allow_val_change=True,
+            # A run that the process has beside it stays `wandb.run`.
+            reinit="create_new",
+            **{"dir": str(run.run_dir), **options, "settings": {**_SETTINGS, **options.get("settings", {})}},
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        upload = f"wandb sync {self._run.settings.sync_dir}"
+        self.where = self._run.url if self._online else f"offline ({why_offline}); to upload it: {upload}"
+        return str(self._run.id)
+
+    def rows(self, rows: Sequence[TrackedRow]) -> None:
+        for row in rows:
+            values = {name: math.nan if value is None else value for name, value in row.items() if name != "time"}
+            step, is_validation = int(values["step"]), "loss" not in row
+            self._run.log(values | {"_timestamp": row["time"]}, step=2 * step + is_validation, commit=True)
+        # Answered when everything before it has arrived in W&B's process, which then writes it to the disk.
+        self._run.summary.get("step")
+        time.sleep(3 * _SECONDS_TO_DISK)
+
+    def artifact(self, path: Path) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"{path.stem}-{self._run.id}", type=_KINDS.get(path.name, "file"))
+        if path.is_dir():
+            # Read where it lies when it is uploaded: a model is not copied.
+            artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+        else:
+            artifact.add_file(str(path), skip_cache=True)
+        logged = self._run.log_artifact(artifact)
+        if self._online:
+            logged.wait()
+
+    def end(self, status: Status) -> None:
+        import wandb
+
+        self._run.finish(exit_code=_EXIT_CODES[status])
+        if wandb.run is None:
+            # Its process would stay until this one ends, and is not told so where that was forked.
+            wandb.teardown()
+
+
+def reach(settings: Wandb) -> None:
+    """Import the package; ask the server, where the run has to be online. Raises ValueError or ConnectionError."""
+    import wandb  # noqa: F401 - later it would hold up the steps
+
+    if settings.mode == "online":
+        _require_key(settings)
+        _require_server(settings)
+
+
+def _why_offline(settings: Wandb) -> str | None:
+    """Why a run that begins now is offline; None where it is online: `auto` is with a key and a server that answers."""
+    if settings.mode == "offline":
+        return "as configured"
+    if settings.mode == "auto" and os.environ.get("WANDB_MODE", "online") != "online":
+        return f"WANDB_MODE={os.environ['WANDB_MODE']}"
+    try:
+        _require_key(settings)
+        # Where nobody answers, wandb.init tries for minutes, also while the process wants to end.
+        _require_server(settings)
+    except (ValueError, ConnectionError) as error:
+        if settings.mode == "online":
+            raise
+        return str(error)
+    return None
+
+
+def _require_key(settings: Wandb) -> None:
+    import requests
+    import wandb
+
+    known = wandb.setup().settings
+    if not (known.api_key or known.identity_token_file or requests.utils.get_netrc_auth(known.base_url)):
+        raise ValueError(
+            f"mode={settings.mode} finds no key of {known.base_url}; wandb login, set WANDB_API_KEY, or mode offline"
+        )
+
+
+def _require_server(settings: Wandb) -> None:
+    try:
+        address.require_connection(_server())
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"mode={settings.mode}: {_server()} takes no connection ({error}); correct WANDB_BASE_URL, or use mode "
+            "offline and wandb sync later"
+        ) from error
+
+
+def _server() -> str:
+    import wandb
+
+    return str(wandb.setup().settings.base_url)

@@ -1,0 +1,163 @@
+"""When a launch has to stop so that its time suffices to commit: its own limit, and the scheduler's.
+
+All ranks are asked together after each step, or after the validation that follows it. A launch that goes on there must
+come to the next question and still commit, so it stops where less is left than
+
+- the longest time from one question to the next so far, saves aside: a step, with a validation if it had one;
+- the longest save so far, until it was durable, for the one to come, for one that is under way, which it waits for,
+  and for one before the next question. Before any was measured it is an estimate (`estimated_save`);
+- `ENDING_SECONDS`, for what follows the save.
+
+The first step of a launch may compile for minutes: it counts until the second was measured, and then no more.
+Nothing here knows a clock that it is not given.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from am_recipes.sections import seconds
+
+JOB_END = "SLURM_JOB_END_TIME"
+"""The environment variable with the end of the job: seconds since the epoch."""
+
+ENDING_SECONDS = 15.0
+"""For the record, the page, what trackers have not delivered (10 s at most), and processes that end one by one."""
+
+SAVE_BYTES_PER_SECOND = 50e6
+"""Of one rank. A local disk takes ten times as much; a file system over a network that hundreds of ranks write to at
+once may leave no more to each of them. Too low a rate ends the first launch early, too high a one loses it.
+"""
+
+SAVE_SECONDS = 10.0
+"""Of any save, however small: names, syncs, and ranks that wait for each other over a slow file system."""
+
+_IMPORTED = time.monotonic()
+
+
+@dataclass(frozen=True)
+class End:
+    """An end of the time of a launch: who sets it, as it is shown, how to change it, and when, of the clock in use."""
+
+    name: str
+    fix: str
+    at: float
+
+
+def ends(max_time: str | None, job_end: float | None, *, now: float, epoch: float, age: float) -> list[End]:
+    """The ends of a launch whose process is `age` seconds old, at `now` of its clock and `epoch` since the epoch.
+
+    `max_time` is a `sections.Time`, `job_end` what `job_end` returns.
+    """
+    found = []
+    if max_time is not None:
+        fix = "raise it, or set it to null"
+        found.append(End(f"step_scheduler.max_time={max_time}", fix, now - age + (seconds(max_time) or 0)))
+    if job_end is not None:
+        fix = "give the job more time, or unset it where it is of another job"
+        found.append(End(f"{JOB_END}={job_end:.0f}", fix, now + job_end - epoch))
+    return found
+
+
+def job_end(environment: Mapping[str, str]) -> float | None:
+    """When the scheduler ends this job, in seconds since the epoch; None where it does not say.
+
+    Raises ValueError where what it says is no time.
+    """
+    text = environment.get(JOB_END)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{JOB_END}={text} is not a number of seconds since the epoch; correct or unset it")
+    return float(text)
+
+
+def process_age() -> float:
+    """Seconds since this process began; where the system does not tell, since this module was imported."""
+    try:
+        # The command name is in parentheses and may hold spaces; field 22 is the start in ticks since boot.
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    except FileNotFoundError:
+        return time.monotonic() - _IMPORTED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Save:
+    """How long a save takes: measured, or estimated from the bytes that this rank writes."""
+
+    seconds: float
+    basis: str
+
+
+def measured_save(longest: float) -> Save:
+    """The longest one of this launch."""
+    return Save(longest, "the longest so far")
+
+
+def estimated_save(num_bytes: int) -> Save:
+    """Of a launch that has saved nothing yet."""
+    rate = SAVE_BYTES_PER_SECOND
+    basis = f"estimated: {SAVE_SECONDS:.0f} s, and {num_bytes:,} bytes at {rate / 1e6:.0f} MB/s"
+    return Save(SAVE_SECONDS + num_bytes / rate, basis)
+
+
+class TimeLimit:
+    """Asked by a `Run` at each question to all ranks, on every rank: the vote of any of them counts.
+
+    Args:
+        ends: of this launch; none: there is always time.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, ends: Sequence[End], clock: Callable[[], float]) -> None:
+        self._end = min(ends, key=lambda end: end.at, default=None)
+        self._clock = clock
+        self._num_questions = 0
+        self._longest = 0.0
+        self._began = clock()
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is an end at all."""
+        return self._end is not None
+
+    def begin(self) -> None:
+        """The time to the next question counts from here: the first step begins, or a save has returned."""
+        self._began = self._clock()
+
+    def over_before_a_step(self) -> str | None:
+        """Why no step can be done any more, asked before the first one of the launch; None where there is time."""
+        left = self._left()
+        if self._end is None or left > 0:
+            return None
+        return (
+            f"{self._end.name} was over {-left:.0f} s before the first step of this launch, which would never train; "
+            f"{self._end.fix}. Nothing was lost"
+        )
+
+    def asked(self, save: Save, *, others: int) -> str | None:
+        """Take this question; why the run has to stop here, None where it can go on to the next one.
+
+        `others`: saves that are under way, or come before the next question.
+        """
+        taken = self._clock() - self._began
+        self.begin()
+        self._longest = taken if self._num_questions <= 1 else max(self._longest, taken)
+        self._num_questions += 1
+        saves = (1 + others) * save.seconds
+        needed, left = self._longest + saves + ENDING_SECONDS, self._left()
+        if self._end is None or left >= needed:
+            return None
+        return (
+            f"out of time: {self._end.name} leaves {left:.1f} s, and to go on takes {needed:.1f} s: "
+            f"{self._longest:.1f} s to the next step (the longest so far), {saves:.1f} s for "
+            f"{f'{1 + others} saves' if others else 'a save'} ({save.basis}), {ENDING_SECONDS:.0f} s to end"
+        )
+
+    def _left(self) -> float:
+        return float("inf") if self._end is None else self._end.at - self._clock()
