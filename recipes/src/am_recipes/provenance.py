@@ -29,7 +29,7 @@ import torch
 import am_recipes
 from am_recipes import sources
 from am_recipes.run_config import RunConfig
-from am_recipes.settings import command_line, leaves, plain, written
+from am_recipes.settings import command_line, is_secret, leaves, plain, written
 from am_recipes.sinks.record import OURS, Launch
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def _is_installed(path: Path) -> bool:
 
 def environment() -> dict[str, Any]:
     """This machine and this process: host, processor or GPU with its libraries, variables, the job of a scheduler."""
-    variables = {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)}
+    asked = (name for name in sorted(os.environ) if _VARIABLES.fullmatch(name) and not is_secret(name))
+    variables = {name: os.environ[name] for name in asked}
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}",
