@@ -95,12 +95,12 @@ def test_killed_again_and_again_in_one_run(tmp_path: Path, uninterrupted: Path, 
     assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-def test_sigterm_commits_and_exits_75(tmp_path: Path, uninterrupted: Path, asynchronous: str) -> None:
+@pytest.mark.parametrize(("number", "asynchronous"), [(signal.SIGTERM, "false"), (signal.SIGUSR1, "true")])
+def test_a_signal_commits_and_exits_75(tmp_path: Path, uninterrupted: Path, number: int, asynchronous: str) -> None:
     (process,) = start(tmp_path, checkpoint__asynchronous=asynchronous)
     while not (tmp_path / "checkpoints" / "latest").is_symlink():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     assert finish([process]) == 75
     stopped = metrics(tmp_path)[-1]["step"]
     assert 0 < stopped < 10

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
+import shutil
 import stat
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -378,6 +382,81 @@ def test_text_that_some_readers_of_yaml_take_for_something_else_is_quoted():
     assert yaml.safe_load(text)["values"] == odd
     for line in text.splitlines()[1:]:
         assert line.removeprefix("- ")[0] in "'\"", line
+
+
+@pytest.fixture
+def api_server(tmp_path, monkeypatch):
+    """What a kubectl sends to a cluster, which here only says which kinds it has and takes everything."""
+    kinds = {"jobset.x-k8s.io/v1alpha2": "JobSet", "trainer.kubeflow.org/v1alpha1": "TrainJob"}
+    versions = [{"groupVersion": group, "version": group.partition("/")[2]} for group in kinds]
+    groups = [{"name": v["groupVersion"].partition("/")[0], "versions": [v], "preferredVersion": v} for v in versions]
+    answers = {"/api": {"kind": "APIVersions", "versions": ["v1"]}, "/apis": {"kind": "APIGroupList", "groups": groups}}
+    for group, kind in {"v1": "ConfigMap", **kinds}.items():
+        resource = {"name": f"{kind.lower()}s", "namespaced": True, "kind": kind, "verbs": ["create"]}
+        path = "/api/v1" if group == "v1" else f"/apis/{group}"
+        answers[path] = {"kind": "APIResourceList", "groupVersion": group, "resources": [resource]}
+    sent = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            self.answer(200, answers[path]) if path in answers else self.answer(404, {"kind": "Status", "code": 404})
+
+        def do_POST(self):
+            sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.answer(201, sent[-1])
+
+        def answer(self, status, values):
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(values).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cluster = {"name": "a", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        context = {"name": "a", "context": {"cluster": "a", "user": "a"}}
+        config = {"clusters": [cluster], "contexts": [context], "current-context": "a"}
+        (tmp_path / "kubeconfig").write_text(json.dumps({"apiVersion": "v1", "kind": "Config"} | config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        monkeypatch.setenv("HOME", str(tmp_path))
+        yield sent
+        server.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here")
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_a_real_kubectl_reads_and_sends_what_was_meant(rendered, api_server, kind):
+    odd = [
+        "y",
+        "no",
+        "off",
+        "1e3",
+        "0x10",
+        "0o17",
+        "017",
+        "1_000",
+        "12:30",
+        "~",
+        " a ",
+        "a: b #c",
+        "2026-11-29",
+        "=",
+        "",
+    ]
+    variables = ", ".join(f"V{number}: {json.dumps(value)}" for number, value in enumerate(odd))
+    text = f"{everything(kind).replace('{NCCL_DEBUG', '{' + variables + ', NCCL_DEBUG')}# \ttab, ünïcode, space \n"
+    documents = rendered(text)
+    _, container = pod_of(documents[1])
+    assert [entry["value"] for entry in container["env"] if entry["name"].startswith("V")] == odd
+    Path("sent.yaml").write_text(kubernetes.dump(documents))
+    # It knows the kinds by asking, and would check fields against an OpenAPI document of the cluster.
+    subprocess.run(["kubectl", "create", "--validate=false", "-f", "sent.yaml"], check=True, timeout=60)
+    assert api_server == documents
+    assert api_server[0]["data"]["one.yaml"] == text
 
 
 def test_the_shipped_config_and_the_runtime_of_the_guide(capsys):

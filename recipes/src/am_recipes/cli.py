@@ -1,6 +1,6 @@
 """The `automodel` command, and the command line of each recipe and of every copy of one.
 
-Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped by SIGTERM or Ctrl-C and can be continued, 130 quit.
+Exit status: 0 done, 1 failed, 2 wrong usage or config, 75 stopped, and to be continued, 130 quit.
 A wrong config, value or file is a message on stderr; everything else shows its traceback (`am_recipes.errors`), and so
 does everything with `--debug` or `AUTOMODEL_TRACEBACK=1`.
 """

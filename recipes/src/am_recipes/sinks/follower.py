@@ -91,7 +91,7 @@ class Follower:
 
     def undelivered(self) -> str | None:
         """What the service does not have, in words; None where it has all."""
-        steps = [step for step, validation in _keys(self._run_dir) if not self._delivered.has(step, validation)]
+        steps = [step for step, validation in self._later_keys() if not self._delivered.has(step, validation)]
         if not steps and self._delivered.status is not None:
             return None
         parts = [f"{len(steps)} rows, from step {steps[0]} on"] if steps else []
@@ -200,6 +200,15 @@ class Follower:
             self._offset, self._time = self._next
         return rows
 
+    def _later_keys(self) -> list[tuple[int, bool]]:
+        """Of the rows after those that are delivered, and perhaps some of these."""
+        file = self._run_dir / ROWS
+        if not file.exists():
+            return []
+        with file.open("rb") as stream:
+            stream.seek(self._offset)
+            return [row_key(json.loads(line)) for line in stream if line.endswith(b"\n")]
+
     def _send(self, name: str) -> None:
         """Send a file or folder, where it is there and has changed since it was sent."""
         path = self._run_dir / name
@@ -212,11 +221,3 @@ class Follower:
         finally:
             self.is_uploading = False
         self._sent[name] = changed
-
-
-def _keys(run_dir: Path) -> list[tuple[int, bool]]:
-    file = run_dir / ROWS
-    if not file.exists():
-        return []
-    with file.open("rb") as stream:
-        return [row_key(json.loads(line)) for line in stream if line.endswith(b"\n")]
