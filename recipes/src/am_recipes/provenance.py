@@ -17,6 +17,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -170,7 +171,9 @@ def own_modules() -> dict[str, str]:
 
 
 def _is_installed(path: Path) -> bool:
-    return path.is_relative_to(sys.base_prefix) or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -238,7 +241,10 @@ def data_files(values: Mapping[str, Any]) -> dict[str, str]:
         for path, value in leaves(values[key]):
             # path, path.0 of a list, parts.1.path of a dataset in a dataset.
             if isinstance(value, str) and "path" in path.split(".")[-2:]:
-                found |= {f"{key}.{path}: {name}": digest for name, digest in _files_at(value)}
+                try:
+                    found |= {f"{key}.{path}: {name}": digest for name, digest in _files_at(value)}
+                except OSError as error:
+                    found[f"{key}.{path}: {value}"] = f"not readable: {error.strerror}"
     return found
 
 
