@@ -82,7 +82,9 @@ def test_a_killed_run_is_the_same_run_at_the_server(server: Server, tmp_path: Pa
     processes = runs.start(CONFIG, run_dir, overrides, ranks)
     wait_until(processes[0], lambda: delivered(run_dir, 1) and (run_dir / "checkpoints/latest").exists())
     for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
+        # SIGKILL; it may have died of the death of the other one.
+        process.kill()
+    for process in processes:
         process.join()
     (before,) = server.runs("killed")
     assert before.status == "RUNNING"

@@ -18,42 +18,61 @@ from am_recipes.launch import local
 WORKER = """\
 import os, signal, sys, time
 from am_recipes import launch
-from am_recipes.launch import local
 
-launch.end_with_launcher()
-rank, statuses = int(os.environ["RANK"]), sys.argv[2:]
-with open(f"rank{rank}.part", "w") as file:
-    file.write(" ".join([os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]))
-os.rename(f"rank{rank}.part", f"rank{rank}.txt")
-# torchrun stops the others as soon as one has failed, also one that has not come this far.
-while not all(os.path.exists(f"rank{other}.txt") for other in range(int(os.environ["WORLD_SIZE"]))):
-    time.sleep(0.05)
+def main():
+    rank, statuses = int(os.environ["RANK"]), sys.argv[2:]
+    with open(f"rank{rank}.part", "w") as file:
+        file.write(" ".join([os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]))
+    os.rename(f"rank{rank}.part", f"rank{rank}.txt")
+    # torchrun stops the others as soon as one has failed, also one that has not come this far.
+    while not all(os.path.exists(f"rank{other}.txt") for other in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.05)
 
-def stop(number, frame):
-    open(f"stopped{rank}.{number}", "w").close()
+    def stop(number, frame):
+        open(f"stopped{rank}.{number}", "w").close()
+        end()
+
+    def end():
+        if statuses[rank] == "sleeps":
+            time.sleep(60)
+        if statuses[rank].startswith("-"):
+            os.kill(os.getpid(), -int(statuses[rank]))
+        sys.exit(int(statuses[rank]))
+
+    if sys.argv[1] == "ignore":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.argv[1] == "wait":
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, stop)
+    if sys.argv[1] != "end":
+        with open(f"part{rank}", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(f"part{rank}", f"ready{rank}")
+        time.sleep(60)
     end()
 
-def end():
-    if statuses[rank] == "sleeps":
-        time.sleep(60)
-    if statuses[rank].startswith("-"):
-        os.kill(os.getpid(), -int(statuses[rank]))
-    sys.exit(int(statuses[rank]))
-
-if sys.argv[1] == "ignore":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-if sys.argv[1] == "wait":
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGUSR1, stop)
-if sys.argv[1] != "end":
-    with open(f"part{rank}", "w") as file:
-        file.write(str(os.getpid()))
-    os.rename(f"part{rank}", f"ready{rank}")
-    time.sleep(60)
-end()
+sys.exit(launch.as_worker(main))
 """
 
 
+# Leaves threads of gloo at work that free tensors of Python; without `as_worker` that mostly aborts a rank.
+ABORTING = """\
+import atexit, os, sys, time
+from am_recipes import launch
+
+def main():
+    import torch, torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    atexit.register(lambda: open(f"exit{os.environ['RANK']}", "w").close())
+    if dist.get_rank() == 1:
+        time.sleep(0.5)
+    for _ in range(5000):
+        dist.all_reduce(torch.ones(1), async_op=True)
+    return 0
+
+sys.exit(launch.as_worker(main))
+"""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch.distributed.run", "am_recipes.launch"])
 
@@ -181,6 +200,15 @@ def test_workers_do_not_outlive_their_launcher(start, tmp_path):
     while not all(map(ended, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_rank_that_has_returned_is_not_aborted_by_threads_of_torch(start, tmp_path):
+    (tmp_path / "aborting.py").write_text(ABORTING)
+    process = start("2", "aborting.py")
+    status, errors = process.end()
+    assert status == 0, errors
+    assert (tmp_path / "exit0").exists()
+    assert (tmp_path / "exit1").exists()
 
 
 @pytest.mark.parametrize(

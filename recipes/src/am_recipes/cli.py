@@ -206,8 +206,14 @@ def run_recipe(recipe: str, file: str, argv: Sequence[str] | None = None) -> int
 
 def _run_command(argv: Sequence[str], recipe: str | None = None, program: str | None = None) -> int:
     """`recipe` and `program`, what to run for it, are those of a recipe's own command line."""
-    if _is_worker():
-        launch.end_with_launcher()
+
+    def answer() -> int:
+        return _answer(argv, recipe, program)
+
+    return launch.as_worker(answer) if _is_worker() else answer()
+
+
+def _answer(argv: Sequence[str], recipe: str | None, program: str | None) -> int:
     try:
         if list(argv) == ["--version"]:
             print(f"automodel {__version__}")

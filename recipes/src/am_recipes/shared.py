@@ -6,6 +6,7 @@ Two machines without a common file system would write half of every checkpoint e
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -55,11 +56,13 @@ def require_shared(config: RunConfig, claim: Claim) -> None:
 def _complaint(config: RunConfig, claim: Claim) -> str | None:
     host, folder = socket.gethostname(), config.run_dir.absolute()
     me = f"rank {torch.distributed.get_rank()} on {host}"
-    different = identity_difference(claim.identity, config.identity())
-    if different:
+    mine = config.identity()
+    # As texts: a NaN is no other than itself.
+    if json.dumps(mine, sort_keys=True) != json.dumps(claim.identity, sort_keys=True):
+        different = ", ".join(identity_difference(claim.identity, mine))
         return (
-            f"{me} was given another config than rank 0 on {claim.host}: {', '.join(different)}; every machine needs "
-            "the same file and the same command, but for --node-rank"
+            f"{me} was given another config than rank 0 on {claim.host}: {different}; every machine needs the same "
+            "file and the same command, but for --node-rank"
         )
     # On one machine there is nothing to wait for.
     if not appears(config.run_dir, claim.lock, 0 if host == claim.host else SECONDS_TO_APPEAR):

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from am_recipes.launch.local import PREEMPTED, end_with_launcher, run, torchrun_arguments, worst_status
-from am_recipes.launch.nodes import Nodes
+from am_recipes.launch.local import as_worker, run, torchrun_arguments, worst_status
+from am_recipes.launch.nodes import PREEMPTED, Nodes
 from am_recipes.launch.nodes import parse as parse_nodes
 
-__all__ = ["PREEMPTED", "Nodes", "end_with_launcher", "parse_nodes", "run", "torchrun_arguments", "worst_status"]
+__all__ = ["PREEMPTED", "Nodes", "as_worker", "parse_nodes", "run", "torchrun_arguments", "worst_status"]

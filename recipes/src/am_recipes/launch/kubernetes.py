@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from am_recipes.launch.local import PREEMPTED
+from am_recipes.launch.nodes import PREEMPTED
 
 # Kubeflow's names for the job and the container of the trainer; taken for both kinds, so that one way of asking works.
 NODE = "node"

@@ -10,6 +10,7 @@ them. Workers do not outlive their launcher.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import logging
@@ -17,14 +18,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from am_recipes.launch.nodes import Nodes
-
-PREEMPTED = 75
-"""Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
+from am_recipes.launch.nodes import PREEMPTED, Nodes
 
 _USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT ...]"
 # How long workers have after a signal, in seconds, before they are killed; torchrun's own default of 30 is shorter than
@@ -85,7 +83,7 @@ def _with_others(nodes: Nodes, processes: int, command: Sequence[str], stops: _S
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, meeting.Disagreement) else 1
     status = _torchrun(command, stops)
-    for line in met.ended(status, status not in (0, PREEMPTED)):
+    for line in met.ended(status):
         print(f"error: {line}", file=sys.stderr)
     return status
 
@@ -182,20 +180,41 @@ class _Stops:
         _kill(_children(), signal.SIGKILL)
 
 
-def end_with_launcher() -> None:
-    """In a worker: be killed by the system as soon as the launcher has died, whose ranks would train on alone.
+def as_worker(function: Callable[[], int]) -> int:
+    """What `function` returns, in a process that `run` may have started: then it ends with the launcher, and as itself.
 
-    Nothing where another program than `run` has started this process, and on another system than Linux.
+    The system kills it as soon as the launcher has died, as the ranks would train on alone (Linux). After the threads
+    and exit functions of Python it leaves at once, as processes of multiprocessing do: threads of torch, which outlive
+    `destroy_process_group`, abort a process that takes its interpreter apart while they free a tensor
+    (pytorch/pytorch#190489). A process that another program has started is left alone.
     """
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is None or sys.platform != "linux":
-        return
-    if os.getppid() == int(launcher):
+    if launcher is None:
+        return function()
+    if os.getppid() == int(launcher) and sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
     # It may have died before that; where it lives and is no parent of this one, somebody between them decides.
-    if os.getppid() != int(launcher) and not Path(f"/proc/{launcher}").exists():
-        raise SystemExit(1)
+    if os.getppid() != int(launcher):
+        if sys.platform == "linux" and not Path(f"/proc/{launcher}").exists():
+            raise SystemExit(1)
+        return function()
+    status: int | None = None
+
+    def leave() -> None:
+        if status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    # The first to be registered is the last to be called.
+    atexit.register(leave)
+    try:
+        status = function()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else None
+        raise
+    return status
 
 
 def _kill(processes: Iterable[int], number: int) -> None:

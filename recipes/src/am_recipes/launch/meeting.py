@@ -20,7 +20,7 @@ import torch.distributed as dist
 # torch.distributed has it by a star import, which type checkers do not count as public.
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from am_recipes.launch.nodes import Nodes
+from am_recipes.launch.nodes import PREEMPTED, Nodes
 
 SECONDS_TO_MEET = 600
 # After this long it is said for whom a machine waits.
@@ -42,11 +42,12 @@ class Meeting:
     def __init__(self, nodes: Nodes, store: TCPStore, hosts: list[str]) -> None:
         self._nodes, self._store, self._hosts = nodes, store, hosts
 
-    def ended(self, status: int, is_failure: bool) -> list[str]:
+    def ended(self, status: int) -> list[str]:
         """Tell the others that the ranks here have ended with `status`; after a failure, which others to look at.
 
         Number 0 serves the store, so it stays until the others have told theirs, or 10 seconds.
         """
+        is_failure = status not in (0, PREEMPTED)
         others = [number for number in range(self._nodes.count) if number != self._nodes.rank]
         if self._nodes.rank and not _answers(self._nodes):
             return [self._gone(0)] if is_failure else []
@@ -56,6 +57,7 @@ class Meeting:
             if self._nodes.rank and not is_failure:
                 return []
             endings = self._endings(others)
+            self._leave(sum(1 for _, ended in endings.values() if ended not in (0, PREEMPTED)))
         except dist.DistError:
             return [self._gone(0)] if is_failure else []
         if not is_failure:
@@ -80,10 +82,20 @@ class Meeting:
             time.sleep(_PAUSE / 4)
         return endings
 
+    def _leave(self, readers: int) -> None:
+        """Number 0 waits for the others that read how all have ended, those that failed."""
+        if self._nodes.rank:
+            self._store.add("automodel/left", 1)
+            return
+        deadline = time.monotonic() + _SECONDS_TO_ANSWER / 2
+        while self._store.add("automodel/left", 0) < readers and time.monotonic() < deadline:
+            time.sleep(_PAUSE / 4)
+
     def _gone(self, number: int) -> str:
         return (
-            f"node {number} ({self._hosts[number]}) is gone: its command was killed, or the machine is down or cannot "
-            "be reached; the same command on every machine continues from the latest checkpoint"
+            f"node {number} ({self._hosts[number]}) is gone: its command was killed or has ended before, which its own "
+            "output says, or the machine is down or cannot be reached; the same command on every machine continues "
+            "from the latest checkpoint"
         )
 
 

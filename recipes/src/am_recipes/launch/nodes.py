@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+PREEMPTED = 75
+"""Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
+
 # HOST:PORT, where an IPv6 address has brackets.
 _ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d+)")
 

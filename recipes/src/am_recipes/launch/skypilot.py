@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from am_recipes.launch.local import PREEMPTED
+from am_recipes.launch.nodes import PREEMPTED
 
 # Beside the folder that SkyPilot copies; a path there may begin with ~, which the shell of the task writes out.
 CONFIG_FOLDER = "~/automodel_job"
