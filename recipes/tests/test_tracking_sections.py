@@ -73,6 +73,10 @@ def test_a_secret_among_the_settings_is_written_as_a_reference(tmp_path: Path) -
         ({"tensorboard": {"logdir": "x"}}, "tensorboard.logdir: unknown key; did you mean 'log_dir'?"),
         ({"trackio": {"space": "x"}}, "trackio.space: unknown key; did you mean 'space_id'?"),
         ({"trackio": {"project": ""}}, "trackio.project: must not be empty"),
+        (
+            {"trackio": {"server_url": "http://here:1?write_token=visible"}},
+            "trackio.server_url: has a write token in clear; give it as TRACKIO_WRITE_TOKEN in the environment",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_refused_by_the_schema(tmp_path: Path, section: dict[str, Any], expected: str) -> None:

@@ -70,8 +70,7 @@ class Run:
         )
         self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._best.require_kept()
-        self._stopping = self._minutes_are_over = self._is_among_best = False
-        self._out_of_time: str | None = None
+        self._stopping = self._is_out_of_time = self._minutes_are_over = self._is_among_best = False
         now, age = time.monotonic(), time_limit.process_age()
         ends = time_limit.ends(config.step_scheduler.max_time, stop.job_end, now=now, epoch=time.time(), age=age)
         self._limit = time_limit.TimeLimit(ends, time.monotonic)
@@ -251,9 +250,8 @@ class Run:
     def preempted(self) -> int:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
-        if self._out_of_time is not None:
-            done += f", {self._out_of_time}"
-        self.log.finish(status=f"stopped {done}; the same command continues with step {self.step + 1}")
+        why = ", out of time" if self._is_out_of_time else ""
+        self.log.finish(status=f"stopped {done}{why}; the same command continues with step {self.step + 1}")
         # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
         any_rank(self._dims, True)
         return PREEMPTED
@@ -292,8 +290,8 @@ class Run:
         if told:
             self._stop.heard()
         if is_late and not self._stopping:
-            self._out_of_time = first_told(late)
-            self.log.note(self._out_of_time)
+            self._is_out_of_time = True
+            self.log.note(first_told(late))
         self._stopping = self._stopping or told or is_late
 
     def _require_time(self) -> None:

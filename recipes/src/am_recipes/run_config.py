@@ -149,6 +149,12 @@ class RunConfig:
                 "has a password in clear; give the whole address as ${MLFLOW_TRACKING_URI}, or the rest of it here and "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment",
             )
+        key, server = (
+            "trackio.server_url",
+            None if self.trackio is None else self.trackio.init.arguments.get("server_url"),
+        )
+        if key not in self.environment and "write_token=" in str(server):
+            raise self.error(key, "has a write token in clear; give it as TRACKIO_WRITE_TOKEN in the environment")
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""

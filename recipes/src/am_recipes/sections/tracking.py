@@ -213,10 +213,12 @@ class Trackio:
 
     def require(self) -> None:
         require_package("trackio")
+        self._choose_folder()
 
     def reach(self) -> None:
         from am_recipes.sinks import trackio
 
+        self._choose_folder()
         trackio.reach(self)
 
     def tracker(self) -> Tracker:
@@ -226,6 +228,11 @@ class Trackio:
 
     def artifacts(self) -> Sequence[str]:
         return files(self.log_artifacts)
+
+    def _choose_folder(self) -> None:
+        """Before the package is imported, by whatever comes next: it reads this once."""
+        if self.dir is not None:
+            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
 
 
 def files(artifacts: Sequence[Artifact]) -> list[str]:

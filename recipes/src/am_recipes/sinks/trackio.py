@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,10 +95,7 @@ class TrackioTracker:
 
 
 def reach(settings: Trackio) -> None:
-    """Import the package, with its folder chosen. Raises ValueError or ConnectionError where it cannot be used."""
-    if settings.dir is not None:
-        # Read when trackio is imported.
-        os.environ["TRACKIO_DIR"] = str(settings.dir.absolute())
+    """Import the package. Raises ValueError or ConnectionError where it cannot be used."""
     import huggingface_hub
     import trackio
 
