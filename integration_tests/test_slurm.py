@@ -54,14 +54,13 @@ class Jobs:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    def submit(self, config: Path, *overrides: str) -> str:
-        """The number of the job that the `automodel` command submits."""
+    def submit(self, config: Path, variables: Mapping[str, str] | None = None) -> str:
+        """The number of the job that the `automodel` command submits, with more variables in its environment."""
         command = shutil.which("automodel", path=str(Path(sys.executable).parent))
         assert command is not None
-        environment = self.cluster.environment
         submitted = subprocess.run(
-            (command, str(config), "--run_dir", str(self.folder / "run"), *overrides),
-            env=environment,
+            (command, str(config), "--run_dir", str(self.folder / "run")),
+            env=self.cluster.environment | dict(variables or {}),
             capture_output=True,
             text=True,
             check=False,
@@ -150,6 +149,17 @@ def test_what_was_stopped_is_started_again(jobs: Jobs, options: list[str]) -> No
     assert jobs.log().count(f"job {number} was stopped and is requeued") == 1
 
 
+def test_tasks_of_an_array_are_started_again_by_themselves(jobs: Jobs) -> None:
+    command = '[ "$${SLURM_RESTART_COUNT:-0}" != 0 ] || exit $((SLURM_ARRAY_TASK_ID ? 75 : 0))'
+    number = jobs.submit(jobs.config({"command": command, "array": "0-1%1"}))
+    jobs.cluster.wait(
+        lambda: not jobs.cluster.run("squeue", "--noheader", f"--jobs={number}").strip(), "the end of all"
+    )
+    first, second = (jobs.file.parent / f"llm_finetune_{number}_{task}.log" for task in (0, 1))
+    assert "requeued" not in first.read_text()
+    assert f"job {number}_1, start 2: " in second.read_text()
+
+
 def test_what_was_cancelled_is_not_started_again(jobs: Jobs) -> None:
     number = jobs.submit(jobs.config({"command": STOPPABLE, "python": "python"}))
     jobs.until("ready", 2)
@@ -172,7 +182,9 @@ def test_the_nodes_have_what_the_script_says(jobs: Jobs, monkeypatch: pytest.Mon
     monkeypatch.setenv("MY_TOKEN", "secret")
     command = 'echo "node $SLURM_NODEID of $SLURM_NNODES meets at $MASTER_ADDR:$MASTER_PORT with $HF_TOKEN in $PWD"'
     command += '; echo "left $((SLURM_JOB_END_TIME - $(date +%s)))"'
-    number = jobs.submit(jobs.config({"command": command, "hf_token": "${MY_TOKEN}", "time": "2:30"}))
+    number = jobs.submit(
+        jobs.config({"command": command, "hf_token": "${MY_TOKEN}", "time": "2:30", "cpus_per_task": 1})
+    )
     assert jobs.cluster.ended(number)["ExitCode"] == "0:0", jobs.log()
     for node in (0, 1):
         assert f"node {node} of 2 meets at 127.0.0.1:13742 with secret in {Path.cwd()}\n" in jobs.log()

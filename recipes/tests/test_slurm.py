@@ -138,6 +138,7 @@ def test_a_section_that_says_nothing_asks_for_what_the_keys_say_by_default(folde
 
 def test_several_nodes_start_as_they_do_by_hand(folder):
     text = text_of(render(folder, VARIANTS["all"], processes=5, program=f"{folder}/mysft.py"))
+    assert "--cpus-per-task=15 " in text
     assert '--nnodes 4 --node-rank "$SLURM_NODEID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"' in text
     assert f"'/opt/python 3/bin/python' {folder}/mysft.py -c " in text
     assert "--nproc-per-node 5 " in text

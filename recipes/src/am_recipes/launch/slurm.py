@@ -37,6 +37,7 @@ class Script:
         name: of the job, also of its files.
         options: of sbatch, by their long names; None where one has no value.
         nodes, ranks: how many nodes, and ranks on each.
+        cores: of each rank; None where nobody has said.
         folder: of the job: config, script, log. Every node sees it.
         directory: where the ranks run.
         run_dir: as the config has it.
@@ -54,6 +55,7 @@ class Script:
     options: Mapping[str, str | None]
     nodes: int
     ranks: int
+    cores: int | None
     folder: Path
     directory: Path
     run_dir: Path
@@ -67,20 +69,26 @@ class Script:
     container: Container | None = None
 
 
-_IDENTITY = """\
+_OF_ARRAY = """\
 # The job as SLURM's commands name it: a task of an array has a number of its own.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
-job=${job:-$SLURM_JOB_ID}
+job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+"""
+
+_IDENTITY = """\
 start=$((${SLURM_RESTART_COUNT:-0} + 1))
 about_job() { scontrol show job "$job" | sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" | head -n 1; }
 """
 
 _TIME = """\
-# When this job's time is up, in seconds since the epoch, so that the run can save before: old SLURM does not say.
-if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-  SLURM_JOB_END_TIME=$(date -d "$(about_job EndTime)" +%s 2>/dev/null) && export SLURM_JOB_END_TIME
+# When this job's time is up, in seconds since the epoch, so that the run can save before. Old SLURM does not say, and
+# a job that was submitted from another job may have that one's.
+if SLURM_JOB_END_TIME=$(date -d "$(about_job EndTime)" +%s 2>/dev/null); then
+  export SLURM_JOB_END_TIME
+  until=$(date -d "@$SLURM_JOB_END_TIME" '+ until %F %T')
+else
+  unset SLURM_JOB_END_TIME
+  until=''
 fi
-until=$([ -z "${SLURM_JOB_END_TIME:-}" ] || date -d "@$SLURM_JOB_END_TIME" '+ until %F %T')
 """
 
 _MEETING = """\
@@ -130,7 +138,7 @@ def script(given: Script) -> str:
     return "\n".join(
         (
             _header(given),
-            _IDENTITY,
+            (_OF_ARRAY if given.array else "job=$SLURM_JOB_ID\n") + _IDENTITY,
             f"folder={shlex.quote(str(given.folder))}\nexport FAILED=$folder/failed.$job.$start\n",
             _TIME,
             "\n".join(
@@ -207,7 +215,10 @@ def _on_each_node(given: Script) -> str:
 def _srun(given: Script) -> str:
     """One task a node; one that ends with 75 must not take along those that are still committing."""
     options = [f"--nodes={given.nodes} --ntasks={given.nodes} --ntasks-per-node=1 --mpi=none --export=ALL"]
-    options.append("--kill-on-bad-exit=0 --wait=600")
+    if given.cores is not None:
+        # Else srun would take the cores of one rank for the whole task.
+        options.append(f"--cpus-per-task={given.cores * given.ranks}")
+    options.append("--cpu-bind=none --kill-on-bad-exit=0 --wait=600")
     inside = 'bash -c "$(declare -f on_each_node); on_each_node"'
     if given.container is not None and given.container.runtime == "pyxis":
         options += [

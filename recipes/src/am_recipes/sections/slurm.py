@@ -213,6 +213,7 @@ class Slurm:
             options=self._options(name, ranks, folder, directory),
             nodes=self.nodes,
             ranks=ranks,
+            cores=self.cpus_per_task,
             folder=folder,
             directory=directory,
             run_dir=job.run_dir,
