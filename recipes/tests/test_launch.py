@@ -83,6 +83,8 @@ def _launcher(folder, arguments, variables):
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     os.environ.update(variables)
+    if "NOHUP" in variables:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open("errors.txt", "w") as errors:
         os.dup2(errors.fileno(), 2)
     sys.argv = ["launch", *arguments]
@@ -178,6 +180,19 @@ def test_ctrl_c_ends_workers_that_do_not_handle_it_yet_and_a_second_one_all(star
     assert status == expected, errors
     assert "error: rank" not in errors
     assert all(ended(pid_of(tmp_path / f"ready{rank}")) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("variables", [{}, {"NOHUP": "1"}])
+def test_the_end_of_a_terminal_ends_all_but_what_nohup_has_started(start, tmp_path, variables):
+    process = start("2", "worker_for_launch", "wait", "75", "75", **variables)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send(signal.SIGHUP)
+    if variables:
+        time.sleep(0.5)
+        process.send(signal.SIGTERM)
+    status, errors = process.end()
+    assert status == (75 if variables else 128 + signal.SIGHUP), errors
+    assert (tmp_path / f"stopped0.{signal.SIGTERM}").exists() == bool(variables)
 
 
 def test_workers_that_do_not_end_are_killed_after_a_time(start, tmp_path):

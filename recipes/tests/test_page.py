@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import rich.console
 
+from am_recipes import provenance
 from am_recipes.log import Log
 from am_recipes.sinks import HtmlPage, curves
 from am_recipes.sinks.html import write_page
@@ -62,6 +63,21 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_the_page_says_what_a_launch_was_made_of(tmp_path: Path) -> None:
+    launch: Any = provenance.launch(None, 2) | {
+        "origins": {"seed": "mine.yaml:2 <b>", "run_dir": "default"},
+        "data": {"dataset": "5 bytes, blake2b:00"},
+        "environment": {"hosts": {"one": 2}, "job": {"SLURM_JOB_ID": "7"}},
+    }
+    with start(tmp_path, launch=launch) as log:
+        log.finish()
+    text = page(tmp_path)
+    assert f"2 processes on {launch['device']} of one\nSLURM_JOB_ID=7\n$ " in text
+    assert "\ndataset: 5 bytes, blake2b:00</pre>" in text
+    assert "<pre>seed: mine.yaml:2 &lt;b&gt;</pre>" in text
+    assert "  torch " in text
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 10, 1000])

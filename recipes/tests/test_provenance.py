@@ -50,6 +50,10 @@ def parsed(folder: Path, *overrides: tuple[str, str], text: str = CONFIG) -> con
         (["run", "--tokenizer.pad_token", "abc"], "run --tokenizer.pad_token abc"),
         (["run", "--wandb={api_key: abc, project: p}"], "run '--wandb={api_key: <redacted>, project: p}'"),
         (["run", "--sinks", "[{key: abc}, {name: b}]"], "run --sinks '[{key: <redacted>}, {name: b}]'"),
+        (
+            ["run", "--uri", "http://me:pw@host:1/x", "http://host:1"],
+            "run --uri http://me:<redacted>@host:1/x http://host:1",
+        ),
         (["run", "--peft={r: 4,  dim: [1]}"], "run '--peft={r: 4,  dim: [1]}'"),
     ],
 )
@@ -77,7 +81,10 @@ def test_origins_of_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found["run_dir"] == found["seed"] == found["loss_fn._target_"] == "default"
 
 
-def test_what_a_recipe_records(tmp_path: Path) -> None:
+def test_what_a_recipe_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "NCCL_DEBUG": "INFO", "NVIDIA_API_KEY": "very-secret"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "a.jsonl").write_text("rows")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/model.safetensors").write_bytes(bytes(100))
@@ -85,6 +92,8 @@ def test_what_a_recipe_records(tmp_path: Path) -> None:
     weights = Weights({"tokenizer.json": "{}", "chat_template.jinja": b"x"}, [], {}, {"base": tmp_path / "weights"})
     found = provenance.of_run(config, weights, 5, 4, {"one": 2, "two": 2})
     assert (found["resume_step"], found["world_size"], found["environment"]["nodes"]) == (5, 4, 2)
+    assert found["environment"]["job"] == {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+    assert found["environment"]["variables"]["NCCL_DEBUG"] == "INFO"
     assert found["config"]["dataset"]["hf_token"] == "${HF_TOKEN}"
     assert "very-secret" not in json.dumps(found)
     assert list(found["data"]) == [

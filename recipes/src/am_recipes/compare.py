@@ -25,7 +25,7 @@ MEASURED = ("time", "seconds", "per_second", "bytes")
 # The keys of a config that are another run's in any case.
 PLACES = ("run_dir",)
 NOTHING = ("not there", "")
-EMPTY = ("[]", "{}")
+EMPTY = ("[]", "{}", "null")
 # By name: a value, and what is told behind it.
 Facts = Mapping[str, tuple[str, str]]
 Value = float | int | str | None

@@ -17,6 +17,7 @@ import re
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ import torch
 import am_recipes
 from am_recipes import sources
 from am_recipes.run_config import RunConfig
-from am_recipes.settings import command_line, leaves, plain, written
+from am_recipes.settings import command_line, is_secret, leaves, plain, written
 from am_recipes.sinks.record import OURS, Launch
 
 if TYPE_CHECKING:
@@ -170,12 +171,15 @@ def own_modules() -> dict[str, str]:
 
 
 def _is_installed(path: Path) -> bool:
-    return path.is_relative_to(sys.base_prefix) or not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return path.is_relative_to(sysconfig.get_path("stdlib")) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
+    )
 
 
 def environment() -> dict[str, Any]:
     """This machine and this process: host, processor or GPU with its libraries, variables, the job of a scheduler."""
-    variables = {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)}
+    asked = (name for name in sorted(os.environ) if _VARIABLES.fullmatch(name) and not is_secret(name))
+    variables = {name: os.environ[name] for name in asked}
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}",
@@ -237,7 +241,10 @@ def data_files(values: Mapping[str, Any]) -> dict[str, str]:
         for path, value in leaves(values[key]):
             # path, path.0 of a list, parts.1.path of a dataset in a dataset.
             if isinstance(value, str) and "path" in path.split(".")[-2:]:
-                found |= {f"{key}.{path}: {name}": digest for name, digest in _files_at(value)}
+                try:
+                    found |= {f"{key}.{path}: {name}": digest for name, digest in _files_at(value)}
+                except OSError as error:
+                    found[f"{key}.{path}: {value}"] = f"not readable: {error.strerror}"
     return found
 
 

@@ -30,8 +30,8 @@ _USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT 
 _TIMEOUT, _STOP_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
 # Asks for an orderly stop. torchrun would pass SIGTERM on and forget what became of the workers.
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Those that torchrun handles itself, and leaves its handlers behind.
-_TORCHRUNS = (signal.SIGHUP, signal.SIGQUIT)
+# Those that torchrun handles itself, and leaves its handlers behind: they end the workers.
+_TORCHRUNS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 # The process of the launcher, for its workers.
 _LAUNCHER = "AUTOMODEL_LAUNCHER"
 
@@ -95,10 +95,11 @@ def _torchrun(arguments: Sequence[str], stops: _Stops) -> int:
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
 
-    # What it says of a worker that was told to stop looks like an error.
+    # What it says of workers that were told to stop looks like an error.
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     logger.addFilter(_is_news)
-    handled = ",".join(number.name for number in _TORCHRUNS)
+    # Who types `nohup` means it.
+    handled = ",".join(number.name for number in _TORCHRUNS if signal.getsignal(number) != signal.SIG_IGN)
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
         torchrun(parse_args([f"--signals-to-handle={handled}", *arguments]))
@@ -117,7 +118,8 @@ def _torchrun(arguments: Sequence[str], stops: _Stops) -> int:
 
 
 def _is_news(entry: logging.LogRecord) -> bool:
-    return f"failed (exitcode: {PREEMPTED})" not in entry.getMessage()
+    text = entry.getMessage()
+    return f"failed (exitcode: {PREEMPTED})" not in text and "closing signal" not in text
 
 
 class _Stopped(BaseException):

@@ -10,6 +10,9 @@ from typing import Any
 
 from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, escaped, inline, is_secret, override, walk
 
+# Of an address: http://name:PASSWORD@host.
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
+
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
     """`values` for a config file; `environment` maps dotted paths to the reference their value came from.
@@ -30,8 +33,8 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as a shell takes it, without the secrets among its overrides: `--wandb.api_key=value`,
-    `--wandb.api_key value`, and what is one within a mapping or list that is given whole.
+    """The command as a shell takes it, without passwords in addresses and without the secrets among its overrides:
+    `--wandb.api_key=value`, `--wandb.api_key value`, and what is one within a mapping or list that is given whole.
     """
     shown = list(arguments)
     for index, argument in enumerate(arguments):
@@ -43,7 +46,7 @@ def command_line(arguments: Sequence[str]) -> str:
             shown[index] = f"{flag}={_redacted(key, text)}"
         elif not arguments[index + 1].startswith("--"):
             shown[index + 1] = _redacted(key, arguments[index + 1])
-    return shlex.join(shown)
+    return _PASSWORD.sub(rf"\1{HIDDEN}", shlex.join(shown))
 
 
 def _redacted(key: str, text: str) -> str:

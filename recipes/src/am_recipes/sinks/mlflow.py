@@ -53,7 +53,8 @@ class MlflowTracker:
 
     def __init__(self, settings: Mlflow) -> None:
         self._settings = settings
-        self._id: str | None = None
+        # Once it is begun.
+        self._id = ""
         self.where = ""
 
     def begin(self, run: Tracked) -> str:
@@ -81,13 +82,13 @@ class MlflowTracker:
         new = [row for row in rows if row_key(row) > self._has]
         for row, following in itertools.zip_longest(new, new[1:], fillvalue=None):
             assert row is not None
+            step, validation = row_key(row)
             batch += [
-                Metric(_name(name), math.nan if value is None else value, _milliseconds(row["time"]), row["step"])
+                Metric(_name(name), math.nan if value is None else value, _milliseconds(row["time"]), step)
                 for name, value in row.items()
                 if name not in ("step", "time")
             ]
             if following is None or len(batch) + len(following) > _METRICS:
-                step, validation = row_key(row)
                 delivered = RunTag(_DELIVERED, f"{step} validation" if validation else str(step))
                 self._client.log_batch(self._id, metrics=batch, tags=[delivered])
                 self._has, batch = (step, validation), []
@@ -114,17 +115,24 @@ class MlflowTracker:
         return run.data if run.info.lifecycle_stage == "active" else None
 
     def _create(self, run: Tracked) -> str:
+        created = self._client.create_run(self._experiment(), run_name=self._settings.run_name or run.name)
+        return str(created.info.run_id)
+
+    def _experiment(self) -> str:
+        """The id of the experiment, which is made where there is none."""
         from mlflow.exceptions import MlflowException
 
-        name = self._settings.experiment_name
+        name, place = self._settings.experiment_name, self._settings.artifact_location
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            # Another run may make it at the same time.
-            with contextlib.suppress(MlflowException):
-                self._client.create_experiment(name, artifact_location=self._settings.artifact_location)
-            experiment = self._client.get_experiment_by_name(name)
-        created = self._client.create_run(experiment.experiment_id, run_name=self._settings.run_name or run.name)
-        return str(created.info.run_id)
+            try:
+                return str(self._client.create_experiment(name, artifact_location=place))
+            except MlflowException as error:
+                # Another run has made it meanwhile.
+                experiment = self._client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise error
+        return str(experiment.experiment_id)
 
     def _describe(self, run: Tracked, known: Mapping[str, str]) -> None:
         """Parameters and tags; `known` are parameters that an earlier launch gave."""
@@ -137,10 +145,10 @@ class MlflowTracker:
             f"now.{key}": value for key, value in values.items() if known.get(key, value) != value
         }
         new = [Param(key, value) for key, value in values.items() if key not in known]
-        for some in _batches(new, _PARAMS):
-            self._client.log_batch(self._id, params=some)
-        for some in _batches([RunTag(_name(key), _cut(value, _TAG)) for key, value in tags.items()], _PARAMS):
-            self._client.log_batch(self._id, tags=some)
+        for params in _batches(new, _PARAMS):
+            self._client.log_batch(self._id, params=params)
+        for named in _batches([RunTag(_name(key), _cut(value, _TAG)) for key, value in tags.items()], _PARAMS):
+            self._client.log_batch(self._id, tags=named)
 
     def _tags(self, run: Tracked) -> dict[str, str]:
         tags = dict(run.tags) | {key: str(value) for key, value in (self._settings.tags or {}).items()}

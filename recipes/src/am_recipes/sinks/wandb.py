@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 # W&B's own process writes to the disk so often, in seconds; by itself every 15, and a kill takes what was not written.
 _SECONDS_TO_DISK = 0.1
-# Neither the terminal nor code is taken along, and an end has an end where the server is gone. `settings` in the
-# config comes after it.
+# Neither the terminal nor code is taken along. Where the server is gone, the end of a run gives up and W&B says what is
+# not uploaded. `settings` in the config comes after it.
 _SETTINGS: Mapping[str, object] = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
-    "finish_timeout": 50.0,
-    "finish_timeout_raises": True,
+    "finish_timeout": 30.0,
     "quiet": True,
     "save_code": False,
     "show_info": False,
