@@ -52,8 +52,13 @@ def parsed(folder: Path, *overrides: tuple[str, str], text: str = CONFIG) -> con
         (["run", "--sinks", "[{key: abc}, {name: b}]"], "run --sinks '[{key: <redacted>}, {name: b}]'"),
         (
             ["run", "--uri", "http://me:pw@host:1/x", "http://host:1"],
-            "run --uri http://me:<redacted>@host:1/x http://host:1",
+            "run --uri 'http://<redacted>@host:1/x' http://host:1",
         ),
+        (["run", "--uri=https://TOKEN@host/x"], "run '--uri=https://<redacted>@host/x'"),
+        (["run", "--uri=http://h?a=1&write_token=T"], "run '--uri=http://h?a=1&write_token=<redacted>'"),
+        (["run", "--a={password: [x, y], b: 1}"], "run '--a={password: [<redacted>, <redacted>], b: 1}'"),
+        (["run", "--trackio.webhook_url=x"], "run '--trackio.webhook_url=<redacted>'"),
+        (["run", "--a={api_key: x"], "run '--a=<redacted>'"),
         (["run", "--peft={r: 4,  dim: [1]}"], "run '--peft={r: 4,  dim: [1]}'"),
     ],
 )
