@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -112,6 +113,14 @@ def test_weights_that_were_digested_already_are_not_read_again(tmp_path: Path) -
     assert provenance.weights_and_files(weights) == {"base weights": "blake2b of 16 blocks of each file:abc"}
 
 
+def test_what_cannot_be_read_ends_no_run(tmp_path: Path) -> None:
+    long = "x" * 300
+    config = plain(parsed(tmp_path, ("dataset.path", long)))
+    assert provenance.data_files(config) == {f"dataset.path: {long}": "not readable: File name too long"}
+    weights = Weights({}, [], {}, {"base": tmp_path / long})
+    assert provenance.weights_and_files(weights) == {"base weights": "not readable: File name too long"}
+
+
 def test_digests_of_files(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(bytes(1000))
@@ -192,6 +201,42 @@ def test_the_state_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(each.startswith(f"{clean}, changed: blake2b:") for each in changed)
     assert changed[0] == changed[2] != changed[1]
     assert provenance.launch(None, 1)["git"] == changed[0]
+
+
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository, which is the working directory."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def test_a_repository_of_another_user_has_its_commit(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that is mounted into a container: git refuses the diff, which could run what the repository names."""
+    commit = provenance.repositories()["working directory"]
+    ran = committed / "ran"
+    git(committed, "config", "core.fsmonitor", f"touch {ran}; false")
+    # Git's own switch for its own tests.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    told = provenance.repositories()["working directory"]
+    assert told.startswith(f"{commit}, changes not known: fatal: detected dubious ownership in repository at ")
+    assert not ran.exists()
+
+
+def test_what_git_does_not_tell_is_said(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (committed / ".git/HEAD").write_text("nothing")
+    assert provenance.launch(None, 1)["git"] == (
+        "not known: fatal: not a git repository (or any of the parent directories): .git"
+    )
+    monkeypatch.setenv("PATH", str(committed))
+    assert provenance.launch(None, 1)["git"] == "not known: git does not start: No such file or directory"
+    (committed / "git").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    (committed / "git").chmod(0o755)
+    monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
+    assert provenance.launch(None, 1)["git"] == "not known: git took more than 0.2 s"
 
 
 def test_own_modules_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
