@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, escaped, inline, is_secret, override, walk
+from am_recipes.settings.references import escaped
+from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, inline, is_secret, override, walk
 
 # Of an address: http://name:PASSWORD@host.
 _PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
