@@ -10,6 +10,7 @@ from __future__ import annotations
 from am_recipes.settings.references import references, resolve, rewritten, variable
 from am_recipes.settings.saved import command_line, fingerprints, leaves, written
 from am_recipes.settings.schema import AsWritten, Check, Inline, NumberAsText, Prefixed, plain, read, read_section
+from am_recipes.settings.secrets import in_clear, is_secret
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -20,7 +21,6 @@ from am_recipes.settings.yaml import (
     dump,
     first_name,
     inline,
-    is_secret,
     load,
     nearest,
     override,
@@ -50,6 +50,7 @@ __all__ = [
     "dump",
     "fingerprints",
     "first_name",
+    "in_clear",
     "inline",
     "is_secret",
     "leaves",

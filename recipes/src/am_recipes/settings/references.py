@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from am_recipes.settings.yaml import Node, did_you_mean, is_secret, scalar
+from am_recipes.settings.secrets import is_secret
+from am_recipes.settings.yaml import Node, did_you_mean, scalar
 
 _REFERENCE = re.compile(
     r"\$\$\{"

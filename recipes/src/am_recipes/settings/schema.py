@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from am_recipes.settings.references import variable
+from am_recipes.settings.secrets import is_secret
 from am_recipes.settings.target import ArgumentError, DefaultTarget, Target
-from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, walk
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, nearest, walk
 
 
 @dataclass(frozen=True)
