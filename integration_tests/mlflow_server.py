@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from integration_tests import runs
+from am_testing import free_port
 
 SECONDS_TO_START = 180
 
@@ -23,7 +23,7 @@ class Server:
     """`mlflow server`, started and answering; `kill` takes it away at once, `restart` brings it back."""
 
     def __init__(self, folder: Path) -> None:
-        self.address = f"http://127.0.0.1:{runs.free_port()}"
+        self.address = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
         # It would start a second server for jobs that nobody has here, and tell its makers about itself.
         self._environment = os.environ | {

@@ -13,11 +13,9 @@ import io
 import json
 import multiprocessing
 import os
-import random
 import re
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +27,7 @@ import torch
 import yaml
 
 from am_recipes import cli, configs
+from am_testing import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 # The config of each recipe that runs in seconds, in `recipes/configs`.
@@ -117,15 +116,6 @@ def require_refusal(outcome: tuple[int, str], status: int, *patterns: str) -> No
     for pattern in patterns:
         assert re.search(pattern, text), f"{pattern!r} is not in {text!r}"
     assert "Traceback" not in text
-
-
-def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to connections meanwhile."""
-    while True:
-        port = random.SystemRandom().randint(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def start(config: Path, run_dir: Path, overrides: Mapping[str, str], world_size: int = 1) -> list[Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from am_recipes import run_dir
-from am_testing import run_distributed
+from am_testing import free_port, run_distributed
 from integration_tests import runs
 from integration_tests.test_resume import CONFIG, ROOT, SHORT, tiny
 
@@ -21,7 +21,7 @@ COMMANDS = (["-m", "am_recipes.cli"], [str(ROOT / "recipes/src/am_recipes/sft.py
 
 def start(target: Path, outputs: list[Path]) -> list[subprocess.Popen[bytes]]:
     """`automodel CONFIG ...` on the first machine and `python sft.py -c CONFIG ...` on the second."""
-    port = runs.free_port()
+    port = free_port()
     processes = []
     for number, (command, output) in enumerate(zip(COMMANDS, outputs, strict=True)):
         place = ["--nnodes=2", "--node-rank", str(number), "--rdzv-endpoint", f"127.0.0.1:{port}"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from am_recipes import configs, submission
+from am_testing import free_port
 from integration_tests import runs
 from integration_tests.test_resume import CONFIG, SHORT
 
@@ -29,7 +30,7 @@ def given(target: Path, section: str, text: str) -> tuple[list[dict], str]:
 
 def test_a_pod_and_a_rented_machine_train_one_run(tmp_path: Path) -> None:
     whole = runs.train(tmp_path, "whole", CONFIG, SHORT, world_size=2)
-    target, port = tmp_path / "run", runs.free_port()
+    target, port = tmp_path / "run", free_port()
     (config_map, train_job), _ = given(target, "kubernetes", KUBERNETES % tmp_path)
     (task,), text = given(target, "skypilot", SKYPILOT % (port, tmp_path))
     # The folder of the ConfigMap, and the home of the machine.

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 import am_mesh
 from am_recipes import time_limit
-from am_recipes.progress import StopSignal, any_rank, first_told
+from am_recipes.progress import any_rank, first_told
+from am_recipes.stop_signal import StopSignal
 from am_testing import run_distributed
 from integration_tests import runs
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -98,6 +99,8 @@ def test_workers_get_the_same_config_and_overrides(folder):
         (["c.yaml", "--node-rank", "0"], "--node-rank without --nnodes and --rdzv-endpoint"),
         (["c.yaml", "--nnodes", "0"], "--nnodes must be a whole number of at least 1, got '0'"),
         (["c.yaml", "--nnodes=1:4"], "--nnodes must be a whole number of at least 1, got '1:4'"),
+        (["c.yaml", "--nnodes", "٣"], "--nnodes must be a whole number of at least 1, got '٣'"),
+        (["c.yaml", "--nnodes=1", "--rdzv-endpoint=junk"], "--rdzv-endpoint must be HOST:PORT with a port from 1"),
         (["c.yaml", "--nnodes=1", "--node-rank=1"], "--node-rank 1 must be less than --nnodes 1"),
         (["c.yaml", "--nnodes"], "--nnodes needs a value"),
         (["c.yaml", "--node-rnk", "1"], "unknown option --node-rnk; did you mean '--node-rank'?"),
@@ -500,6 +503,20 @@ def test_the_recipe_module_answers_before_it_imports_torch(folder, argv, status,
     assert [line for line in imports if line.endswith((" torch", " transformers", " numpy"))] == []
     # Processor time, as above; importing torch alone takes four times as much.
     assert os.times().children_user - before < 1
+
+
+def test_a_signal_while_torch_is_imported_is_a_stop(folder):
+    """The first process of a container would not even get it without a handler."""
+    (folder / "rows_for_cli.py").write_text("import time\nopen('importing', 'w').close()\ntime.sleep(60)\n" + TARGETS)
+    command = [sys.executable, "-m", "am_recipes.cli", "c.yaml", "--nproc-per-node", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "importing").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60)[1] == "\nSIGUSR1 before the first step: ending, nothing is lost\n"
+    assert process.returncode == 75
 
 
 def test_the_installed_command_and_several_processes(folder):

@@ -177,6 +177,7 @@ def test_every_key_of_the_section_is_where_kubernetes_looks_for_it(rendered, kin
     }
     assert {entry["name"]: entry.get("value") or entry["valueFrom"]["secretKeyRef"] for entry in container["env"]} == {
         "PYTHONUNBUFFERED": "1",
+        "AUTOMODEL_MEETING_TIMEOUT": "3600",
         "HF_HOME": "/training/huggingface",
         "NCCL_DEBUG": "INFO",
         "OMP_NUM_THREADS": "8",
@@ -316,6 +317,15 @@ def test_a_run_directory_that_goes_with_the_pod_is_refused(write, capsys):
 def test_two_launchers_are_one_too_many(write, capsys):
     assert cli.main([write(f"{CONFIG}skypilot: {{cloud: aws}}\n"), "--dry-run"]) == 2
     assert capsys.readouterr().err.startswith("one.yaml:13: skypilot: kubernetes hands the run to a scheduler too")
+
+
+@pytest.mark.parametrize("override", ["--dataset.token=12345678", "--dataset.auth=[{token: 1.5}]"])
+def test_a_number_may_be_a_secret_too(write, capsys, override):
+    text = CONFIG.replace("{path: /training/rows.jsonl}", "{_target_: mine.Rows}")
+    assert cli.main([write(text), "--dry-run", override]) == 2
+    errors = capsys.readouterr().err
+    assert "token: a secret in clear" in errors
+    assert override.partition("=")[2] not in errors
 
 
 def test_no_secret_of_the_config_goes_to_the_cluster(write, capsys, monkeypatch):

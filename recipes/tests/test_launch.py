@@ -39,8 +39,8 @@ def main():
             os.kill(os.getpid(), -int(statuses[rank]))
         sys.exit(int(statuses[rank]))
 
-    if sys.argv[1] == "ignore":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.argv[1] == "ignore" or (sys.argv[1] == "one ignores" and rank == 1):
+        signal.signal(signal.SIGINT, lambda number, frame: open(f"stopped{rank}.{number}", "w").close())
     if sys.argv[1] == "wait":
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGUSR1, stop)
@@ -83,6 +83,8 @@ def _launcher(folder, arguments, variables):
     for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     os.environ.update(variables)
+    if "CORES" in variables:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(variables["CORES"])])
     if "NOHUP" in variables:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open("errors.txt", "w") as errors:
@@ -142,9 +144,16 @@ def test_the_exit_status_is_that_of_the_workers(start, tmp_path, statuses, expec
     assert "Traceback" not in errors
     # An orderly stop looks like no failure.
     assert ("failed" in errors) == (expected == 2)
-    threads = str(max(1, os.cpu_count() // 2))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     told = " ".join(["2", threads, "end", *statuses])
     assert [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)] == [told] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds a process to some cores")
+def test_ranks_share_the_cores_that_are_theirs(start, tmp_path):
+    """Not those of the machine, of which a scheduler has given some."""
+    assert start("1", "worker_for_launch", "end", "0", CORES="1").end()[0] == 0
+    assert (tmp_path / "rank0.txt").read_text().split()[:2] == ["1", "1"]
 
 
 def test_a_rank_that_was_killed_is_named(start):
@@ -169,13 +178,20 @@ def test_signals_reach_the_workers_whose_statuses_decide(start, tmp_path, number
     assert (tmp_path / f"stopped1.{number}").exists()
 
 
-@pytest.mark.parametrize(("interrupts", "expected"), [(1, 75), (2, 130)])
-def test_ctrl_c_ends_workers_that_do_not_handle_it_yet_and_a_second_one_all(start, tmp_path, interrupts, expected):
-    process = start("2", "worker_for_launch", "ignore" if interrupts == 2 else "deaf", "0", "0")
+@pytest.mark.parametrize(
+    ("interrupts", "workers", "expected"), [(1, "deaf", 75), (1, "one ignores", 75), (2, "ignore", 130)]
+)
+def test_ctrl_c_ends_workers_that_do_not_handle_it_yet_and_a_second_one_all(
+    start, tmp_path, interrupts, workers, expected
+):
+    """torchrun ends the other, by SIGTERM, where one does not handle it: no failure either."""
+    process = start("2", "worker_for_launch", workers, "0", "0")
     wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    for _ in range(interrupts):
+    process.send(signal.SIGINT)
+    if interrupts == 2:
+        # Sent before the first has come, it would be one with it.
+        wait_for(tmp_path / f"stopped0.{signal.SIGINT}")
         process.send(signal.SIGINT)
-        time.sleep(0.3)
     status, errors = process.end()
     assert status == expected, errors
     assert "error: rank" not in errors

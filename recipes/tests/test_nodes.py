@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
 import socket
 import sys
@@ -13,7 +12,8 @@ import time
 import pytest
 
 from am_recipes import launch
-from am_recipes.launch import meeting
+from am_recipes.launch import meeting, nodes
+from am_testing import free_port
 
 # A rank that ends with status 1 when one of another machine is gone, as a collective would have it; or by a signal.
 WORKER = """\
@@ -33,6 +33,10 @@ def main():
         return open(f"rank{other}").read().split()[0]
 
     others = [pid(other) for other in range(world)]
+    if sys.argv[1] == "after":
+        while rank and not os.path.exists("go"):
+            time.sleep(0.05)
+        sys.exit(int(sys.argv[2 + rank]))
     while sys.argv[1] == "wait" and all(os.path.exists(f"/proc/{other}/cmdline") for other in others):
         time.sleep(0.05)
     sys.exit(int(sys.argv[1] == "wait"))
@@ -43,35 +47,34 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch.distributed.run", "am_recipes.launch.meeting"])
 
 
-def free_port():
-    """Below those that the system gives to connections meanwhile."""
-    while True:
-        port = random.SystemRandom().randint(20000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
+def meeting_answers(port):
+    """Whether the launcher with number 0 serves its port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def node(rank, count=2, port=None, host="127.0.0.1"):
     return launch.Nodes(count, rank, host, port)
 
 
-def _launcher(folder, argument, processes, nodes):
+def _launcher(folder, arguments, variables, processes, nodes):
     os.chdir(folder)
+    os.environ.update(variables)
     os.environ["OMP_NUM_THREADS"] = "1"
     with open(f"errors{nodes.rank}", "w") as errors:
         os.dup2(errors.fileno(), 2)
-    raise SystemExit(launch.run(str(folder / "worker.py"), [argument], processes, nodes))
+    raise SystemExit(launch.run(str(folder / "worker.py"), arguments, processes, nodes))
 
 
 class Machines:
     """The launchers of some machines, all here, and their folder."""
 
-    def __init__(self, folder, argument, *machines):
+    def __init__(self, folder, arguments, *machines, **variables):
         (folder / "worker.py").write_text(WORKER)
         self.folder = folder
         self.processes = [
-            SERVER.Process(target=_launcher, args=(folder, argument, processes, nodes)) for processes, nodes in machines
+            SERVER.Process(target=_launcher, args=(folder, arguments.split(), variables, processes, nodes))
+            for processes, nodes in machines
         ]
         for process in self.processes:
             process.start()
@@ -110,6 +113,23 @@ def test_a_stop_is_75_on_every_machine(tmp_path, told):
     statuses, texts = machines.end()
     assert statuses == [75, 75], texts
     assert "error" not in "".join(texts)
+
+
+@pytest.mark.parametrize("statuses", [[3, 75], [0, 0]])
+def test_a_signal_after_the_ranks_of_a_machine_have_ended_changes_nothing(tmp_path, statuses):
+    port = free_port()
+    machines = Machines(tmp_path, f"after {statuses[0]} {statuses[1]}", (1, node(0, 2, port)), (1, node(1, 2, port)))
+    machines.wait_for_ranks(2)
+    first = (tmp_path / "rank0").read_text().split()[0]
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{first}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(machines.processes[0].pid, signal.SIGTERM)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    found, texts = machines.end()
+    assert found == statuses, texts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
@@ -151,22 +171,44 @@ def test_other_numbers_of_processes_are_refused_on_every_machine(tmp_path):
     assert not (tmp_path / "rank0").exists()
 
 
-def test_other_numbers_of_machines_are_refused_on_every_machine(tmp_path):
+@pytest.mark.parametrize("numbers", [(2, 3), (3, 2)])
+def test_other_numbers_of_machines_are_refused_on_every_machine(tmp_path, numbers):
     port = free_port()
-    statuses, texts = Machines(tmp_path, "end", (1, node(0, 2, port)), (1, node(1, 3, port))).end()
+    began = time.monotonic()
+    statuses, texts = Machines(tmp_path, "end", *((1, node(n, count, port)) for n, count in enumerate(numbers))).end()
     assert statuses == [2, 2]
-    assert all("error: --nnodes is 2 on node 0" in text and "and 3 on node 1" in text for text in texts), texts
+    told = f"error: --nnodes is {numbers[0]} on node 0", f"and {numbers[1]} on node 1"
+    assert all(words in text for words in told for text in texts), texts
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_wait_for_the_others(tmp_path, number):
-    machines = Machines(tmp_path, "end", (1, node(0, 2, free_port())))
+    port = free_port()
+    machines = Machines(tmp_path, "end", (1, node(0, 2, port)))
     (process,) = machines.processes
-    while not (tmp_path / "errors0").exists():
+    # It serves the port once it handles signals.
+    deadline = time.monotonic() + 60
+    while not meeting_answers(port):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
     os.kill(process.pid, number)
     assert machines.end() == ([75], [""])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status", "told"),
+    [("1", 1, "did not come within 1 s"), ("soon", 2, "AUTOMODEL_MEETING_TIMEOUT=soon is no whole number of seconds")],
+)
+def test_how_long_machines_wait_is_in_the_environment(tmp_path, seconds, status, told):
+    machines = Machines(tmp_path, "end", (1, node(0, 2, free_port())), AUTOMODEL_MEETING_TIMEOUT=seconds)
+    statuses, (text,) = machines.end()
+    assert statuses == [status]
+    assert told in text
+
+
+def test_without_a_word_of_it_machines_wait_ten_minutes():
+    assert nodes.seconds_to_meet({}) == nodes.seconds_to_meet({nodes.MEETING_TIMEOUT: ""}) == 600
 
 
 def test_a_machine_that_does_not_come_is_named():

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from am_recipes import time_limit
+from am_recipes import job_time, time_limit
 
 
 class Clock:
@@ -145,17 +145,17 @@ def test_the_earlier_end_counts_and_says_who_set_it():
 
 
 def test_the_end_of_a_job_is_read_or_refused():
-    assert time_limit.job_end({}) is None
-    assert time_limit.job_end({"SLURM_JOB_END_TIME": ""}) is None
-    assert time_limit.job_end({"SLURM_JOB_END_TIME": "1700000030"}) == 1_700_000_030.0
+    assert job_time.job_end({}) is None
+    assert job_time.job_end({"SLURM_JOB_END_TIME": ""}) is None
+    assert job_time.job_end({"SLURM_JOB_END_TIME": "1700000030"}) == 1_700_000_030.0
     for text in ("soon", "-5", "1e9", "²"):
         with pytest.raises(ValueError, match=f"SLURM_JOB_END_TIME={re.escape(text)} is not a number of seconds since"):
-            time_limit.job_end({"SLURM_JOB_END_TIME": text})
+            job_time.job_end({"SLURM_JOB_END_TIME": text})
 
 
 def test_a_process_knows_when_it_began():
     """Also before this module was imported."""
-    program = "import time; time.sleep(0.5); from am_recipes import time_limit; print(time_limit.process_age())"
+    program = "import time; time.sleep(0.5); from am_recipes import job_time; print(job_time.process_age())"
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 0.5 <= float(result.stdout) <= time.monotonic() - began + 0.1

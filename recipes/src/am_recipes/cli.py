@@ -19,6 +19,7 @@ from types import ModuleType
 from am_recipes import __version__, errors, launch
 from am_recipes.configs import DEFAULT_RUN_DIR, RECIPES, RunConfig, check_targets, parse
 from am_recipes.settings import did_you_mean
+from am_recipes.stop_signal import StopSignal
 
 COMMANDS = {kind.COMMAND: name for name, kind in RECIPES.items()}
 _COMMAND_LINES = "\n".join(f"  {' '.join(kind.COMMAND):<15}{name:<11}{kind.HELP}" for name, kind in RECIPES.items())
@@ -169,7 +170,7 @@ def _is_config(text: str) -> bool:
 def _processes(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not launch.is_whole(text, 1):
         raise UsageError(f"--nproc-per-node must be a whole number of at least 1, got {text!r}")
     return int(text)
 
@@ -339,9 +340,12 @@ def _elsewhere(config: RunConfig, arguments: Arguments, path: Path, program: str
 
 
 def _train(config: RunConfig, program: str) -> int:
-    check_targets(config)
+    # The import of torch takes seconds, in which a signal would kill; or, to the first process of a container, be lost.
+    with StopSignal():
+        check_targets(config)
+        module = _load(program)
     with config.at():
-        return int(_load(program).main(config))
+        return int(module.main(config))
 
 
 def _dry_run(config: RunConfig, program: str) -> int:

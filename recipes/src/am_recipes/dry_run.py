@@ -17,9 +17,9 @@ import torch
 
 import am_mesh
 from am_recipes import reproducible, run_dir
-from am_recipes.progress import StopSignal
 from am_recipes.run import BeginsHere
 from am_recipes.run_config import RunConfig
+from am_recipes.stop_signal import StopSignal
 
 Config = TypeVar("Config", bound=RunConfig)
 

@@ -23,21 +23,17 @@ import am_data
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import build, checks, data, ending, evaluate, optim, reproducible, run, run_dir, sources
+from am_recipes import build, checks, data, ending, evaluate, optim, run, run_dir, sources
 from am_recipes.configs import PretrainConfig
-from am_recipes.progress import Progress, StopSignal
+from am_recipes.progress import Progress
 from am_recipes.settings import ArgumentError
+from am_recipes.stop_signal import StopSignal
 from am_recipes.tokenizer import tokenizer_of
 
 
 def main(config: PretrainConfig) -> int:
     """Train as `config` says; return the exit status: 0 when finished, 75 when told to stop and committed."""
-    with (
-        reproducible.as_asked(config),
-        am_mesh.process_group(config.distributed.timeout_minutes) as device,
-        StopSignal() as stop,
-        run_dir.claim(config) as finished,
-    ):
+    with run.started(config) as (device, stop, finished):
         return 0 if finished else train(config, device, stop)
 
 

@@ -5,6 +5,7 @@ A run is asked and calls nobody back. It holds no model and no loss: what it sav
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,30 @@ from torch.distributed.tensor import DTensor
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, provenance, run_dir, time_limit, trackers
+from am_recipes import checks, data, job_time, provenance, reproducible, run_dir, time_limit, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
-from am_recipes.progress import Progress, Step, StopSignal, any_rank, first_told, seed_everything
+from am_recipes.progress import Progress, Step, any_rank, first_told, seed_everything
+from am_recipes.stop_signal import StopSignal
+
+
+@contextlib.contextmanager
+def started(config: RunConfig) -> Iterator[tuple[torch.device, StopSignal, bool]]:
+    """What `main` of every recipe is in: device, stop signal, and whether the run is finished already.
+
+    Outermost first: whether torch is deterministic, the ranks, the signals, and the run directory, which is this run's
+    alone meanwhile. Every rank enters it.
+    """
+    with (
+        reproducible.as_asked(config),
+        am_mesh.process_group(config.distributed.timeout_minutes) as device,
+        StopSignal() as stop,
+        run_dir.claim(config) as finished,
+    ):
+        yield device, stop, finished
 
 
 class BeginsHere(Exception):
@@ -71,7 +89,7 @@ class Run:
         self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._best.require_kept()
         self._stopping = self._is_out_of_time = self._minutes_are_over = self._is_among_best = False
-        now, age = time.monotonic(), time_limit.process_age()
+        now, age = time.monotonic(), job_time.process_age()
         ends = time_limit.ends(config.step_scheduler.max_time, stop.job_end, now=now, epoch=time.time(), age=age)
         self._limit = time_limit.TimeLimit(ends, time.monotonic)
         self._estimate: time_limit.Save | None = None

@@ -119,12 +119,18 @@ def _require_no_secrets(asked: Asked) -> None:
     for path, text in asked.overrides:
         override(tree, path, text)
     for path, node in walk(tree):
-        literal = isinstance(node.value, str) and node.value not in ("", "none", "None")
-        if literal and is_secret(path) and variable(node.value) is None:
+        if is_secret(path) and _is_in_clear(node.value):
             raise node.error(
                 "a secret in clear would be copied with the config to where it runs; name an environment variable "
                 "that holds it instead: ${NAME}"
             )
+
+
+def _is_in_clear(value: object) -> bool:
+    """Whether a value is more than the name of a variable; a number is a secret as well as a text."""
+    if isinstance(value, str):
+        return value not in ("", "none", "None") and variable(value) is None
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_same(config: RunConfig, text: str, asked: Asked) -> RunConfig:

@@ -9,21 +9,16 @@ come to the next question and still commit, so it stops where less is left than
 - `ENDING_SECONDS`, for what follows the save.
 
 The first step of a launch may compile for minutes: it counts until the second was measured, and then no more.
-Nothing here knows a clock that it is not given.
+Nothing here knows a clock that it is not given; what this process knows of its own time is in `job_time`.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from am_recipes.job_time import JOB_END
 from am_recipes.sections import seconds
-
-JOB_END = "SLURM_JOB_END_TIME"
-"""The environment variable with the end of the job: seconds since the epoch."""
 
 ENDING_SECONDS = 15.0
 """For the record, the page, what trackers have not delivered (10 s at most), and processes that end one by one."""
@@ -35,8 +30,6 @@ once may leave no more to each of them. Too low a rate ends the first launch ear
 
 SAVE_SECONDS = 10.0
 """Of any save, however small: names, syncs, and ranks that wait for each other over a slow file system."""
-
-_IMPORTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class End:
 def ends(max_time: str | None, job_end: float | None, *, now: float, epoch: float, age: float) -> list[End]:
     """The ends of a launch whose process is `age` seconds old, at `now` of its clock and `epoch` since the epoch.
 
-    `max_time` is a `sections.Time`, `job_end` what `job_end` returns.
+    `max_time` is a `sections.Time`, `job_end` what `job_time.job_end` returns.
     """
     found = []
     if max_time is not None:
@@ -61,29 +54,6 @@ def ends(max_time: str | None, job_end: float | None, *, now: float, epoch: floa
         fix = "give the job more time, or unset it where it is of another job"
         found.append(End(f"{JOB_END}={job_end:.0f}", fix, now + job_end - epoch))
     return found
-
-
-def job_end(environment: Mapping[str, str]) -> float | None:
-    """When the scheduler ends this job, in seconds since the epoch; None where it does not say.
-
-    Raises ValueError where what it says is no time.
-    """
-    text = environment.get(JOB_END)
-    if not text:
-        return None
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{JOB_END}={text} is not a number of seconds since the epoch; correct or unset it")
-    return float(text)
-
-
-def process_age() -> float:
-    """Seconds since this process began; where the system does not tell, since this module was imported."""
-    try:
-        # The command name is in parentheses and may hold spaces; field 22 is the start in ticks since boot.
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-    except FileNotFoundError:
-        return time.monotonic() - _IMPORTED
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from am_recipes.launch.nodes import PREEMPTED, Nodes
+from am_recipes.launch.nodes import PREEMPTED, Nodes, is_whole, seconds_to_meet
 
 _USAGE = "usage: python -m am_recipes.launch PROCESSES MODULE|FILE.py [ARGUMENT ...]"
 # How long workers have after a signal, in seconds, before they are killed; torchrun's own default of 30 is shorter than
@@ -57,15 +58,15 @@ def run(program: str, arguments: Sequence[str], processes: int, nodes: Nodes | N
 
     0 when every rank returned 0, otherwise the worst status of the ranks of this machine (see `worst_status`); 75 after
     SIGTERM, SIGUSR1 or Ctrl-C for ranks that it ended, however far they came: what they committed stands. A second
-    Ctrl-C kills them: 130. Call it from the main thread. Sets `OMP_NUM_THREADS` to this machine's cores divided by the
-    ranks where it is not set.
+    Ctrl-C kills them: 130. A signal that comes when they have ended changes nothing. Call it from the main thread. Sets
+    `OMP_NUM_THREADS` to the cores that this process may use divided by the ranks where it is not set.
 
-    With `nodes` it waits for the other machines first, ten minutes: 1 where one does not come, 2 where they were given
-    different numbers.
+    With `nodes` it waits for the other machines first, ten minutes (`AUTOMODEL_MEETING_TIMEOUT`, in seconds): 1 where
+    one does not come, 2 where they were given different numbers.
     """
     if processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     with _Stops() as stops:
         try:
             command = torchrun_arguments(program, arguments, processes, nodes)
@@ -78,10 +79,10 @@ def _with_others(nodes: Nodes, processes: int, command: Sequence[str], stops: _S
     from am_recipes.launch import meeting
 
     try:
-        met = meeting.meet(nodes, processes)
-    except (ConnectionError, TimeoutError, meeting.Disagreement) as error:
+        met = meeting.meet(nodes, processes, seconds_to_meet(os.environ))
+    except (ConnectionError, TimeoutError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, meeting.Disagreement) else 1
+        return 2 if isinstance(error, ValueError) else 1
     status = _torchrun(command, stops)
     for line in met.ended(status):
         print(f"error: {line}", file=sys.stderr)
@@ -101,6 +102,7 @@ def _torchrun(arguments: Sequence[str], stops: _Stops) -> int:
     # Who types `nohup` means it.
     handled = ",".join(number.name for number in _TORCHRUNS if signal.getsignal(number) != signal.SIG_IGN)
     os.environ[_LAUNCHER] = str(os.getpid())
+    stops.begin()
     try:
         torchrun(parse_args([f"--signals-to-handle={handled}", *arguments]))
     except ChildFailedError as error:
@@ -129,12 +131,14 @@ class _Stopped(BaseException):
 class _Stops:
     """While entered, signals that ask for a stop are passed on to the workers, and their end is waited for.
 
-    Without workers yet they end the launcher. A second Ctrl-C kills the workers, and so does the end of their time.
+    Without workers yet they end the launcher; where these have ended, their statuses stand. A second Ctrl-C kills the
+    workers, and so does the end of their time.
     """
 
     def __init__(self) -> None:
         self._received: list[int] = []
         self._overdue = False
+        self._waited_before: float | None = None
         self._seconds = int(os.environ.setdefault(_TIMEOUT, _STOP_SECONDS))
         self._timer = threading.Timer(self._seconds, self._end)
 
@@ -156,12 +160,18 @@ class _Stops:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def begin(self) -> None:
+        """Workers are started from here on."""
+        self._waited_before = _seconds_of_ended_children()
+
     def without_own(self, statuses: Mapping[int, int]) -> dict[int, int]:
         """The statuses by rank, without those of ranks that ended by a signal which they got from here."""
         if not self._received:
             return dict(statuses)
+        # torchrun sends SIGTERM to the others as soon as one has ended.
+        own = {-number for number in (*self._received, signal.SIGTERM)}
         # Python ends with 130 or by the signal itself where Ctrl-C comes before anybody handles it.
-        own = {-number for number in self._received} | ({130} if signal.SIGINT in self._received else set())
+        own |= {130} if signal.SIGINT in self._received else set()
         if self.quit or self._overdue:
             own.add(-signal.SIGKILL)
         return {rank: status for rank, status in statuses.items() if status not in own}
@@ -169,8 +179,10 @@ class _Stops:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.append(number)
         workers = _children()
-        if not workers:
+        if not workers and (self._waited_before is None or self._waited_before == _seconds_of_ended_children()):
             raise _Stopped
+        if not workers:
+            return
         _kill(workers, signal.SIGKILL if self.quit else number)
         if len(self._received) == 1:
             self._timer.daemon = True
@@ -233,6 +245,17 @@ def _children() -> list[int]:
         return []
 
 
+def _seconds_of_ended_children() -> float:
+    """CPU time of the processes that this one has waited for: it grows with each, and says whether there was one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _cores() -> int:
+    """The cores that this process may use: of a shared node, a scheduler gives some."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def _tell_killed(statuses: Mapping[int, int]) -> None:
     """Say which ranks a signal has killed: nobody else does, and the others only miss them."""
     for rank, status in statuses.items():
@@ -258,7 +281,7 @@ def worst_status(statuses: Iterable[int]) -> int:
 
 
 def main() -> int:
-    if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+    if len(sys.argv) < 3 or not is_whole(sys.argv[1], 1):
         print(_USAGE, file=sys.stderr)
         return 2
     return run(sys.argv[2], sys.argv[3:], int(sys.argv[1]))

@@ -20,9 +20,8 @@ import torch.distributed as dist
 # torch.distributed has it by a star import, which type checkers do not count as public.
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from am_recipes.launch.nodes import PREEMPTED, Nodes
+from am_recipes.launch.nodes import PREEMPTED, SECONDS_TO_MEET, Nodes
 
-SECONDS_TO_MEET = 600
 # After this long it is said for whom a machine waits.
 _SECONDS_OF_SILENCE = 10
 # How long one answer of the store may take, and the last words of a machine that has lost its peers.
@@ -103,7 +102,7 @@ def meet(nodes: Nodes, processes: int, seconds: float = SECONDS_TO_MEET) -> Meet
     """Wait until every machine has started the command with `processes` ranks, at most `seconds`.
 
     Raises TimeoutError, which names who has not come, ConnectionError where the endpoint cannot serve, and, on every
-    machine, Disagreement where they were given different numbers.
+    machine that has come by then, Disagreement where they were given different numbers.
     """
     deadline = time.monotonic() + seconds
     mine = {"nnodes": nodes.count, "nproc-per-node": processes, "host": socket.gethostname()}
@@ -111,15 +110,19 @@ def meet(nodes: Nodes, processes: int, seconds: float = SECONDS_TO_MEET) -> Meet
     store.set(f"automodel/node/{nodes.rank}", json.dumps(mine))
     others = _all(nodes, store, deadline, seconds)
     for number, other in others.items():
-        for name in ("nnodes", "nproc-per-node"):
-            if other[name] != others[0][name]:
-                # Until the others have read it too.
-                time.sleep(10 * _PAUSE * (nodes.rank == 0))
-                raise Disagreement(
-                    f"--{name} is {others[0][name]} on node 0 ({others[0]['host']}) and {other[name]} on node {number} "
-                    f"({other['host']}); it must be the same on every machine"
-                )
+        for name in _differ(others[0], other):
+            # Until the others have read it too.
+            time.sleep(10 * _PAUSE * (nodes.rank == 0))
+            raise Disagreement(
+                f"--{name} is {others[0][name]} on node 0 ({others[0]['host']}) and {other[name]} on node {number} "
+                f"({other['host']}); it must be the same on every machine"
+            )
     return Meeting(nodes, store, [other["host"] for other in others.values()])
+
+
+def _differ(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The options that two machines were given differently."""
+    return [name for name in ("nnodes", "nproc-per-node") if first[name] != other[name]]
 
 
 def _serve(nodes: Nodes) -> TCPStore:
@@ -190,8 +193,8 @@ def _all(nodes: Nodes, store: TCPStore, deadline: float, seconds: float) -> Mapp
             raise ConnectionError(
                 f"node 0 at --rdzv-endpoint {nodes.endpoint} has ended before all had come; its output says why"
             ) from None
-        # A node that was told of more machines than node 0 waits for nobody.
-        if len(found) == nodes.count or (0 in found and found[0]["nnodes"] != nodes.count):
+        # Where two were told different numbers, nobody is waited for any more: who else would have to come?
+        if len(found) == nodes.count or (0 in found and any(_differ(found[0], other) for other in found.values())):
             return dict(sorted(found.items()))
     raise TimeoutError(
         f"{missing()} did not come within {seconds:.0f} s; start the same command there, with its own --node-rank"

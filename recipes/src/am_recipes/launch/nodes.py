@@ -9,8 +9,14 @@ from dataclasses import dataclass
 PREEMPTED = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL)."""
 
+MEETING_TIMEOUT = "AUTOMODEL_MEETING_TIMEOUT"
+"""The environment variable with the seconds that machines wait for each other."""
+
+SECONDS_TO_MEET = 600
+"""Without it."""
+
 # HOST:PORT, where an IPv6 address has brackets.
-_ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d+)")
+_ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,19 @@ class Nodes:
         return f"{self.host}:{self.port}"
 
 
+def is_whole(text: str, least: int = 0) -> bool:
+    """Whether a text is a whole number of at least `least`: digits that everybody reads, and no sign."""
+    return text.isascii() and text.isdecimal() and int(text) >= least
+
+
+def seconds_to_meet(environment: Mapping[str, str]) -> int:
+    """How long machines wait for each other. Raises ValueError."""
+    text = environment.get(MEETING_TIMEOUT) or str(SECONDS_TO_MEET)
+    if not is_whole(text, 1):
+        raise ValueError(f"{MEETING_TIMEOUT}={text} is no whole number of seconds of at least 1; correct or unset it")
+    return int(text)
+
+
 def parse(options: Mapping[str, str]) -> Nodes | None:
     """What `--nnodes`, `--node-rank` and `--rdzv-endpoint` of a command line say; None for this machine alone.
 
@@ -47,6 +66,8 @@ def parse(options: Mapping[str, str]) -> Nodes | None:
         return None
     count = _whole("nnodes", options["nnodes"], 1) if "nnodes" in options else None
     if count == 1:
+        if "rdzv-endpoint" in options:
+            _endpoint(options["rdzv-endpoint"])
         rank = _whole("node-rank", options.get("node-rank", "0"), 0)
         if rank:
             raise ValueError(f"--node-rank {rank} must be less than --nnodes 1; the only machine has number 0")
@@ -68,7 +89,7 @@ def parse(options: Mapping[str, str]) -> Nodes | None:
 
 
 def _whole(name: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
+    if not is_whole(text, least):
         raise ValueError(f"--{name} must be a whole number of at least {least}, got {text!r}")
     return int(text)
 

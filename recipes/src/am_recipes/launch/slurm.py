@@ -11,6 +11,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from am_recipes.launch.job import Refusal
+
+# What sbatch says of a key of ours, and what helps; the first that fits.
+REFUSALS = (
+    Refusal(
+        ("qos policy",),
+        "",
+        "sacctmgr show associations user=$USER and sacctmgr show qos have the limits of jobs, sizes and times; ask for "
+        "less, or wait for jobs of yours to end",
+    ),
+    Refusal(("contact slurm controller",), "", "scontrol ping says whether it is up; type the same again once it is"),
+    Refusal(("socket timed out",), "", "the controller is busy: squeue --me says whether it took the job; else again"),
+    Refusal(("account",), "account", "sacctmgr show associations user=$USER lists yours; --slurm.account NAME"),
+    Refusal(("partition",), "partition", "sinfo --summarize lists the partitions; --slurm.partition NAME"),
+    Refusal(("qos",), "qos", "sacctmgr show qos lists what there is; --slurm.qos NAME"),
+    Refusal(("time limit",), "time", "sinfo --summarize shows the longest of each partition; --slurm.time 01:00:00"),
+    Refusal(("dependency",), "dependency", "such as afterok:JOB; man sbatch has the forms"),
+    Refusal(("array",), "array", "such as 0-3 or 1-10%1; man sbatch has the forms"),
+    Refusal(("gres",), "gpus_per_node", "sinfo --Format=nodehost,gres shows what nodes have; --slurm.gpus_per_node N"),
+    Refusal(("node count",), "nodes", "sinfo --summarize shows how many there are; --slurm.nodes N"),
+    Refusal(("more processors",), "ntasks_per_node", "ranks on a node have a core each; --slurm.ntasks_per_node N"),
+    Refusal(("node configuration",), "", "sinfo --long shows what nodes have: nodes, ntasks_per_node, gpus_per_node"),
+)
+
 
 @dataclass(frozen=True)
 class Container:

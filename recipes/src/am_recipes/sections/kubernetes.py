@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from am_recipes.launch import kubernetes
 from am_recipes.launch.job import Job, Refusal, Rendered, refusal
+from am_recipes.launch.nodes import MEETING_TIMEOUT
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text
 from am_recipes.sections.variables import require_distinct, require_texts, require_there, require_variables, texts
 from am_recipes.settings import ArgumentError, Check
@@ -21,6 +22,8 @@ _QUANTITY = r"\+?(\d+\.?\d*|\.\d+)([kMGTPE]|[KMGTPE]i|[num]|[eE][+-]?\d+)?"
 _RESOURCE = rf"({_DNS_NAME}/)?[A-Za-z0-9]([-\w.]*[A-Za-z0-9])?"
 _TOLERATION = r"(?P<key>[\w./-]+)(=(?P<value>[\w.-]*))?(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
 _SECRET = rf"(?P<variable>[A-Za-z_]\w*)=(?P<secret>{_DNS_NAME})/(?P<key>[-\w.]+)"
+# Pods come one by one where machines are added for them and pull an image of many GB.
+_SECONDS_TO_MEET = 3600
 # What Kubeflow's torch policy sets itself, and refuses in a TrainJob.
 _OF_THE_RUNTIME = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 
@@ -260,6 +263,7 @@ class Kubernetes:
         name = self.name or f"{re.sub(r'[^a-z0-9]+', '-', job.name.lower()).strip('-')}-{now}"
         gpus = {self.gpu_resource: self.gpus_per_node} if self.gpus_per_node else {}
         home = {"HF_HOME": self.hf_home} if self.hf_home else {}
+        meeting = {MEETING_TIMEOUT: str(_SECONDS_TO_MEET)} if self.nodes > 1 else {}
         return kubernetes.Pods(
             name=name,
             image=self.image,
@@ -270,7 +274,7 @@ class Kubernetes:
             namespace=self.namespace,
             labels=self.labels,
             # Lines of the log come as they are written.
-            env={"PYTHONUNBUFFERED": "1"} | home | texts(self.env_vars),
+            env={"PYTHONUNBUFFERED": "1"} | meeting | home | texts(self.env_vars),
             secrets={secret["variable"]: (secret["secret"], secret["key"]) for secret in self._secrets()},
             requests=self.resources.requests,
             limits=gpus | dict(self.resources.limits),

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from am_recipes.launch.job import Job, Refusal, Rendered, refusal
-from am_recipes.launch.slurm import Container, Script, script
+from am_recipes.launch.job import Job, Rendered, refusal
+from am_recipes.launch.slurm import REFUSALS, Container, Script, script
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text, Time, seconds
 from am_recipes.sections.variables import require_distinct, require_names
 from am_recipes.settings import ArgumentError, AsWritten, Check, rewritten
@@ -48,27 +48,6 @@ Word = Annotated[
     ),
 ]
 
-# What sbatch says of a key of ours, and what helps; the first that fits.
-_REFUSALS = (
-    Refusal(
-        ("qos policy",),
-        "",
-        "sacctmgr show associations user=$USER and sacctmgr show qos have the limits of jobs, sizes and times; ask for "
-        "less, or wait for jobs of yours to end",
-    ),
-    Refusal(("contact slurm controller",), "", "scontrol ping says whether it is up; type the same again once it is"),
-    Refusal(("socket timed out",), "", "the controller is busy: squeue --me says whether it took the job; else again"),
-    Refusal(("account",), "account", "sacctmgr show associations user=$USER lists yours; --slurm.account NAME"),
-    Refusal(("partition",), "partition", "sinfo --summarize lists the partitions; --slurm.partition NAME"),
-    Refusal(("qos",), "qos", "sacctmgr show qos lists what there is; --slurm.qos NAME"),
-    Refusal(("time limit",), "time", "sinfo --summarize shows the longest of each partition; --slurm.time 01:00:00"),
-    Refusal(("dependency",), "dependency", "such as afterok:JOB; man sbatch has the forms"),
-    Refusal(("array",), "array", "such as 0-3 or 1-10%1; man sbatch has the forms"),
-    Refusal(("gres",), "gpus_per_node", "sinfo --Format=nodehost,gres shows what nodes have; --slurm.gpus_per_node N"),
-    Refusal(("node count",), "nodes", "sinfo --summarize shows how many there are; --slurm.nodes N"),
-    Refusal(("more processors",), "ntasks_per_node", "ranks on a node have a core each; --slurm.ntasks_per_node N"),
-    Refusal(("node configuration",), "", "sinfo --long shows what nodes have: nodes, ntasks_per_node, gpus_per_node"),
-)
 # What stands in the header because of a key of ours.
 _OURS = {
     "job-name": "job_name",
@@ -166,14 +145,10 @@ class Slurm:
                 "as it starts; set a smaller one, or null",
             )
         require_names("env_vars", self.env_vars)
-        named = {"hf_home": "HF_HOME", "hf_token": "HF_TOKEN", "wandb_key": "WANDB_API_KEY"}
-        given = {"hf_home": self.hf_home, "hf_token": self.hf_token, "wandb_key": self.wandb_key}
-        require_distinct(
-            [
-                *((key, named[key]) for key, value in given.items() if value is not None),
-                *((f"env_vars.{name}", name) for name in self.env_vars),
-            ]
-        )
+        given = [("hf_home", "HF_HOME", self.hf_home), ("hf_token", "HF_TOKEN", self.hf_token)]
+        given += [("wandb_key", "WANDB_API_KEY", self.wandb_key)]
+        given += [(f"env_vars.{name}", name, value) for name, value in self.env_vars.items()]
+        require_distinct((key, name) for key, name, value in given if value is not None)
         if self.container_image is None:
             for key, value in (("nemo_mount", self.nemo_mount), ("extra_mounts", self.extra_mounts)):
                 if value:
@@ -212,14 +187,12 @@ class Slurm:
 
     def refused(self, errors: str) -> tuple[str, str]:
         """Which key sbatch may mean by its complaint, empty for none, and what helps."""
-        return refusal(_REFUSALS, errors, "man sbatch explains its options; directives passes any of them on")
+        return refusal(REFUSALS, errors, "man sbatch explains its options; directives passes any of them on")
 
     def _require_apart(self, job: Job) -> None:
         if self.array is None or self.array.endswith("%1"):
             return
-        names: list[str] = []
-        rewritten(job.run_dir_reference or "", str, lambda name, default: names.append(name) or "")
-        if not {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"} & set(names):
+        if not {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"} & set(_variables_of(job.run_dir_reference or "")):
             raise ArgumentError(
                 "slurm.array",
                 f"array={self.array} would train the same run many times at once, in one run_dir; write run_dir: "
@@ -378,13 +351,24 @@ def _existing(path: Path, key: str) -> Path:
 
 def _is_elsewhere(path: Path, mounts: list[str]) -> bool:
     """Whether what a container sees at `path` is another folder outside of it."""
-    found = [mount.split(":")[:2] for mount in mounts]
-    over = [(source, dest) for source, dest in found if path.is_relative_to(dest)]
-    return bool(over) and len(set(max(over, key=lambda pair: len(Path(pair[1]).parts)))) > 1
+    places = [(Path(dest), source) for source, dest in (mount.split(":")[:2] for mount in mounts)]
+    over = [(len(dest.parts), Path(source) != dest) for dest, source in places if path.is_relative_to(dest)]
+    return max(over, default=(0, False))[1]
 
 
 def _is_word(text: str) -> bool:
     return text.isprintable() and not set(text) & set('"\\')
+
+
+def _variables_of(text: str) -> list[str]:
+    names: list[str] = []
+
+    def note(name: str, default: str | None) -> str:
+        names.append(name)
+        return ""
+
+    rewritten(text, str, note)
+    return names
 
 
 def _percent(text: object) -> str:

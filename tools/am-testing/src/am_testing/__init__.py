@@ -1,4 +1,4 @@
-"""Test helpers of this repository: a pool of gloo worker processes."""
+"""Test helpers of this repository: a pool of gloo worker processes, and free ports."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from am_testing._pool import Pool
+from am_testing._ports import free_port
 
-__all__ = ["Pool", "run_distributed"]
+__all__ = ["Pool", "free_port", "run_distributed"]
 
 _pool = Pool(4)
 atexit.register(_pool.close)
