@@ -156,6 +156,9 @@ def test_tasks_of_an_array_are_started_again_by_themselves(jobs: Jobs) -> None:
     jobs.cluster.wait(
         lambda: not jobs.cluster.run("squeue", "--noheader", f"--jobs={number}").strip(), "the end of all"
     )
+    for task, restarts in ((0, "0"), (1, "1")):
+        ended = jobs.cluster.job(f"{number}_{task}")
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", restarts)
     first, second = (jobs.file.parent / f"llm_finetune_{number}_{task}.log" for task in (0, 1))
     assert "requeued" not in first.read_text()
     assert f"job {number}_1, start 2: " in second.read_text()
@@ -190,7 +193,9 @@ def test_the_nodes_have_what_the_script_says(jobs: Jobs, monkeypatch: pytest.Mon
     for node in (0, 1):
         assert f"node {node} of 2 meets at 127.0.0.1:13742 with secret in {Path.cwd()}\n" in jobs.log()
     # SLURM rounds limits up to minutes.
-    assert all(150 <= int(left) <= 180 for left in re.findall(r"left (\d+)", jobs.log()))
+    first, second = re.findall(r"left (\d+)\n", jobs.log())
+    assert 150 <= int(first) <= 180
+    assert 150 <= int(second) <= 180
     assert "secret" not in "".join(file.read_text() for file in jobs.file.parent.iterdir() if file != jobs.file)
 
 
