@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ ROWS: list[dict[str, Any]] = [
     {"step": 2, "val_loss": 7.0, "time": 1002.0},
     {"step": 3, "loss": 6.5, "tokens": 14, "time": 1003.0},
 ]
+SECRET = "hunter" + "0" * 34
 KEYS = [(0, True), (1, False), (2, False), (2, True), (3, False)]
 
 
@@ -72,17 +75,26 @@ def failed_and_continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         "validation_dataset": {"path": "recipes/data/chat/validation.jsonl", "split": "train[:4]"},
         "dataloader": {"shuffle": False},
         "step_scheduler": {"global_batch_size": 2, "max_steps": 9, "num_epochs": 1, "val_every_steps": 3},
-        "mlflow": {"tracking_uri": f"sqlite:///{folder}/mlflow.db", "artifact_location": f"{folder}/mlflow"},
-        "wandb": {"mode": "offline", "tags": ["one"], "log_artifacts": ["config", "export"]},
+        "mlflow": {
+            "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+            "artifact_location": f"{folder}/mlflow",
+            "tags": {"team": "blue", "a//b": 1, "api_key": SECRET},
+        },
+        "wandb": {
+            "mode": "offline",
+            "tags": ["one"],
+            "log_artifacts": ["config", "export"],
+            "settings": {"api_key": SECRET},
+        },
         "tensorboard": {},
         "trackio": {"dir": f"{folder}/trackio", "project": "four", "group": "g"},
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    process = runs.start(folder / "config.yaml", folder / "run", {})
+    (folder / "given.yaml").write_text(yaml.safe_dump(config))
+    process = runs.start(folder / "given.yaml", folder / "run", {})
     assert runs.finish(process) == 1
     assert not [command for command in services() if f"--pid {process[0].pid}" in command]
     before = everywhere(folder)
-    runs.train(folder, "run", folder / "config.yaml", {"step_scheduler.num_epochs": "3"})
+    runs.train(folder, "run", folder / "given.yaml", {"step_scheduler.num_epochs": "3"})
     return folder, before
 
 
@@ -139,6 +151,23 @@ def test_the_config_is_there(failed_and_continued: tuple[Path, dict[str, Any]], 
     assert str(params["model.dtype"]) == "float32"
 
 
+def test_no_secret_is_anywhere(failed_and_continued: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = failed_and_continued
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "given.yaml"]
+    assert {file.suffix for file in files} >= {".db", ".wandb", ".html", ".json", ".yaml"}
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+
+
+def test_tags_of_mlflow_are_those_of_the_config_as_it_is_saved(
+    failed_and_continued: tuple[Path, dict[str, Any]],
+) -> None:
+    with contextlib.closing(sqlite3.connect(failed_and_continued[0] / "mlflow.db")) as database:
+        tags = dict(database.execute("SELECT key, value FROM tags"))
+    assert (tags["team"], tags["a__b"], tags["api_key"]) == ("blue", "1", "${API_KEY}")
+    assert "version.torch" in tags
+    assert len(tags) < 40
+
+
 def test_wandb_keeps_the_config_and_the_export_offline(failed_and_continued: tuple[Path, dict[str, Any]]) -> None:
     assert set(everywhere(failed_and_continued[0])["wandb"].artifacts) == {"config", "model"}
 
@@ -151,6 +180,7 @@ def killed_with_its_rows(folder: Path) -> None:
 
 
 def stopped_after_all_rows(folder: Path) -> None:
+    sys.argv = ["automodel", f"--dataset.hf_token={SECRET}"]
     tracker = wandb_section().tracker()
     assert tracker.begin(told(folder, id="same", resume_step=2)) == "same"
     tracker.rows(ROWS[3:])
@@ -180,6 +210,7 @@ def test_what_wandb_has_taken_outlives_a_kill_and_its_process_does_not(tmp_path:
     # Those that came twice to one launch are there once; what another launch has is left to W&B, which goes by `_step`.
     assert [row["_step"] for _, row in kept.rows] == [1, 2, 4, 5, 6, 5, 6]
     assert kept.statuses == [255]
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and SECRET.encode() in file.read_bytes()] == []
 
 
 def test_tensorboard_hides_what_comes_again(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from am_recipes import cli
-from am_recipes.compare import compare, compare_rows
+from am_recipes.compare import compare, compare_rows, different_columns
 from am_recipes.sinks.record import Record
 
 LAUNCH: dict[str, Any] = {
@@ -73,6 +73,48 @@ def test_equal_runs_may_differ_in_what_was_measured(tmp_path: Path) -> None:
         "data and weights: the same",
         "environment: the same",
     ]
+
+
+def test_what_is_not_finite_is_one_whoever_wrote_it(tmp_path: Path) -> None:
+    files = tmp_path / "a", tmp_path / "b"
+    for file, values in zip(files, ((math.nan, math.inf, None), (None, None, math.nan)), strict=True):
+        file.write_text("".join(json.dumps(row(step, loss=value)) + "\n" for step, value in enumerate(values, start=1)))
+    assert compare_rows(*files).are_equal
+
+
+def test_runs_without_a_row_are_not_shown_to_be_equal(tmp_path: Path) -> None:
+    a, b = run(tmp_path / "a", []), run(tmp_path / "b", [])
+    assert "no row is in both" in told(a, b)
+    assert cli.main(["compare", str(a), str(b), "--assert-equal"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "is_compared"),
+    [
+        ("val_loss_lifetime", True),
+        ("val_loss_first_seconds", True),
+        ("lora_bytes", True),
+        ("overtime", True),
+        ("expert_seconds", False),
+        ("images_per_second", False),
+    ],
+)
+def test_which_columns_are_measured(column: str, is_compared: bool) -> None:
+    assert different_columns(row(1, **{column: 1.0}), row(1, **{column: 2.0})) == [column] * is_compared
+
+
+def test_files_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    """The same files elsewhere are the same, and each is held against its own."""
+
+    def launch(root: str, german: str) -> dict[str, Any]:
+        names = {f"{root}/de/part.parquet": german, f"{root}/en/part.parquet": "e"}
+        return {"data": {f"dataset.path: {name}": digest for name, digest in names.items()}}
+
+    a = run(tmp_path / "a", [row(1)], launch("/here", "d"))
+    text = told(a, run(tmp_path / "b", [row(1)], launch("/there/it/is", "d")))
+    assert "data and weights: the same" in text
+    text = told(a, run(tmp_path / "c", [row(1)], launch("/there/it/is", "other")))
+    assert "data and weights: 1 differs\n  dataset.path: de/part.parquet\n    A d\n    B other\n" in text
 
 
 def test_the_first_step_that_differs_and_by_how_much(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -52,8 +53,13 @@ def parsed(folder: Path, *overrides: tuple[str, str], text: str = CONFIG) -> con
         (["run", "--sinks", "[{key: abc}, {name: b}]"], "run --sinks '[{key: <redacted>}, {name: b}]'"),
         (
             ["run", "--uri", "http://me:pw@host:1/x", "http://host:1"],
-            "run --uri http://me:<redacted>@host:1/x http://host:1",
+            "run --uri 'http://<redacted>@host:1/x' http://host:1",
         ),
+        (["run", "--uri=https://TOKEN@host/x"], "run '--uri=https://<redacted>@host/x'"),
+        (["run", "--uri=http://h?a=1&write_token=T"], "run '--uri=http://h?a=1&write_token=<redacted>'"),
+        (["run", "--a={password: [x, y], b: 1}"], "run '--a={password: [<redacted>, <redacted>], b: 1}'"),
+        (["run", "--trackio.webhook_url=x"], "run '--trackio.webhook_url=<redacted>'"),
+        (["run", "--a={api_key: x"], "run '--a=<redacted>'"),
         (["run", "--peft={r: 4,  dim: [1]}"], "run '--peft={r: 4,  dim: [1]}'"),
     ],
 )
@@ -110,6 +116,14 @@ def test_what_a_recipe_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_weights_that_were_digested_already_are_not_read_again(tmp_path: Path) -> None:
     weights = Weights({}, [], {"base": "abc"}, {"base": tmp_path / "not there"})
     assert provenance.weights_and_files(weights) == {"base weights": "blake2b of 16 blocks of each file:abc"}
+
+
+def test_what_cannot_be_read_ends_no_run(tmp_path: Path) -> None:
+    long = "x" * 300
+    config = plain(parsed(tmp_path, ("dataset.path", long)))
+    assert provenance.data_files(config) == {f"dataset.path: {long}": "not readable: File name too long"}
+    weights = Weights({}, [], {}, {"base": tmp_path / long})
+    assert provenance.weights_and_files(weights) == {"base weights": "not readable: File name too long"}
 
 
 def test_digests_of_files(tmp_path: Path) -> None:
@@ -192,6 +206,42 @@ def test_the_state_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(each.startswith(f"{clean}, changed: blake2b:") for each in changed)
     assert changed[0] == changed[2] != changed[1]
     assert provenance.launch(None, 1)["git"] == changed[0]
+
+
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository, which is the working directory."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", os.devnull)
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    return tmp_path
+
+
+def test_a_repository_of_another_user_has_its_commit(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that is mounted into a container: git refuses the diff, which could run what the repository names."""
+    commit = provenance.repositories()["working directory"]
+    ran = committed / "ran"
+    git(committed, "config", "core.fsmonitor", f"touch {ran}; false")
+    # Git's own switch for its own tests.
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    told = provenance.repositories()["working directory"]
+    assert told.startswith(f"{commit}, changes not known: fatal: detected dubious ownership in repository at ")
+    assert not ran.exists()
+
+
+def test_what_git_does_not_tell_is_said(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (committed / ".git/HEAD").write_text("nothing")
+    assert provenance.launch(None, 1)["git"] == (
+        "not known: fatal: not a git repository (or any of the parent directories): .git"
+    )
+    monkeypatch.setenv("PATH", str(committed))
+    assert provenance.launch(None, 1)["git"] == "not known: git does not start: No such file or directory"
+    (committed / "git").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    (committed / "git").chmod(0o755)
+    monkeypatch.setattr(provenance, "GIT_SECONDS", 0.2)
+    assert provenance.launch(None, 1)["git"] == "not known: git took more than 0.2 s"
 
 
 def test_own_modules_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

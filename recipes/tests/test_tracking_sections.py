@@ -75,7 +75,7 @@ def test_a_secret_among_the_settings_is_written_as_a_reference(tmp_path: Path) -
         ({"trackio": {"project": ""}}, "trackio.project: must not be empty"),
         (
             {"trackio": {"server_url": "http://here:1?write_token=visible"}},
-            "trackio.server_url: has a write token in clear; give it as TRACKIO_WRITE_TOKEN in the environment",
+            "trackio.server_url: has a write_token in clear, which config.yaml would repeat; give the whole address as",
         ),
     ],
 )

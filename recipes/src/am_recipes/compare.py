@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from am_recipes.settings import inline, leaves
@@ -20,8 +20,9 @@ from am_recipes.sinks import record
 from am_recipes.sinks.record import Launch, Record
 
 WIDTH = 80
-# What two equal runs differ in: when, how fast, how much memory. The names of further columns end like these.
-MEASURED = ("time", "seconds", "per_second", "bytes")
+# What two equal runs differ in: when, how fast, how much memory. So do further columns that end like RATES.
+MEASURED = ("time", "tokens_per_second", "peak_memory_bytes")
+RATES = ("_per_second", "_seconds")
 # The keys of a config that are another run's in any case.
 PLACES = ("run_dir",)
 NOTHING = ("not there", "")
@@ -56,7 +57,8 @@ class Rows:
 
     @property
     def are_equal(self) -> bool:
-        return not self.different and not any(self.only)
+        # Without a row nothing was shown to be equal.
+        return self.equal > 0 and not self.different and not any(self.only)
 
 
 def compare(run_a: Path, run_b: Path) -> tuple[bool, str]:
@@ -133,13 +135,20 @@ def _key(row: Mapping[str, Any]) -> Key:
 
 
 def different_columns(a: Mapping[str, Value], b: Mapping[str, Value]) -> list[str]:
-    """The columns in which two rows differ, or that one alone has. NaN and null are equal to themselves."""
-    names = [name for name in dict.fromkeys((*a, *b)) if not name.endswith(MEASURED)]
+    """The columns in which two rows differ, or that one alone has. NaN, infinities and null are one: not finite."""
+    names = [name for name in dict.fromkeys((*a, *b)) if not _is_measured(name)]
     return [name for name in names if not _equal(a.get(name, NOTHING[0]), b.get(name, NOTHING[0]))]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+def _is_measured(column: str) -> bool:
+    # `loss` is in the name of every held-out loss, whose end is the user's: val_loss_first_seconds.
+    return column in MEASURED or (column.endswith(RATES) and "loss" not in column)
+
+
+def _equal(a: Value, b: Value) -> bool:
+    # The file of a run has null for what is not finite.
+    a, b = (None if isinstance(value, float) and not math.isfinite(value) else value for value in (a, b))
+    return a == b
 
 
 def _told(rows: Rows) -> list[str]:
@@ -209,8 +218,20 @@ def _code(launch: Launch) -> Facts:
 
 
 def _data(launch: Launch) -> Facts:
-    # The same file elsewhere is the same file.
-    return {re.sub(r"(?<=: ).*/", "", name): (digest, "") for name, digest in launch.get("data", {}).items()}
+    digests = launch.get("data", {})
+    files: dict[str, list[PurePath]] = {}
+    for name in digests:
+        key, is_file, file = name.partition(": ")
+        if is_file:
+            files.setdefault(key, []).append(PurePath(file))
+    # The same files elsewhere are the same: their names begin below the folder that those of one key share.
+    shared = {key: os.path.commonpath([file.parent for file in paths]) for key, paths in files.items()}
+    return {_from(name, shared): (digest, "") for name, digest in digests.items()}
+
+
+def _from(name: str, folders: Mapping[str, str]) -> str:
+    key, _, file = name.partition(": ")
+    return f"{key}: {PurePath(file).relative_to(folders[key])}" if key in folders else name
 
 
 def _environment(launch: Launch) -> Facts:

@@ -42,6 +42,8 @@ BLOCKS, BLOCK_BYTES = 16, 2**14
 # More files than these are one line; of more than SAMPLED, so many are opened; more than LISTED are not even listed.
 NAMED, SAMPLED, LISTED = 32, 256, 100_000
 GIT_SECONDS = 5
+# Folder and commit, on two lines.
+_WHERE = ("rev-parse", "--show-toplevel", "HEAD")
 # Variables that may change a number, a speed, or which machine part computes it.
 _VARIABLES = re.compile(r"(OMP|MKL|CUDA|CUBLAS|NCCL|NVIDIA|TORCH|PYTORCH|TRITON)_\w+|HF_HUB_OFFLINE")
 # What a scheduler calls the job, and how often it has started it.
@@ -65,6 +67,12 @@ def launch(resume_step: int | None, world_size: int) -> Launch:
         "code": code | own_modules(),
         "environment": environment(),
     }
+
+
+def of_ranks(config: RunConfig, weights: Weights, resume_step: int | None, world_size: int) -> Launch | None:
+    """`of_run` on rank 0, None on the others; every rank calls it."""
+    hosts = all_hosts()
+    return None if torch.distributed.get_rank() else of_run(config, weights, resume_step, world_size, hosts)
 
 
 def of_run(
@@ -122,33 +130,46 @@ def repositories() -> dict[str, str]:
     `COMMIT`, `COMMIT, changed: blake2b:...` (of the diff), or why that is not known. What git does not track is no part
     of it: see `own_modules`.
     """
-    folders = {"working directory": Path.cwd(), "am-recipes": Path(am_recipes.__file__).parent}
-    roots, states = {}, dict[bytes, str]()
-    for name, folder in folders.items():
-        answer = None if _is_installed(folder) else _git(folder, "rev-parse", "--show-toplevel", "HEAD")
-        if isinstance(answer, bytes):
-            roots[name] = root = answer
-            states[root] = states.get(root) or _state(folder, root.split()[-1].decode())
-    return {name: states[root] for name, root in roots.items()}
+    found, states = {}, dict[bytes | str, str]()
+    for name, folder in {"working directory": Path.cwd(), "am-recipes": Path(am_recipes.__file__).parent}.items():
+        if not _is_installed(folder) and any(os.path.lexists(each / ".git") for each in (folder, *folder.parents)):
+            root = _git(folder, *_WHERE)
+            states[root] = states.get(root) or _state(folder, root)
+            found[name] = states[root]
+    return found
 
 
-def _state(folder: Path, commit: str) -> str:
+def _state(folder: Path, root: bytes | str) -> str:
+    """Of what git answers to `_WHERE` there."""
+    if isinstance(root, str):
+        # Of another user, as code that is mounted into a container may be: this runs nothing of the repository, while
+        # a diff runs filters that its configuration may name.
+        safe = _git(folder, "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *_WHERE)
+        known = f"{safe.split()[-1].decode()}, changes " if isinstance(safe, bytes) else ""
+        return f"{known}not known: {root}"
+    commit = root.split()[-1].decode()
     options = ("--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "--no-relative")
     diff = _git(folder, "diff", "HEAD", *options)
-    return commit + (diff if isinstance(diff, str) else f", changed: {_digest(diff)}" if diff else "")
+    if isinstance(diff, str):
+        return f"{commit}, changes not known: {diff}"
+    return f"{commit}, changed: {_digest(diff)}" if diff else commit
 
 
-def _git(folder: Path, *arguments: str) -> bytes | str | None:
-    """What git answers; None where it refuses or is not there, text where it took too long."""
+def _git(folder: Path, *arguments: str) -> bytes | str:
+    """What git answers; text where it refuses, is not there, or takes too long."""
     # Without the locks that even reading takes, which somebody's commit may wait for.
     command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    # Records of two machines are compared: in one language.
+    environment = os.environ | {"LC_ALL": "C"}
     try:
-        result = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=False)
-    except FileNotFoundError:
-        return None
+        result = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=False, env=environment)
     except subprocess.TimeoutExpired:
-        return f", git took more than {GIT_SECONDS} s to say whether it is changed"
-    return result.stdout if result.returncode == 0 else None
+        return f"git took more than {GIT_SECONDS} s"
+    except OSError as error:
+        return f"git does not start: {error.strerror}"
+    if result.returncode == 0:
+        return result.stdout
+    return next(iter(result.stderr.decode(errors="replace").splitlines()), f"git ended with {result.returncode}")
 
 
 def own_modules() -> dict[str, str]:
@@ -227,8 +248,12 @@ def weights_and_files(weights: Weights) -> dict[str, str]:
     """
     found = {}
     for name, folder in weights.folders.items():
-        print_ = weights.fingerprints.get(name) or sources.fingerprint(folder)
-        found[f"{name} weights"] = f"blake2b of 16 blocks of each file:{print_}"
+        try:
+            digest = weights.fingerprints.get(name) or sources.fingerprint(folder)
+        except OSError as error:
+            found[f"{name} weights"] = f"not readable: {error.strerror}"
+        else:
+            found[f"{name} weights"] = f"blake2b of 16 blocks of each file:{digest}"
     for name, content in sorted(weights.files.items()):
         found[name] = _digest(content.encode() if isinstance(content, str) else content)
     return found

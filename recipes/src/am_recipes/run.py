@@ -95,9 +95,8 @@ class Run:
         self._estimate: time_limit.Save | None = None
         self._validated: dict[str, float] | None = None
         self._saved_at = time.monotonic()
-        is_first, hosts = torch.distributed.get_rank() == 0, provenance.all_hosts()
         self._trackers = trackers.build(config, self.resumed)
-        own_sinks = [sink.build() for sink in config.sinks] if is_first else []
+        own_sinks = [] if torch.distributed.get_rank() else [sink.build() for sink in config.sinks]
         self.log = Log(
             config.run_dir,
             config.to_yaml(),
@@ -107,7 +106,7 @@ class Run:
             resume_step=self.resumed,
             identity=config.identity(),
             sinks=[*own_sinks, self._trackers],
-            launch=provenance.of_run(config, weights, self.resumed, dims.world_size, hosts) if is_first else None,
+            launch=provenance.of_ranks(config, weights, self.resumed, dims.world_size),
         )
 
     def __enter__(self) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,8 @@ from am_recipes.settings import (
     dump,
     fingerprints,
     first_name,
+    in_clear,
+    leaves,
     plain,
     unusable,
     written,
@@ -105,7 +106,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._require_validations()
         self._require_one_launcher()
-        self._require_no_password()
+        self._require_no_secret_in_an_address()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -140,21 +141,16 @@ class RunConfig:
         if len(others) > 1:
             raise self.error(others[0], f"{first} hands the run to a scheduler too; choose one: --{first} null")
 
-    def _require_no_password(self) -> None:
-        """Refuse an address with a password in it, which config.yaml and every copy of it would repeat."""
-        key, address = "mlflow.tracking_uri", None if self.mlflow is None else self.mlflow.tracking_uri
-        if address is not None and key not in self.environment and urllib.parse.urlsplit(address).password:
-            raise self.error(
-                key,
-                "has a password in clear; give the whole address as ${MLFLOW_TRACKING_URI}, or the rest of it here and "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment",
-            )
-        key, server = (
-            "trackio.server_url",
-            None if self.trackio is None else self.trackio.init.arguments.get("server_url"),
-        )
-        if key not in self.environment and "write_token=" in str(server):
-            raise self.error(key, "has a write token in clear; give it as TRACKIO_WRITE_TOKEN in the environment")
+    def _require_no_secret_in_an_address(self) -> None:
+        """Refuse an address with a secret in it, which config.yaml and every copy of it would repeat."""
+        for path, value in leaves(plain(self)):
+            text = self.environment.get(path, value)
+            if isinstance(text, str) and not text.count(" ") and (found := in_clear(text)):
+                raise self.error(
+                    path,
+                    f"has {found} in clear, which config.yaml would repeat; give the whole address as a variable of "
+                    "the environment, ${NAME}, or leave it out where its client reads one of its own",
+                )
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""

@@ -145,9 +145,12 @@ def _tags(config: RunConfig) -> dict[str, str]:
     """Of the launch that has just been recorded."""
     launch = record.load(config.run_dir).launches[-1]
     tags = {"recipe": config.recipe, "device": launch["device"], "world_size": str(launch["world_size"])}
+    tags["command"] = launch["command"]
     if launch["git"] is not None:
         tags["git_commit"] = launch["git"]
-    return tags | {f"version.{name}": version for name, version in launch["versions"].items()}
+    # All that is installed, which is hundreds, is in run.json.
+    shown = ("python", "torch", *record.OURS)
+    return tags | {f"version.{name}": launch["versions"][name] for name in shown if name in launch["versions"]}
 
 
 def _status(status: str) -> Status:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from am_recipes.settings.saved import command_line, fingerprints, leaves, written
 from am_recipes.settings.schema import AsWritten, Check, Inline, Prefixed, Typed, plain, read, read_section
+from am_recipes.settings.secrets import in_clear, is_secret
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -19,7 +20,6 @@ from am_recipes.settings.yaml import (
     dump,
     first_name,
     inline,
-    is_secret,
     load,
     nearest,
     override,
@@ -52,6 +52,7 @@ __all__ = [
     "dump",
     "fingerprints",
     "first_name",
+    "in_clear",
     "inline",
     "is_secret",
     "leaves",

@@ -8,10 +8,8 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from am_recipes.settings.yaml import HIDDEN, ConfigError, Node, Place, escaped, inline, is_secret, override, walk
-
-# Of an address: http://name:PASSWORD@host.
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)")
+from am_recipes.settings.secrets import HIDDEN, is_secret, without_secrets
+from am_recipes.settings.yaml import ConfigError, Node, Place, escaped, inline, override, walk
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
@@ -23,7 +21,7 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
 
     def write(path: str, value: Any) -> Any:
         if is_secret(path) and value is not None:
-            source = environment.get(path, f"${{{path.rsplit('.', 1)[-1].upper()}}}")
+            source = environment.get(path, f"${{{_variable(path)}}}")
             return re.sub(r"(\$\{[\w.:]+),[^}]*\}", r"\1}", source)
         if path in environment:
             return environment[path]
@@ -32,8 +30,15 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
     return _replace_leaves(values, "", write)
 
 
+def _variable(path: str) -> str:
+    """The name of a variable for a secret: that of the key that makes it one, and of those below it."""
+    keys = path.split(".")
+    first = next(number for number, key in enumerate(keys) if is_secret(key))
+    return re.sub(r"\W", "_", "_".join(keys[first:])).upper()
+
+
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as a shell takes it, without passwords in addresses and without the secrets among its overrides:
+    """The command as a shell takes it, without the secrets in addresses and among its overrides:
     `--wandb.api_key=value`, `--wandb.api_key value`, and what is one within a mapping or list that is given whole.
     """
     shown = list(arguments)
@@ -46,12 +51,12 @@ def command_line(arguments: Sequence[str]) -> str:
             shown[index] = f"{flag}={_redacted(key, text)}"
         elif not arguments[index + 1].startswith("--"):
             shown[index + 1] = _redacted(key, arguments[index + 1])
-    return _PASSWORD.sub(rf"\1{HIDDEN}", shlex.join(shown))
+    return shlex.join(map(without_secrets, shown))
 
 
 def _redacted(key: str, text: str) -> str:
     """The text of an override of `key` for people to see."""
-    if any(is_secret(part) for part in key.split(".")):
+    if is_secret(key):
         return HIDDEN
     if text[:1] not in ("{", "["):
         return text
@@ -59,15 +64,14 @@ def _redacted(key: str, text: str) -> str:
     try:
         override(root, "given", text)
     except ConfigError:
-        return text
+        return HIDDEN
     if not any(is_secret(path) and node.value is not None for path, node in walk(root)):
         return text
     return inline(_replace_leaves(_plain(root.value["given"]), "", _shown))
 
 
 def _shown(path: str, value: Any) -> Any:
-    hidden = value is not None and any(is_secret(part) for part in path.split("."))
-    return HIDDEN if hidden else value
+    return HIDDEN if value is not None and is_secret(path) else value
 
 
 def _plain(node: Node) -> Any:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from am_recipes.settings.secrets import is_secret
 from am_recipes.settings.target import ArgumentError, DefaultTarget, Target
-from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, is_secret, nearest, variable, walk
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, nearest, variable, walk
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from am_recipes.settings.secrets import HIDDEN, is_secret
+
 _REFERENCE = re.compile(
     r"\$\$\{"
     r"|\$\{(?:oc\.env:)?(?P<name>[A-Za-z_]\w*)(?:,(?P<default>[^}]*))?\}"
@@ -30,13 +32,6 @@ _HERE = re.compile(r"(?<!\$)\$\{here\}")
 # A plain or quoted scalar that begins with it.
 _PATH_FROM_HERE = re.compile(r"""(?<=[\s"'\[,])\$\{here\}[^\s"',\]}]*""")
 _NULLS = ("none", "None")
-_SECRET = re.compile(
-    r"(^|_)(password|passwd|secret|credentials?|authorization|apikey)($|_)"
-    r"|^token$|(?<!bos)(?<!eos)(?<!pad)(?<!unk)(?<!sep)(?<!cls)(?<!mask)(?<!image)(?<!video)(?<!audio)_token$"
-    r"|^key$|(^|_)(api|access|private|secret|auth|wandb|signing|encryption|ssh)_?key$",
-    re.IGNORECASE,
-)
-HIDDEN = "<redacted>"
 # YAML 1.2's scalars: `off` and `no` are text, `1e-4` is a number, dates and 12:30 are text; PyYAML implements YAML 1.1.
 _SCALARS = [
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -148,11 +143,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`did_you_mean`, or the list of what there is when nothing is close."""
     choices = sorted(set(names))
     return did_you_mean(name, choices) or (f"; choose from {', '.join(choices)}" if 0 < len(choices) <= 30 else "")
-
-
-def is_secret(path: str) -> bool:
-    """Whether the last key of a dotted path names a credential: `hf_token` does, `pad_token` does not."""
-    return bool(_SECRET.search(path.rsplit(".", 1)[-1]))
 
 
 def load(path: Path) -> Node:

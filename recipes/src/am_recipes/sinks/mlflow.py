@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import posixpath
 import re
 import shlex
 import socket
@@ -38,6 +39,8 @@ _SETTINGS = {
 # Limits of MLflow's API: entries of a batch, characters of a name, of a parameter's and of a tag's value.
 _PARAMS, _METRICS, _NAME, _VALUE, _TAG = 100, 1000, 250, 6000, 8000
 
+# The parameters that are tags too.
+_TAGS = "mlflow.tags."
 # The tag that says which is the last row: "7", or "7 validation".
 _DELIVERED = "automodel.delivered"
 
@@ -151,7 +154,9 @@ class MlflowTracker:
             self._client.log_batch(self._id, tags=named)
 
     def _tags(self, run: Tracked) -> dict[str, str]:
-        tags = dict(run.tags) | {key: str(value) for key, value in (self._settings.tags or {}).items()}
+        # Those of the config as it is saved: secrets and what came from the environment are references.
+        own = {key.removeprefix(_TAGS): str(value) for key, value in run.params.items() if key.startswith(_TAGS)}
+        tags = {**run.tags, **own}
         tags |= {"run_dir": str(run.run_dir), "host": socket.gethostname()}
         # Those that MLflow's pages show in places of their own.
         tags |= {"mlflow.source.name": sys.argv[0], "mlflow.source.type": "LOCAL"}
@@ -236,8 +241,10 @@ def _cut(value: object, limit: int) -> str:
 
 
 def _name(name: str) -> str:
-    """A name as MLflow takes it."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:_NAME]
+    """A name as MLflow takes it, which could be the path of a file below a folder."""
+    taken = re.sub(r"[^\w\-. :/]", "_", name)[:_NAME] or "_"
+    is_path = posixpath.normpath(taken) == taken and not taken.startswith(("/", ".."))
+    return taken if is_path and taken != "." else re.sub("[/.]", "_", taken)
 
 
 def _milliseconds(seconds: float | int | None) -> int:
