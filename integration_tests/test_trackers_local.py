@@ -241,6 +241,7 @@ def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> 
 
 def trackio_with_rows_twice(folder: Path) -> None:
     section = sections.Trackio(Target("trackio.init", {}), dir=folder, project="p")
+    section.prepare()
     section.reach()
     tracker = section.tracker()
     known = tracker.begin(told(folder))
