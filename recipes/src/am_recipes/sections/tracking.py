@@ -47,7 +47,7 @@ class Tracking(Protocol):
     """A section of a config that names a tracker."""
 
     def prepare(self) -> None:
-        """Find the package, without an import, and set what its import reads. Raises ValueError where it is not there."""
+        """Find the package, without an import, and set what that reads. Raises ValueError where it is not there."""
         ...
 
     def reach(self) -> None:
@@ -167,7 +167,7 @@ class TensorBoard:
     """Event files for TensorBoard."""
 
     log_dir: Path | None = None
-    """Where they are written; null: tensorboard in the run directory."""
+    """Where the run gets a folder of its name; null: tensorboard in the run directory."""
 
     def prepare(self) -> None:
         require_package("tensorboard")
