@@ -308,7 +308,7 @@ def test_what_is_wrong_is_said_with_file_line_and_key(write, capsys, old, new, l
 
 
 def test_a_run_directory_that_goes_with_the_pod_is_refused(write, capsys):
-    for run_dir in ("runs/one", "/trainings/one"):
+    for run_dir in ("runs/one", "/trainings/one", "/training/../one"):
         assert cli.main([write(CONFIG.replace("/training/runs/one", run_dir)), "--dry-run"]) == 1
         message = f"error: one.yaml:2: run_dir: run_dir={run_dir} is not on a volume"
         assert capsys.readouterr().err.startswith(message)

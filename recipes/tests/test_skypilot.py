@@ -293,6 +293,9 @@ def test_a_run_directory_that_is_lost_with_a_machine_is_refused(write, capsys):
     capsys.readouterr()
     assert cli.main([write(text), "--dry-run", "--skypilot.use_spot", "false", "--skypilot.num_nodes", "2"]) == 1
     assert "machines would not share it" in capsys.readouterr().err
+    out_of_it = CONFIG.replace("/training/runs/one", "/training/../one")
+    assert cli.main([write(out_of_it), "--dry-run"]) == 1
+    assert "is on the machine's own disk" in capsys.readouterr().err
 
 
 def test_the_shipped_config(capsys, monkeypatch, faults):

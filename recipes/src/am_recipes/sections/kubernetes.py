@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from collections.abc import Mapping
@@ -208,7 +209,8 @@ class Kubernetes:
     def _require_kept(self, run_dir: Path) -> None:
         """Refuse a run directory on the disk of a pod, which goes with it and which other pods do not see."""
         kept = [volume.mount_path for volume in self.volumes if not volume.read_only]
-        path = PurePosixPath(run_dir)
+        # As a pod reads it: /volume/../x is on no volume.
+        path = PurePosixPath(posixpath.normpath(run_dir))
         if not any(path.is_relative_to(mount) for mount in kept):
             raise ArgumentError(
                 "run_dir",

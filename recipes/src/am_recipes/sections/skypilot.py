@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -125,7 +126,9 @@ class SkyPilot:
     def _require_kept(self, run_dir: Path) -> None:
         """Refuse a run directory that goes with a machine that may go, or that machines would not share."""
         mounts = [*self.volumes, *(path for path, source in self.file_mounts.items() if isinstance(source, Mapping))]
-        if any(PurePosixPath(run_dir).is_relative_to(mount) for mount in mounts):
+        # As the machine reads it: /bucket/../x is in no bucket.
+        path = PurePosixPath(posixpath.normpath(run_dir))
+        if any(path.is_relative_to(mount) for mount in mounts):
             return
         if self.num_nodes == 1 and not self._is_managed:
             return
