@@ -109,6 +109,9 @@ class MlflowTracker:
         self._describe()
         self._client.set_terminated(self._id, status)
 
+    def abandon(self) -> None:
+        """Nothing: the thread of a request that hangs ends with the process."""
+
     def _data_of(self, identifier: str) -> RunData | None:
         """Parameters and tags that the run has; None where it is not there any more."""
         from mlflow.exceptions import MlflowException

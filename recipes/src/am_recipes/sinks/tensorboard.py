@@ -84,6 +84,9 @@ class TensorBoardTracker:
         writer.close()
         self._writer = None
 
+    def abandon(self) -> None:
+        """Nothing: a thread that writes ends with the process."""
+
     def _open(self, first_step: int | None) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
