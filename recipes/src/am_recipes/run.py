@@ -107,6 +107,7 @@ class Run:
 
     def __enter__(self) -> Run:
         self.log.__enter__()
+        self._trackers.start()
         return self
 
     def __exit__(
