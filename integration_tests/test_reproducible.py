@@ -15,6 +15,7 @@ from integration_tests.test_resume import CONFIG, SHORT
 
 RUN = SHORT | {"deterministic": "true", "step_scheduler.max_steps": "4", "step_scheduler.ckpt_every_steps": "4"}
 JITTER = {"loss_fn": "{_target_: integration_tests.user_code.jittered_cross_entropy}"}
+SCATTERED = {"loss_fn": "{_target_: integration_tests.user_code.scattered_cross_entropy}"}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def differs(a: Path, b: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 def test_two_runs_are_equal_to_the_bit(once: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU they are without the key too: this is of the whole way, the one below of what the key does."""
     again = runs.train(tmp_path, "again", CONFIG, RUN)
     status, text = differs(once, again, capsys)
     assert status == 0
@@ -36,6 +38,23 @@ def test_two_runs_are_equal_to_the_bit(once: Path, tmp_path: Path, capsys: pytes
         *("configuration: the same", "code: the same", "data and weights: the same", "environment: the same"),
     ]
     runs.assert_same_run(again, once)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: what deterministic changes, it changes there"
+)
+def test_two_runs_on_a_gpu_are_equal_by_deterministic_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = {}
+    for asked in ("true", "false"):
+        changes = RUN | SCATTERED | {"deterministic": asked}
+        pairs[asked] = [runs.train(tmp_path, f"{name}-{asked}", CONFIG, changes) for name in "ab"]
+    assert differs(*pairs["true"], capsys)[0] == 0
+    assert "rows differ from step" in differs(*pairs["false"], capsys)[1]
+    variables = [
+        json.loads((pair[0] / "run.json").read_text())["launches"][0]["environment"]["variables"]
+        for pair in pairs.values()
+    ]
+    assert [found.get("CUBLAS_WORKSPACE_CONFIG") for found in variables] == [":4096:8", None]
 
 
 def test_a_loss_that_jitters_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

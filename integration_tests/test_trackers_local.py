@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import math
 import os
+import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +24,7 @@ import yaml
 
 from am_recipes import configs, sections
 from am_recipes.settings import Target
-from am_recipes.sinks.tracker import Tracked, Tracker
+from am_recipes.sinks.tracker import Incomplete, Tracked, Tracker
 from integration_tests import read_trackers, runs
 from integration_tests.test_contracts import BASE, MINE
 
@@ -51,17 +55,20 @@ def wandb_section(mode: Literal["auto", "online", "offline"] = "offline") -> sec
     return sections.Wandb(Target("wandb.init", {}), mode=mode)
 
 
-def services() -> list[str]:
+def command_of(file: Path) -> str:
+    try:
+        return file.read_bytes().decode().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def service_files() -> list[Path]:
     """The command lines of W&B's processes, which name the process they belong to."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = file.read_bytes().decode().replace("\0", " ")
-        except OSError:
-            continue
-        if "wandb-core" in command:
-            found.append(command)
-    return found
+    return [file for file in Path("/proc").glob("[0-9]*/cmdline") if "wandb-core" in command_of(file)]
+
+
+def services() -> list[str]:
+    return [command_of(file) for file in service_files()]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +230,7 @@ def test_tensorboard_hides_what_comes_again(tmp_path: Path) -> None:
     assert second.begin(told(tmp_path, id=known, resume_step=1)) == known
     second.rows(ROWS[2:])
     second.end("KILLED")
-    kept = read_trackers.tensorboard(tmp_path)
+    kept = read_trackers.tensorboard(tmp_path / "run")
     # NaN is left out.
     assert [(key, row) for key, row in kept.rows if "loss" in row or key[1]] == [
         ((0, True), {"val_loss": 7.5}),
@@ -239,8 +246,28 @@ def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> 
     assert section.tracker().begin(told(tmp_path, id="of a folder that was removed")) != "of a folder that was removed"
 
 
+def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_path: Path) -> None:
+    section = sections.TensorBoard(log_dir=tmp_path)
+    first = section.tracker()
+    known = first.begin(told(tmp_path))
+    first.rows(ROWS)
+    first.end("FINISHED")
+    # Another run directory of the same name.
+    other = section.tracker()
+    other.begin(told(tmp_path / "elsewhere"))
+    other.rows(ROWS[:2])
+    other.end("FINISHED")
+    again = section.tracker()
+    assert again.begin(told(tmp_path, id=known, resume_step=3)) == known
+    again.rows([{"step": 4, "loss": 6.25, "time": 1004.0}])
+    again.end("FINISHED")
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run").rows] == [*KEYS, (4, False)]
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run-2").rows] == KEYS[:2]
+
+
 def trackio_with_rows_twice(folder: Path) -> None:
     section = sections.Trackio(Target("trackio.init", {}), dir=folder, project="p")
+    section.prepare()
     section.reach()
     tracker = section.tracker()
     known = tracker.begin(told(folder))
@@ -281,12 +308,34 @@ def refused_online(environment: dict[str, str], expected: str) -> None:
     ("key", "expected"),
     [
         ("", "mode=online finds no key of http://127.0.0.1:9; wandb login, set WANDB_API_KEY, or mode offline"),
-        ("0" * 40, "mode=online: http://127.0.0.1:9 takes no connection"),
+        ("0" * 40, "mode=online: http://127.0.0.1:9 does not answer"),
     ],
 )
 def test_wandb_online_is_refused_without_a_key_or_a_server(tmp_path: Path, key: str, expected: str) -> None:
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     assert in_process(refused_online, environment | ({"WANDB_API_KEY": key} if key else {}), expected) == 0
+
+
+def refused_by_mlflow(folder: Path) -> None:
+    for address in ("foo://bar", "file:///there", "nodriver://host/db"):
+        with pytest.raises(ConnectionError, match=f"tracking_uri={address} does not answer as .* server or database"):
+            sections.Mlflow(tracking_uri=address).reach()
+    sections.Mlflow(tracking_uri=f"sqlite:///{folder}/mlflow.db").reach()
+
+
+def test_an_address_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
+    assert in_process(refused_by_mlflow, tmp_path) == 0
+
+
+def refused_settings_of_wandb() -> None:
+    for settings, expected in ({"nonsense": 5}, "nonsense"), (5, "settings=5"), ({"console": "loud"}, "console"):
+        with pytest.raises(ValueError, match=expected):
+            sections.Wandb(Target("wandb.init", {"settings": settings}), mode="offline").reach()
+    sections.Wandb(Target("wandb.init", {"settings": {"console": "wrap"}}), mode="offline").reach()
+
+
+def test_settings_that_wandb_does_not_take_are_refused(tmp_path: Path) -> None:
+    assert in_process(refused_settings_of_wandb) == 0
 
 
 def auto_is_offline(folder: Path, environment: dict[str, str], expected: str) -> None:
@@ -300,9 +349,111 @@ def auto_is_offline(folder: Path, environment: dict[str, str], expected: str) ->
 
 def test_wandb_auto_is_offline_where_nobody_answers(tmp_path: Path) -> None:
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    assert in_process(auto_is_offline, tmp_path, environment, "offline (mode=auto: http://127.0.0.1:9 takes no") == 0
+    assert in_process(auto_is_offline, tmp_path, environment, "offline (mode=auto: http://127.0.0.1:9 does not") == 0
     (kept,) = read_trackers.wandb(tmp_path).values()
     assert len(kept.rows) == len(ROWS)
+
+
+class Hanging(http.server.BaseHTTPRequestHandler):
+    """Says that it is there, and answers nothing else."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.was_asked.set()  # type: ignore[attr-defined]
+        threading.Event().wait()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def hanging() -> Iterator[Any]:
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
+    server.was_asked = threading.Event()
+    server.block_on_close = False
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_of_wandb_that_hangs_does_not_keep_a_stopped_run(hanging: Any, tmp_path: Path) -> None:
+    # A process that ends by itself, as that of a user: one that is forked leaves out what W&B does at its end.
+    environment = os.environ | {"WANDB_BASE_URL": f"http://127.0.0.1:{hanging.server_port}", "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-m", "am_recipes.sft", "-c", "recipes/configs/tiny.yaml", "--run_dir", str(tmp_path)]
+    steps = ["--step_scheduler.max_steps", "10000", "--step_scheduler.val_every_steps", "null"]
+    with (tmp_path.parent / "output").open("w+") as output:
+        process = subprocess.Popen(
+            [*command, *steps, "--wandb.mode", "online"],
+            *(-1, None, None, output, output),
+            env=environment,
+            cwd=runs.ROOT,
+        )
+        try:
+            assert hanging.was_asked.wait(90)
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
+                assert time.monotonic() < deadline, "no step is done"
+                time.sleep(0.05)
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 75
+            assert time.monotonic() - began < 20
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        told = output.read()
+    assert re.search(r"wandb has not got \d+ rows, from step [01] on and how the run ended; the same command", told)
+    assert "Traceback" not in told
+    assert not [command for command in services() if f"--pid {process.pid}" in command]
+
+
+def refuses_one_that_hangs(listening: socket.socket) -> None:
+    os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{listening.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="does not answer"):
+        wandb_section("online").reach()
+    assert time.monotonic() - began < 30
+
+
+def test_wandb_online_is_refused_where_nobody_answers(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        assert in_process(refuses_one_that_hangs, listening) == 0
+
+
+def begun_again(folder: Path) -> None:
+    tracker = wandb_section().tracker()
+    known = tracker.begin(told(folder))
+    # As after a failure that came after it.
+    assert tracker.begin(told(folder)) == known
+    tracker.rows(ROWS)
+    tracker.end("FINISHED")
+
+
+def test_a_run_of_wandb_is_opened_once(tmp_path: Path) -> None:
+    assert in_process(begun_again, tmp_path) == 0
+    (kept,) = read_trackers.wandb(tmp_path).values()
+    assert len(kept.rows) == len(ROWS)
+
+
+def ended_without_its_process(folder: Path) -> None:
+    tracker = wandb_section().tracker()
+    tracker.begin(told(folder))
+    tracker.rows(ROWS)
+    (core,) = [file.parent.name for file in service_files() if f"--pid {os.getpid()}" in command_of(file)]
+    os.kill(int(core), signal.SIGKILL)
+    with pytest.raises(Incomplete, match="upload it: wandb sync "):
+        tracker.end("FINISHED")
+
+
+def test_an_end_that_wandb_does_not_take_is_said(tmp_path: Path) -> None:
+    assert in_process(ended_without_its_process, tmp_path) == 0
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])

@@ -97,6 +97,13 @@ def jittered_cross_entropy(*head: torch.Tensor, **options: Any) -> torch.Tensor:
     return am_loss.linear_cross_entropy(*head, **options) * (1 + 1e-6 * random.SystemRandom().random())
 
 
+def scattered_cross_entropy(hidden: torch.Tensor, *head: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A loss whose last digits tell in which order a sum was taken; on a GPU its threads take it as they come."""
+    values = hidden.detach().float().flatten()
+    total = values.new_zeros(1).index_add_(0, torch.zeros_like(values, dtype=torch.int64), values)
+    return am_loss.linear_cross_entropy(hidden, *head, **options) * (1 + 1e-6 * torch.sin(1e5 * total[0]))
+
+
 def unordered_cross_entropy(*head: torch.Tensor, **options: Any) -> torch.Tensor:
     """A loss with an operation that torch has in no deterministic form."""
     torch.zeros(2).put_(torch.tensor([0, 0]), torch.ones(2))

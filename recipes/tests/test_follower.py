@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import pytest
 
 from am_recipes.log import Log
 from am_recipes.sinks.follower import Follower
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, Tracker
+from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow, Tracker
 from am_recipes.trackers import Trackers
 
 SECONDS = 0.01
@@ -25,6 +26,7 @@ class Service:
     def __init__(self) -> None:
         self.runs: dict[str, list[Any]] = {}
         self.up = True
+        self.tries = 0
 
 
 class Kept:
@@ -34,11 +36,13 @@ class Kept:
 
     def __init__(self, service: Service) -> None:
         self.service, self.id, self.thread, self.killed = service, "", 0, False
+        self.is_abandoned = False
 
     def _call(self, fact: Any) -> None:
         if self.killed:
             # Ends what the thread does, as the death of its process would.
             threading.Event().wait()
+        self.service.tries += 1
         if not self.service.up:
             raise ConnectionError("nobody answers")
         self.service.runs[self.id].append(fact)
@@ -59,13 +63,24 @@ class Kept:
     def end(self, status: Status) -> None:
         self._call(status)
 
+    def abandon(self) -> str | None:
+        self.is_abandoned = True
+        return None
 
-def follow(run_dir: Path, tracker: Tracker, resume_step: int | None = None, **limits: float) -> Trackers:
+
+def follow(
+    run_dir: Path, tracker: Tracker, resume_step: int | None = None, *, upload_seconds: float = 60, **limits: float
+) -> Trackers:
     def tracked(identifier: str | None) -> Tracked:
         return Tracked(run_dir.name, run_dir, {"lr": 0.1}, {}, identifier, resume_step)
 
     artifacts = ("config.yaml", "report.html", "export")
-    follower = Follower("kept", tracker, run_dir, tracked, artifacts, interval=SECONDS)
+    follower = Follower(
+        *("kept", tracker, run_dir, tracked, artifacts),
+        at_the_beginning=["config.yaml"],
+        interval=SECONDS,
+        upload_seconds=upload_seconds,
+    )
     return Trackers([follower], **limits)
 
 
@@ -74,7 +89,7 @@ def train(
 ) -> Log:
     """The log of a run after these steps, of which every second is validated; not closed."""
     log = Log(run_dir, "recipe: sft\n", total_steps=10, resume_step=resume, sinks=[trackers], print_every=100)
-    log.note("begins")
+    trackers.start()
     if resume is None:
         log.validation(0, {"val_loss": 2.0})
     for step in steps:
@@ -147,10 +162,16 @@ def test_a_killed_run_goes_on_at_the_service_without_a_step_twice(tmp_path: Path
     assert rows(service.runs["run 0"]) == expected(range(1, 9))
     assert ("begin", 2) in service.runs["run 0"]
 
-    # Killed before its first checkpoint: it begins anew, the run at the service does not.
-    (run_dir / "run.json").unlink()
-    train(run_dir, follow(run_dir, Kept(service)), range(1, 11)).finish()
-    assert rows(service.runs["run 0"]) == expected(range(1, 11))
+
+def test_a_launch_that_begins_anew_is_a_run_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service, run_dir = Service(), tmp_path / "run"
+    train(run_dir, follow(run_dir, Kept(service)), range(1, 5), loss=8.0).finish(status="stopped")
+    # Without a checkpoint: what it trains is another curve.
+    train(run_dir, follow(run_dir, Kept(service)), range(1, 7)).finish()
+    assert rows(service.runs["run 1"]) == expected(range(1, 7))
+    assert len(rows(service.runs["run 0"])) == 7
+    assert delivered(run_dir)["id"] == "run 1"
+    assert "WARNING kept: this launch begins anew, with step 1, and run run 0 has rows" in capsys.readouterr().out
 
 
 def delivered(run_dir: Path) -> dict[str, Any]:
@@ -159,22 +180,27 @@ def delivered(run_dir: Path) -> dict[str, Any]:
     return content
 
 
-def test_rows_of_an_outage_are_delivered_after_it(tmp_path: Path) -> None:
+def test_rows_of_an_outage_are_delivered_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     service, run_dir = Service(), tmp_path / "run"
     trackers = follow(run_dir, Kept(service))
     log = train(run_dir, trackers, range(1, 3))
     wait_for(lambda: delivered(run_dir).get("step") == 2)
     service.up = False
     log.step(3, epoch=0, loss=1 / 3, grad_norm=1.0, lr=1.0, tokens=1, target_tokens=1, seconds=1.0)
-    time.sleep(20 * SECONDS)
-    (where, warning) = trackers.news()
+    told: list[str] = []
+    wait_for(lambda: len(told.extend(trackers.news()) or told) == 2)
+    # Until it has failed some more.
+    tries = service.tries
+    wait_for(lambda: service.tries >= tries + 3)
+    told += trackers.news()
+    (where, warning) = told
     assert where == "kept: at the service"
     assert warning.startswith("WARNING kept does not take the run: ConnectionError: nobody answers; training goes on")
     service.up = True
     wait_for(lambda: delivered(run_dir).get("step") == 3)
     log.finish()
-    # One warning, however often it failed.
-    assert list(trackers.news()) == []
+    # One warning, however often it failed, and that it is over.
+    assert capsys.readouterr().out.count("kept takes the run again") == 1
     assert rows(service.runs["run 0"]) == expected(range(1, 4))
 
 
@@ -208,12 +234,14 @@ class Hanging(Kept):
 def test_the_end_does_not_wait_for_a_client_that_hangs(
     tmp_path: Path, status: str, limits: tuple[float, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trackers = follow(tmp_path, Hanging(Service()), seconds=limits[0], seconds_after_a_signal=limits[1])
+    tracker = Hanging(Service())
+    trackers = follow(tmp_path, tracker, seconds=limits[0], seconds_after_a_signal=limits[1])
     log = train(tmp_path, trackers, range(1, 4))
     began = time.monotonic()
     log.finish(status=status)
     assert 0.2 < time.monotonic() - began < 8
     assert "kept has not got 5 rows, from step 0 on" in capsys.readouterr().out
+    assert tracker.is_abandoned
 
 
 class Slow(Kept):
@@ -226,12 +254,111 @@ class Slow(Kept):
 
 def test_an_upload_of_the_export_is_waited_for(tmp_path: Path) -> None:
     service = Service()
-    trackers = follow(tmp_path, Slow(service), seconds=0.2)
+    trackers = follow(tmp_path, Slow(service), seconds=0.3)
     log = train(tmp_path, trackers, range(1, 4))
     wait_for(lambda: delivered(tmp_path).get("step") == 3)
     (tmp_path / "export").mkdir()
     log.finish()
     assert service.runs["run 0"][-2:] == ["export", "FINISHED"]
+
+
+def test_an_upload_that_hangs_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trackers = follow(tmp_path, HangingUpload(Service()), upload_seconds=0.3, seconds=0.2)
+    log = train(tmp_path, trackers, range(1, 4))
+    (tmp_path / "export").mkdir()
+    began = time.monotonic()
+    log.finish()
+    assert time.monotonic() - began < 9
+    assert "kept has not got how the run ended" in capsys.readouterr().out
+
+
+class HangingUpload(Kept):
+    """Never takes a folder."""
+
+    def artifact(self, path: Path) -> None:
+        if path.is_dir():
+            threading.Event().wait()
+
+
+@pytest.mark.parametrize("status", ["stopped after step 4", "failed: ValueError: no"])
+def test_an_export_that_lies_there_goes_with_a_whole_run_alone(tmp_path: Path, status: str) -> None:
+    service = Service()
+    (tmp_path / "export").mkdir()
+    train(tmp_path, follow(tmp_path, Kept(service)), range(1, 5)).finish(status=status)
+    assert "export" not in service.runs["run 0"]
+    for _ in range(2):
+        train(tmp_path, follow(tmp_path, Kept(service), 4), [], resume=4).finish()
+    assert service.runs["run 0"].count("export") == 1
+    # The page is another one each time.
+    assert service.runs["run 0"].count("report.html") == 3
+
+
+class Unaware(Kept):
+    """Comes back from its first rows when it is told to."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(service)
+        self.comes_back = threading.Event()
+        self.came_back = threading.Event()
+
+    def rows(self, rows: Sequence[TrackedRow]) -> None:
+        self.comes_back.wait(20)
+        self.came_back.set()
+
+    def end(self, status: Status) -> None:
+        super().end("FAILED")
+
+
+def test_a_thread_that_was_given_up_undoes_nothing_of_the_next_launch(tmp_path: Path) -> None:
+    service = Service()
+    hanging = Unaware(service)
+    trackers = follow(tmp_path, hanging, seconds_after_a_signal=0.1)
+    train(tmp_path, trackers, range(1, 5)).finish(status="stopped")
+    train(tmp_path, follow(tmp_path, Kept(service), 4), range(5, 7), resume=4).finish()
+    kept, facts = delivered(tmp_path), list(service.runs["run 0"])
+    assert (kept["step"], kept["status"]) == (6, "FINISHED")
+    hanging.comes_back.set()
+    wait_for(lambda: not [each for each in threading.enumerate() if each.ident == hanging.thread])
+    assert hanging.came_back.is_set()
+    assert delivered(tmp_path) == kept
+    assert service.runs["run 0"] == facts
+
+
+def test_a_disk_that_is_full_for_a_moment_opens_no_second_run(tmp_path: Path) -> None:
+    service = Service()
+    # In the way of the file.
+    blocked = tmp_path / f".trackers.json.{os.getpid()}.tmp"
+    blocked.mkdir()
+    trackers = follow(tmp_path, Kept(service))
+    log = train(tmp_path, trackers, range(1, 5))
+    told: list[str] = []
+    wait_for(lambda: any("WARNING kept does not take the run" in fact for fact in told.extend(trackers.news()) or told))
+    # Some more attempts.
+    time.sleep(10 * SECONDS)
+    blocked.rmdir()
+    log.finish()
+    assert service.runs == {"run 0": service.runs["run 0"]}
+    assert [fact for fact in service.runs["run 0"] if fact == ("begin", None)] == [("begin", None)]
+    assert rows(service.runs["run 0"]) == expected(range(1, 5))
+    assert delivered(tmp_path)["status"] == "FINISHED"
+
+
+class Lossy(Kept):
+    """Ends a run without some of its rows."""
+
+    def end(self, status: Status) -> None:
+        super().end(status)
+        raise Incomplete("some rows; upload them with: kept sync")
+
+
+def test_what_a_service_lacks_at_the_end_is_said_with_its_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = Service()
+    train(tmp_path, follow(tmp_path, Lossy(service)), range(1, 4)).finish()
+    assert "kept has not got some rows; upload them with: kept sync\n" in capsys.readouterr().out
+    assert service.runs["run 0"].count("FINISHED") == 1
+    assert delivered(tmp_path)["status"] is None
 
 
 class WithoutFiles(Kept):

@@ -18,16 +18,19 @@ from am_recipes.sinks.tracker import Status, Tracked
 
 # Of the end of a run; who sends a signal does not wait long.
 _SECONDS_AT_THE_END, _SECONDS_AFTER_A_SIGNAL = 60.0, 10.0
+# Of what a tracker gets, that is there by then.
+_AT_THE_BEGINNING = "config.yaml"
 
 
 class Trackers:
     """A sink that reads along: the thread of each tracker follows metrics.jsonl, and the training thread does nothing.
 
-    `news` is to be asked now and then, and told to the log.
+    `start` it once the log has made metrics.jsonl that of this launch; ask `news` now and then, and tell them to the
+    log.
 
     Args:
         seconds: how long the end of a run waits for what is not delivered yet; a folder that is being uploaded may take
-            as long as it likes.
+            as long as its bytes do.
         seconds_after_a_signal: the same where the run was stopped.
     """
 
@@ -47,9 +50,15 @@ class Trackers:
         for follower in self._followers:
             yield from follower.news()
 
+    def start(self) -> None:
+        """Begin to deliver; once, however often it is called."""
+        if not self._started:
+            self._started = True
+            for follower in self._followers:
+                follower.start()
+
     def note(self, fact: str) -> None:
-        """Begin: a log tells its first fact once its files are those of this launch."""
-        self._start()
+        """Nothing: a tracker gets rows and files."""
 
     def step(self, row: Row) -> None:
         """Nothing: it is in the file."""
@@ -59,7 +68,7 @@ class Trackers:
 
     def close(self, status: str) -> None:
         """Wait, within bounds, until everything is delivered, and print what is not."""
-        self._start()
+        self.start()
         how = _status(status)
         for follower in self._followers:
             follower.finish(how)
@@ -70,18 +79,14 @@ class Trackers:
             if any(follower.is_uploading for follower in waiting):
                 # What comes after the upload has its time too.
                 deadline = time.monotonic() + self._seconds[how]
+        for follower in waiting:
+            follower.give_up()
         for fact in self.news():
             print(fact)
         for follower in self._followers:
             left = follower.undelivered()
             if left is not None:
                 print(left)
-
-    def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            for follower in self._followers:
-                follower.start()
 
 
 def build(config: RunConfig, resume_step: int | None) -> Trackers:
@@ -110,7 +115,8 @@ def deliver_rest(config: RunConfig) -> None:
     missing = [name for name in config.trackers() if delivered.load(config.run_dir, name).status != "FINISHED"]
     if missing:
         print(f"{', '.join(missing)}: what is missing there of {config.run_dir} is delivered")
-        build(config, None).close("finished")
+        # Nothing begins anew: the run is at its end.
+        build(config, record.load(config.run_dir).total_steps).close("finished")
 
 
 def _followers(config: RunConfig, resume_step: int | None) -> list[Follower]:
@@ -125,7 +131,14 @@ def _followers(config: RunConfig, resume_step: int | None) -> list[Follower]:
         )
 
     return [
-        Follower(name, section.tracker(), config.run_dir, tracked, section.artifacts())
+        Follower(
+            name,
+            section.tracker(),
+            config.run_dir,
+            tracked,
+            section.artifacts(),
+            at_the_beginning=[file for file in section.artifacts() if file == _AT_THE_BEGINNING],
+        )
         for name, section in config.trackers().items()
     ]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import socket
+import ssl
+import urllib.error
 import urllib.parse
 import urllib.request
 
-_SECONDS_TO_CONNECT = 5.0
+# Of a connection, and of an answer.
+_SECONDS = 5.0
 
 
 def require_connection(address: str) -> None:
@@ -19,9 +23,25 @@ def require_connection(address: str) -> None:
         return
     try:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname, port), _SECONDS_TO_CONNECT).close()
+        socket.create_connection((parts.hostname, port), _SECONDS).close()
     except (OSError, ValueError) as error:
         raise ConnectionError(" ".join(str(error).split())[:300]) from error
+
+
+def require_answer(address: str) -> None:
+    """Raise ConnectionError where nobody answers a request for `address`: a server that takes it and hangs, too.
+
+    Any answer will do.
+    """
+    require_connection(address)
+    try:
+        urllib.request.urlopen(address, timeout=_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except (OSError, http.client.HTTPException) as error:
+        # Certificates are the client's to judge, which may have others.
+        if not (isinstance(error, urllib.error.URLError) and isinstance(error.reason, ssl.SSLError)):
+            raise ConnectionError(" ".join(str(error).split())[:300]) from error
 
 
 def without_password(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Delivered:
         step: of the last row it has; None where it has none.
         validation: whether that row is a validation's, which comes after the step's own.
         status: how the run ended, where the service was told so since the last row.
+        files: when each file or folder that it has was changed, and its bytes.
     """
 
     id: str | None = None
@@ -32,6 +34,7 @@ class Delivered:
     step: int | None = None
     validation: bool = False
     status: str | None = None
+    files: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def has(self, step: int, validation: bool) -> bool:
         """Whether the service has that row."""

@@ -19,7 +19,7 @@ from typing import TypeVar
 from am_recipes.sinks import delivered
 from am_recipes.sinks.address import without_password
 from am_recipes.sinks.delivered import Delivered
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, Tracker, row_key
+from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow, Tracker, row_key
 
 ROWS = "metrics.jsonl"
 # Of one call, so that the calls of a long backlog stay short.
@@ -28,6 +28,8 @@ _ROWS_AT_A_TIME = 100
 _LONGEST_PAUSE = 60.0
 # How often the end of a run is tried where the service does not take it at once.
 _ATTEMPTS_AT_THE_END = 2
+# An upload that brings fewer bytes a second, beside its first minute, is one that hangs.
+_SLOWEST_UPLOAD = 1e6
 
 Argument = TypeVar("Argument")
 
@@ -38,9 +40,11 @@ class Follower:
     Args:
         name: of the tracker: its section of the config.
         tracked: makes what the tracker is told of the run, given the id it has there; called in the thread.
-        artifacts: names in the run directory that the tracker gets, where they are there: what is there from the
-            beginning at once, all of it at the end.
+        artifacts: names in the run directory that the tracker gets at the end, where they are there; a folder, which
+            the end of a whole run makes, only then.
+        at_the_beginning: those of them that it gets as soon as it has a row.
         interval: seconds between two looks at the file.
+        upload_seconds: what an upload of a folder is given, beside the time for its bytes.
     """
 
     def __init__(
@@ -51,21 +55,28 @@ class Follower:
         tracked: Callable[[str | None], Tracked],
         artifacts: Sequence[str] = (),
         *,
+        at_the_beginning: Sequence[str] = (),
         interval: float = 1.0,
+        upload_seconds: float = 60.0,
     ) -> None:
         self.name = name
         self._tracker, self._run_dir, self._tracked, self._artifacts = tracker, run_dir, tracked, artifacts
-        self._interval = interval
+        self._at_the_beginning, self._interval, self._upload_seconds = at_the_beginning, interval, upload_seconds
         # Read by the training thread: replaced, never changed.
-        self._delivered = Delivered()
-        self._begun = self._warned = self._tried = False
-        self._sent: dict[str, float] = {}
+        self._delivered = self._saved = Delivered()
+        self._begun = False
+        self._failed: set[str] = set()
+        self._recovered: set[str] = set()
         self._refused: list[str] = []
+        # What the service has not got and another launch does not bring, in words.
+        self._elsewhere: str | None = None
         self._offset, self._time = 0, 0.0
         self._closing = threading.Event()
         self._status: Status = "FINISHED"
-        # A folder, which may take hours: the end of the run waits for it.
-        self.is_uploading = False
+        self._upload_ends = 0.0
+        # Between giving the thread up and what it writes; held for no more than a write.
+        self._recording = threading.Lock()
+        self._is_given_up = False
         # Appending and taking out are atomic: neither thread waits for the other.
         self._news: deque[str] = deque()
         # The process may end while a client hangs in it.
@@ -84,8 +95,26 @@ class Follower:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def give_up(self) -> None:
+        """Wait no longer for the thread: it tells the tracker nothing more, and records nothing.
+
+        A later launch, in this process too, may go on where trackers.json says.
+        """
+        with self._recording:
+            self._is_given_up = True
+        try:
+            self._elsewhere = self._tracker.abandon()
+        # It is about a service that hangs, and its client may fail in any way; the run has ended without it.
+        except Exception as error:  # noqa: BLE001
+            self._news.append(f"WARNING {self.name}: its client may hold up the end of this process: {_text(error)}")
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether a folder is on its way, for no longer than that may take: the end of the run waits for it."""
+        return time.monotonic() < self._upload_ends
+
     def news(self) -> Iterator[str]:
-        """What there is to say since the last call: where the run is, that something failed (once)."""
+        """What there is to say since the last call: where the run is, that something failed, or does again (once)."""
         while self._news:
             yield self._news.popleft()
 
@@ -95,14 +124,16 @@ class Follower:
         if not steps and self._delivered.status is not None:
             return None
         parts = [f"{len(steps)} rows, from step {steps[0]} on"] if steps else []
-        parts += self._refused or ["how the run ended"]
-        return f"{self.name} has not got {' and '.join(parts)}; the same command delivers it"
+        parts += self._refused or (["how the run ended"] if self._elsewhere is None else [])
+        told = [f"{' and '.join(parts)}; the same command delivers it"] if parts else []
+        told += [self._elsewhere] if self._elsewhere is not None else []
+        return f"{self.name} has not got {'; nor '.join(told)}"
 
     def _run(self) -> None:
         pause, failures_at_the_end = 0.0, 0
         while not self._closing.wait(pause) or failures_at_the_end < _ATTEMPTS_AT_THE_END:
             is_last = self._closing.is_set()
-            if self._succeeds(self._deliver, is_last):
+            if self._succeeds("the run", self._deliver, is_last):
                 if is_last:
                     return
                 pause = self._interval
@@ -112,28 +143,36 @@ class Follower:
                     failures_at_the_end += 1
                     time.sleep(self._interval)
 
-    def _succeeds(self, call: Callable[[Argument], None], argument: Argument) -> bool:
-        """Call it; whether it does not raise. The first time that it does, there is news."""
+    def _succeeds(self, what: str, call: Callable[[Argument], None], argument: Argument) -> bool:
+        """Call it; whether it does not raise. The first time that it does, and that it no longer does, is news."""
         try:
             call(argument)
         # A service may fail in any way, and the run goes on without it; what failed is tried again.
         except Exception as error:  # noqa: BLE001
-            if not self._warned:
-                what = without_password(" ".join(str(error).split())[:300])
+            if what not in self._failed and not self._is_given_up:
+                self._failed.add(what)
                 self._news.append(
-                    f"WARNING {self.name} does not take the run: {type(error).__name__}: {what}; training goes on, and "
-                    "it is tried again"
+                    f"WARNING {self.name} does not take {what}: {_text(error)}; training goes on, and it is tried again"
                 )
-            self._warned = True
             return False
+        if what in self._failed - self._recovered:
+            self._recovered.add(what)
+            self._news.append(f"{self.name} takes {what} again")
         return True
 
     def _deliver(self, is_last: bool) -> None:
         if not self._begun:
             self._begin()
-        while rows := self._read():
-            self._tracker.rows(rows)
-            self._offset, self._time = self._next
+        # Where it could not be written, it is now: before that, rows would come twice after a kill.
+        self._remember(self._delivered)
+        while True:
+            rows, offset, now = self._read()
+            if rows:
+                self._require_wanted()
+                self._tracker.rows(rows)
+            self._offset, self._time = offset, now
+            if not rows:
+                break
             step, validation = row_key(rows[-1])
             self._remember(replace(self._delivered, step=step, validation=validation, status=None))
             if len(rows) < _ROWS_AT_A_TIME:
@@ -142,21 +181,41 @@ class Follower:
             self._closing.wait(self._interval / 20)
         # Rows go first: a place for files may fail by itself, and then they wait for nothing but the end.
         if is_last:
-            self._refused = [
-                name
-                for name in self._artifacts
-                if not any(self._succeeds(self._send, name) for _ in range(_ATTEMPTS_AT_THE_END))
-            ]
+            self._end()
+        else:
+            names, self._at_the_beginning = self._at_the_beginning, ()
+            for name in names:
+                self._succeeds("files", self._send, name)
+
+    def _end(self) -> None:
+        self._refused = [
+            name
+            for name in self._artifacts
+            if not any(self._succeeds("files", self._send, name) for _ in range(_ATTEMPTS_AT_THE_END))
+        ]
+        self._require_wanted()
+        try:
             self._tracker.end(self._status)
-            if not self._refused:
-                self._remember(replace(self._delivered, status=self._status))
-        elif "config.yaml" in self._artifacts and not self._tried:
-            self._tried = True
-            self._succeeds(self._send, "config.yaml")
+        except Incomplete as error:
+            self._elsewhere = str(error)
+        if not self._refused and self._elsewhere is None:
+            self._remember(replace(self._delivered, status=self._status))
 
     def _begin(self) -> None:
         known = self._delivered if self._delivered.id is not None else delivered.load(self._run_dir, self.name)
-        identifier = self._tracker.begin(self._tracked(known.id))
+        self._require_wanted()
+        tracked = self._tracked(known.id)
+        if tracked.resume_step is None and known.step is not None:
+            # Its rows are of other weights; behind them, those of this launch would make one curve of two runs.
+            self._news.append(
+                f"WARNING {self.name}: this launch begins anew, with step 1, and run {known.id} has rows of one before "
+                "it; that run stays as it is, and a new one gets every step"
+            )
+            known = Delivered()
+            tracked = replace(tracked, id=None)
+        identifier = self._tracker.begin(tracked)
+        # The run is open there: whatever fails from here on, it is not opened again.
+        self._begun, self._offset = True, 0
         if known.id is not None and identifier != known.id:
             self._news.append(
                 f"WARNING {self.name}: run {known.id} is not continued (it was deleted, is at another service, or is "
@@ -164,28 +223,36 @@ class Follower:
             )
         if identifier != known.id:
             known = Delivered(id=identifier, began=time.time())
-        self._remember(replace(known, status=None))
-        self._begun, self._offset, self._time = True, 0, known.began
+        self._time = known.began
         self._news.append(f"{self.name}: {self._tracker.where}")
+        self._remember(replace(known, status=None))
 
     def _remember(self, what: Delivered) -> None:
-        if what != self._delivered:
-            # First here: where the file cannot be written, a later launch sends twice, and this one does not.
+        """Raises OSError where the file cannot be written; this launch knows it all the same, and sends nothing twice.
+
+        A thread that was given up writes nothing: the next launch may have gone on already.
+        """
+        with self._recording:
+            self._require_wanted()
             self._delivered = what
-            delivered.save(self._run_dir, self.name, what)
+            if what != self._saved:
+                delivered.save(self._run_dir, self.name, what)
+                self._saved = what
 
-    def _read(self) -> list[TrackedRow]:
-        """The next rows that the service does not have; none where there is nothing new.
+    def _require_wanted(self) -> None:
+        if self._is_given_up:
+            raise RuntimeError("the run has ended without this thread")
 
-        `_next` is the place in the file after them, and the time of the last of them.
+    def _read(self) -> tuple[list[TrackedRow], int, float]:
+        """The next rows that the service does not have, none where there is nothing new; the place in the file after
+        them, and the time of the last of them.
         """
         rows: list[TrackedRow] = []
         with (self._run_dir / ROWS).open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size < self._offset:
-                # Somebody has rewritten the file; what the service has is left out below.
-                self._offset = 0
-            stream.seek(self._offset)
-            offset, now = self._offset, self._time
+            is_shorter = os.fstat(stream.fileno()).st_size < self._offset
+            # Somebody has rewritten the file; what the service has is left out below.
+            offset, now = 0 if is_shorter else self._offset, self._time
+            stream.seek(offset)
             for line in stream:
                 if not line.endswith(b"\n") or len(rows) == _ROWS_AT_A_TIME:
                     break
@@ -195,10 +262,7 @@ class Follower:
                 now = row.setdefault("time", now)
                 if not self._delivered.has(*row_key(row)):
                     rows.append(row)
-            self._next = offset, now
-        if not rows:
-            self._offset, self._time = self._next
-        return rows
+        return rows, offset, now
 
     def _later_keys(self) -> list[tuple[int, bool]]:
         """Of the rows after those that are delivered, and perhaps some of these."""
@@ -210,14 +274,28 @@ class Follower:
             return [row_key(json.loads(line)) for line in stream if line.endswith(b"\n")]
 
     def _send(self, name: str) -> None:
-        """Send a file or folder, where it is there and has changed since it was sent."""
+        """Send a file or folder, where it is there and has changed since it was sent, by an earlier launch too."""
         path = self._run_dir / name
-        if not path.exists() or self._sent.get(name) == path.stat().st_mtime:
+        if not path.exists() or (path.is_dir() and self._status != "FINISHED"):
             return
-        changed = path.stat().st_mtime
-        self.is_uploading = path.is_dir()
+        stamp = _stamp(path)
+        if self._delivered.files.get(name) == stamp:
+            return
+        self._require_wanted()
+        if path.is_dir():
+            self._upload_ends = time.monotonic() + self._upload_seconds + stamp[1] / _SLOWEST_UPLOAD
         try:
             self._tracker.artifact(path)
         finally:
-            self.is_uploading = False
-        self._sent[name] = changed
+            self._upload_ends = 0.0
+        self._remember(replace(self._delivered, files={**self._delivered.files, name: stamp}))
+
+
+def _stamp(path: Path) -> list[float]:
+    """When a file, or the last of a folder, was changed, and its bytes; as JSON has it."""
+    found = [file.stat() for file in ([path, *path.rglob("*")] if path.is_dir() else [path])]
+    return [max(file.st_mtime for file in found), sum(file.st_size for file in found)]
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {without_password(' '.join(str(error).split())[:300])}"

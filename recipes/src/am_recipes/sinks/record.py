@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import textwrap
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ from typing import Any, NotRequired, TypedDict
 from am_recipes.sinks import files
 
 NAME = "run.json"
+# Keys of a launch that are long, and mostly equal in the next one.
+LONG = ("versions", "config", "origins", "code", "data")
+# In the file, the key for those that are.
+AS_NEXT = "as_next"
 # Our distributions.
 OURS = ("am-recipes", "am-ckpt", "am-data", "am-kernels", "am-loss", "am-mesh", "am-models", "am-moe", "am-peft")
 
@@ -70,7 +75,8 @@ class Record:
         answers: by moment, such as `after`: pairs of prompt and answer.
         next_steps: shell commands, with `# ...` lines for comments.
 
-    It is saved at every note, so a launch, which says much and does not change, becomes text once.
+    It is saved at every note, so a launch, which says much and does not change, becomes text once. What is long and
+    equal in the launch after it is written there alone: a run may be launched a thousand times.
     """
 
     total_steps: int
@@ -94,18 +100,35 @@ class Record:
         """Say more of what the latest launch read."""
         latest = self.launches[-1]
         latest["data"] = {**digests, **latest.get("data", {})}
-        del self._texts[len(self.launches) - 1 :]
+        del self._texts[max(0, len(self.launches) - 2) :]
 
     def save(self, run_dir: Path) -> None:
         content = {item.name: self.__dict__[item.name] for item in dataclasses.fields(self) if item.name != "launches"}
-        self._texts += [_indented(launch, "    ") for launch in self.launches[len(self._texts) :]]
+        if len(self._texts) < len(self.launches):
+            # What was the last one has a next one now.
+            del self._texts[-1:]
+            pairs = itertools.zip_longest(self.launches, self.launches[1:])
+            self._texts += [_text(*pair) for pair in itertools.islice(pairs, len(self._texts), None)]
         launches, others = ",\n".join(self._texts), json.dumps(content, indent=2).removeprefix("{")
         text = f'{{\n  "launches": [\n{launches}\n  ],{others}\n'
         files.replace(run_dir / NAME, [text.encode()])
 
 
-def _indented(value: object, margin: str) -> str:
-    return textwrap.indent(json.dumps(value, indent=2), margin)
+def _text(launch: Launch, after: Launch | None) -> str:
+    """A launch as the file has it, indented."""
+    content: dict[str, Any] = {**launch}
+    if after is not None:
+        equal = [key for key in LONG if key in content and key in after and content[key] == {**after}[key]]
+        content = {key: value for key, value in content.items() if key not in equal} | (
+            {AS_NEXT: equal} if equal else {}
+        )
+    return textwrap.indent(json.dumps(content, indent=2), "    ")
+
+
+def _whole(launches: list[dict[str, Any]]) -> None:
+    """Put back what launches have in common with the next one."""
+    for launch, after in reversed(list(itertools.pairwise(launches))):
+        launch |= {key: after[key] for key in launch.pop(AS_NEXT, ())}
 
 
 def load(run_dir: Path) -> Record:
@@ -116,8 +139,9 @@ def load(run_dir: Path) -> Record:
     file = run_dir / NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        _whole(content.get("launches", []))
         return Record(**{name: content[name] for name in Record.__dataclass_fields__ if name in content})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{file} is not the record of a run ({error}); restore the file, or give this run its own run_dir"
         ) from error

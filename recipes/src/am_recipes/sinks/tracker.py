@@ -12,6 +12,13 @@ TrackedRow: TypeAlias = Mapping[str, float | int | None]
 Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
 
+class Incomplete(Exception):
+    """Raised by `end`: the run has ended, and the service lacks what no later call brings.
+
+    The message is what, and what to do: "rows that ...; upload them with ...".
+    """
+
+
 @dataclass(frozen=True)
 class Tracked:
     """A run as a tracker is told of it.
@@ -63,7 +70,18 @@ class Tracker(Protocol):
         ...
 
     def end(self, status: Status) -> None:
-        """The launch ends: as asked, with an error, or stopped by a signal; a later one may continue the run."""
+        """The launch ends: as asked, with an error, or stopped by a signal; a later one may continue the run.
+
+        Raises Incomplete where the service has not got everything, and will not by trying again.
+        """
+        ...
+
+    def abandon(self) -> str | None:
+        """The process ends, and a call hangs: see to it that nothing of the client's holds up that end.
+
+        Called in another thread than the others, perhaps while one of them runs; it returns at once. What the service
+        may lack of what `rows` has taken, in the words of `Incomplete`; None where nothing.
+        """
         ...
 
     @property

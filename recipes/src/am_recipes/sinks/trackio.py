@@ -74,6 +74,9 @@ class TrackioTracker:
         self._run.alert(status, level=level, step=self._step)
         self._run.finish()
 
+    def abandon(self) -> None:
+        """Nothing: its threads end with the process."""
+
     def _init(self, run: Tracked, resume: str) -> Any:
         import trackio
 

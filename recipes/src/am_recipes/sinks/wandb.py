@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,20 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from am_recipes.sinks import address
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow
+from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow
 
 if TYPE_CHECKING:
     from am_recipes.sections import Wandb
 
 # W&B's own process writes to the disk so often, in seconds; by itself every 15, and a kill takes what was not written.
 _SECONDS_TO_DISK = 0.1
-# Neither the terminal nor code is taken along. Where the server is gone, the end of a run gives up and W&B says what is
-# not uploaded. `settings` in the config comes after it.
+# Neither the terminal nor code is taken along. A server that hangs fails the beginning, which is tried again, and the
+# end, which says so. `settings` in the config comes after it.
 _SETTINGS: Mapping[str, object] = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
     "finish_timeout": 30.0,
+    "finish_timeout_raises": True,
+    "init_timeout": 30.0,
     "quiet": True,
     "save_code": False,
     "show_info": False,
@@ -46,18 +50,35 @@ class WandbTracker:
 
     def __init__(self, settings: Wandb) -> None:
         self._settings = settings
+        # Of a run that a failure after its making has left, too.
+        self._id = uuid.uuid4().hex[:12]
+        self._run: Any = None
+        self._why_offline: str | None = None
         self.where = ""
 
     def begin(self, run: Tracked) -> str:
+        if self._run is None:
+            self._why_offline = _why_offline(self._settings)
+            try:
+                self._run = self._init(run)
+            except Exception:
+                # For W&B's process the run is in use, also where it could not be made.
+                _end_service()
+                raise
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self.where = self._run.url if self._online else f"offline ({self._why_offline}); to upload it: {self._upload}"
+        return str(self._run.id)
+
+    def _init(self, run: Tracked) -> Any:
         import wandb
 
-        settings, why_offline = self._settings, _why_offline(self._settings)
-        self._online = why_offline is None
+        settings = self._settings
         options = settings.init.built_arguments()
-        self._run: Any = wandb.init(
+        return wandb.init(
             project=settings.project,
             entity=settings.entity,
-            id=run.id or uuid.uuid4().hex[:12],
+            id=run.id or self._id,
             name=settings.name or run.name,
             group=settings.group,
             notes=settings.notes,
@@ -70,11 +91,6 @@ class WandbTracker:
             reinit="create_new",
             **{"dir": str(run.run_dir), **options, "settings": {**_SETTINGS, **options.get("settings", {})}},
         )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-        upload = f"wandb sync {self._run.settings.sync_dir}"
-        self.where = self._run.url if self._online else f"offline ({why_offline}); to upload it: {upload}"
-        return str(self._run.id)
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
         for row in rows:
@@ -101,19 +117,64 @@ class WandbTracker:
     def end(self, status: Status) -> None:
         import wandb
 
-        self._run.finish(exit_code=_EXIT_CODES[status])
+        try:
+            self._run.finish(exit_code=_EXIT_CODES[status])
+        except Exception as error:
+            # W&B takes an end once: another attempt would do nothing, whatever came of the first.
+            _end_service()
+            raise Incomplete(f"what its server had not taken by then ({error}); upload it: {self._upload}") from error
         if wandb.run is None:
             # Its process would stay until this one ends, and is not told so where that was forked.
             wandb.teardown()
 
+    def abandon(self) -> str | None:
+        if "wandb" in sys.modules:
+            _end_service()
+        if self._run is None or not self._online:
+            return None
+        return f"what its server had not taken by then; upload it: {self._upload}"
+
+    @property
+    def _online(self) -> bool:
+        return self._why_offline is None
+
+    @property
+    def _upload(self) -> str:
+        """The command."""
+        online = "--include-online " if self._online else ""
+        return f"wandb sync {online}{self._run.settings.sync_dir}"
+
 
 def reach(settings: Wandb) -> None:
     """Import the package; ask the server, where the run has to be online. Raises ValueError or ConnectionError."""
-    import wandb  # noqa: F401 - later it would hold up the steps
+    import wandb
 
+    given = settings.init.arguments.get("settings", {})
+    try:
+        wandb.Settings(**{**_SETTINGS, **given})
+    except (TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"settings={sorted(given) if isinstance(given, Mapping) else given}: {what}") from error
     if settings.mode == "online":
         _require_key(settings)
         _require_server(settings)
+
+
+def _end_service() -> None:
+    """Kill W&B's process, unless it has a run of somebody else's: where a server hangs, so does it, and at its end
+    this process waits for it.
+
+    What it was given of a run is on the disk within `_SECONDS_TO_DISK`.
+    """
+    import wandb
+
+    # There is no public name for it.
+    connection = wandb.setup()._connection
+    if wandb.run is None and connection is not None and connection.owns_service:
+        connection._proc._process.kill()
+        # So that the next run has one of its own. It cannot be told to end, and its status would end this process.
+        with contextlib.suppress(Exception, SystemExit):
+            wandb.teardown()
 
 
 def _why_offline(settings: Wandb) -> str | None:
@@ -146,10 +207,10 @@ def _require_key(settings: Wandb) -> None:
 
 def _require_server(settings: Wandb) -> None:
     try:
-        address.require_connection(_server())
+        address.require_answer(_server())
     except ConnectionError as error:
         raise ConnectionError(
-            f"mode={settings.mode}: {_server()} takes no connection ({error}); correct WANDB_BASE_URL, or use mode "
+            f"mode={settings.mode}: {_server()} does not answer ({error}); correct WANDB_BASE_URL, or use mode "
             "offline and wandb sync later"
         ) from error
 
