@@ -230,7 +230,7 @@ def test_tensorboard_hides_what_comes_again(tmp_path: Path) -> None:
     assert second.begin(told(tmp_path, id=known, resume_step=1)) == known
     second.rows(ROWS[2:])
     second.end("KILLED")
-    kept = read_trackers.tensorboard(tmp_path)
+    kept = read_trackers.tensorboard(tmp_path / "run")
     # NaN is left out.
     assert [(key, row) for key, row in kept.rows if "loss" in row or key[1]] == [
         ((0, True), {"val_loss": 7.5}),
@@ -246,8 +246,28 @@ def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> 
     assert section.tracker().begin(told(tmp_path, id="of a folder that was removed")) != "of a folder that was removed"
 
 
+def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_path: Path) -> None:
+    section = sections.TensorBoard(log_dir=tmp_path)
+    first = section.tracker()
+    known = first.begin(told(tmp_path))
+    first.rows(ROWS)
+    first.end("FINISHED")
+    # Another run directory of the same name.
+    other = section.tracker()
+    other.begin(told(tmp_path / "elsewhere"))
+    other.rows(ROWS[:2])
+    other.end("FINISHED")
+    again = section.tracker()
+    assert again.begin(told(tmp_path, id=known, resume_step=3)) == known
+    again.rows([{"step": 4, "loss": 6.25, "time": 1004.0}])
+    again.end("FINISHED")
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run").rows] == [*KEYS, (4, False)]
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run-2").rows] == KEYS[:2]
+
+
 def trackio_with_rows_twice(folder: Path) -> None:
     section = sections.Trackio(Target("trackio.init", {}), dir=folder, project="p")
+    section.prepare()
     section.reach()
     tracker = section.tracker()
     known = tracker.begin(told(folder))
@@ -294,6 +314,28 @@ def refused_online(environment: dict[str, str], expected: str) -> None:
 def test_wandb_online_is_refused_without_a_key_or_a_server(tmp_path: Path, key: str, expected: str) -> None:
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     assert in_process(refused_online, environment | ({"WANDB_API_KEY": key} if key else {}), expected) == 0
+
+
+def refused_by_mlflow(folder: Path) -> None:
+    for address in ("foo://bar", "file:///there", "nodriver://host/db"):
+        with pytest.raises(ConnectionError, match=f"tracking_uri={address} does not answer as .* server or database"):
+            sections.Mlflow(tracking_uri=address).reach()
+    sections.Mlflow(tracking_uri=f"sqlite:///{folder}/mlflow.db").reach()
+
+
+def test_an_address_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
+    assert in_process(refused_by_mlflow, tmp_path) == 0
+
+
+def refused_settings_of_wandb() -> None:
+    for settings, expected in ({"nonsense": 5}, "nonsense"), (5, "settings=5"), ({"console": "loud"}, "console"):
+        with pytest.raises(ValueError, match=expected):
+            sections.Wandb(Target("wandb.init", {"settings": settings}), mode="offline").reach()
+    sections.Wandb(Target("wandb.init", {"settings": {"console": "wrap"}}), mode="offline").reach()
+
+
+def test_settings_that_wandb_does_not_take_are_refused(tmp_path: Path) -> None:
+    assert in_process(refused_settings_of_wandb) == 0
 
 
 def auto_is_offline(folder: Path, environment: dict[str, str], expected: str) -> None:

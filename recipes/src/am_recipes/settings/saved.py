@@ -66,6 +66,9 @@ def _redacted(key: str, text: str) -> str:
     if not isinstance(root.value["given"].value, dict | list):
         # It is no YAML, so nobody knows what is a secret in it.
         return HIDDEN
+    if isinstance(root.value["given"].value, str):
+        # What was to be a mapping or a list and is none.
+        return HIDDEN
     if not any(is_secret(path) and node.value is not None for path, node in walk(root)):
         return text
     return inline(_replace_leaves(_plain(root.value["given"]), "", _shown))
