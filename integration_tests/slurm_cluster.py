@@ -1,7 +1,9 @@
 """A SLURM of two nodes on this machine, with daemons, keys, ports and folders of its own: for tests that submit jobs.
 
 Debian's packages run as they are (`PACKAGES`), as root, without systemd. Both nodes see this machine's files, as those
-of a cluster see the shared ones. No other SLURM or munge here is used or touched, and all ends with the block.
+of a cluster see the shared ones. No other SLURM or munge here is used or touched, and all ends with the block. Of a
+process that is killed in it the daemons end too, but not the jobs that run at that moment (each a slurmstepd), nor
+does the folder go.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge"
+PACKAGES = "slurm-wlm munge"
 _PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged", "setpriv")
 _CONFIG = """\
 ClusterName=tiny

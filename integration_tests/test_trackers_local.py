@@ -230,7 +230,7 @@ def test_tensorboard_hides_what_comes_again(tmp_path: Path) -> None:
     assert second.begin(told(tmp_path, id=known, resume_step=1)) == known
     second.rows(ROWS[2:])
     second.end("KILLED")
-    kept = read_trackers.tensorboard(tmp_path)
+    kept = read_trackers.tensorboard(tmp_path / "run")
     # NaN is left out.
     assert [(key, row) for key, row in kept.rows if "loss" in row or key[1]] == [
         ((0, True), {"val_loss": 7.5}),
@@ -244,6 +244,25 @@ def test_tensorboard_hides_what_comes_again(tmp_path: Path) -> None:
 def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> None:
     section = sections.TensorBoard(log_dir=tmp_path / "events")
     assert section.tracker().begin(told(tmp_path, id="of a folder that was removed")) != "of a folder that was removed"
+
+
+def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_path: Path) -> None:
+    section = sections.TensorBoard(log_dir=tmp_path)
+    first = section.tracker()
+    known = first.begin(told(tmp_path))
+    first.rows(ROWS)
+    first.end("FINISHED")
+    # Another run directory of the same name.
+    other = section.tracker()
+    other.begin(told(tmp_path / "elsewhere"))
+    other.rows(ROWS[:2])
+    other.end("FINISHED")
+    again = section.tracker()
+    assert again.begin(told(tmp_path, id=known, resume_step=3)) == known
+    again.rows([{"step": 4, "loss": 6.25, "time": 1004.0}])
+    again.end("FINISHED")
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run").rows] == [*KEYS, (4, False)]
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run-2").rows] == KEYS[:2]
 
 
 def trackio_with_rows_twice(folder: Path) -> None:
@@ -294,6 +313,28 @@ def refused_online(environment: dict[str, str], expected: str) -> None:
 def test_wandb_online_is_refused_without_a_key_or_a_server(tmp_path: Path, key: str, expected: str) -> None:
     environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
     assert in_process(refused_online, environment | ({"WANDB_API_KEY": key} if key else {}), expected) == 0
+
+
+def refused_by_mlflow(folder: Path) -> None:
+    for address in ("foo://bar", "file:///there", "nodriver://host/db"):
+        with pytest.raises(ConnectionError, match=f"tracking_uri={address} does not answer as .* server or database"):
+            sections.Mlflow(tracking_uri=address).reach()
+    sections.Mlflow(tracking_uri=f"sqlite:///{folder}/mlflow.db").reach()
+
+
+def test_an_address_that_mlflow_cannot_use_is_named(tmp_path: Path) -> None:
+    assert in_process(refused_by_mlflow, tmp_path) == 0
+
+
+def refused_settings_of_wandb() -> None:
+    for settings, expected in ({"nonsense": 5}, "nonsense"), (5, "settings=5"), ({"console": "loud"}, "console"):
+        with pytest.raises(ValueError, match=expected):
+            sections.Wandb(Target("wandb.init", {"settings": settings}), mode="offline").reach()
+    sections.Wandb(Target("wandb.init", {"settings": {"console": "wrap"}}), mode="offline").reach()
+
+
+def test_settings_that_wandb_does_not_take_are_refused(tmp_path: Path) -> None:
+    assert in_process(refused_settings_of_wandb) == 0
 
 
 def auto_is_offline(folder: Path, environment: dict[str, str], expected: str) -> None:
@@ -427,31 +468,33 @@ def test_an_end_that_wandb_does_not_take_is_said(tmp_path: Path) -> None:
     assert in_process(ended_without_its_process, tmp_path) == 0
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
-def test_a_package_that_is_not_there_is_named_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
-    # An environment like this one but for the package: links to everything else.
+def test_a_package_that_is_not_there_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    # An environment like this one but for the packages: links to everything else.
+    names = ("mlflow", "wandb", "tensorboard", "trackio")
     packages = tmp_path / "packages"
     packages.mkdir()
     for folder in {Path(pytest.__file__).parents[1], Path(yaml.__file__).parents[1]}:
         for entry in folder.iterdir():
-            if entry.name.partition("-")[0] != name and not (packages / entry.name).exists():
+            if entry.name.partition("-")[0] not in names and not (packages / entry.name).exists():
                 (packages / entry.name).symlink_to(entry)
     sources = [*runs.ROOT.glob("packages/*/src"), runs.ROOT / "recipes" / "src"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*sources, packages]))}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(BASE | {name: {}}))
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(BASE | {name: {}}))
     program = (
-        "import sys; from am_recipes import cli; status = cli.main(sys.argv[1:]); "
-        "assert 'torch' not in sys.modules; raise SystemExit(status)"
+        "import sys; from am_recipes import cli\n"
+        "for config in sys.argv[1:]:\n"
+        "    assert cli.main([config, '--nproc-per-node', '1', '--run_dir', f'{config}.run']) == 2\n"
+        "assert 'torch' not in sys.modules"
     )
-    command = [sys.executable, "-S", "-c", program, str(config), "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, "--run_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, cwd=runs.ROOT
-    )
-    expected = f'needs the package {name}, which is not installed: pip install "am-recipes[{name}]"'
-    assert done.stderr.strip() == f"{config}:{line_of(config, name)}: {name}: {expected}"
-    assert done.returncode == 2
-    assert not (tmp_path / "run").exists()
+    configs_of_each = [str(tmp_path / f"{name}.yaml") for name in names]
+    command = [sys.executable, "-S", "-c", program, *configs_of_each]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 0, done.stderr
+    for name, config, told in zip(names, configs_of_each, done.stderr.splitlines(), strict=True):
+        expected = f'needs the package {name}, which is not installed: pip install "am-recipes[{name}]"'
+        assert told == f"{config}:{line_of(Path(config), name)}: {name}: {expected}"
+    assert list(tmp_path.glob("*.run")) == []
 
 
 def line_of(config: Path, key: str) -> int:

@@ -188,7 +188,7 @@ def test_what_differs_in_config_code_data_and_machine(tmp_path: Path) -> None:
         "    B 0.002 (command line --optimizer.lr)",
         "  freeze.0.freeze",
         "    A not there",
-        f"    B '{'*' * 35}...{'*' * 34}'",
+        f"    B '{'*' * 33} ... {'*' * 34}'",
     ]
     assert sections["code: 2 differ"] == [
         "  working directory",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from am_recipes import cli, submission
 from am_recipes.configs import ConfigError, parse
+from am_recipes.launch import job
 from am_recipes.settings import UnusableError
 
 CONFIG = """\
@@ -102,9 +106,127 @@ def test_every_script_is_clean_and_has_no_secret(folder, variant):
     header, _, body = text.partition("\n\n")
     assert header.startswith("#!/usr/bin/env bash\n#SBATCH --job-name=")
     assert "#SBATCH" not in body
-    if shutil.which("shellcheck"):
-        checked = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True, check=False)
-        assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck not installed")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shellcheck_has_nothing_to_say_of_any_script(folder, variant):
+    text = text_of(render(folder, VARIANTS[variant]))
+    checked = subprocess.run(["shellcheck", "-"], input=text, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def on_a_node(text):
+    """What bash prints that gets the function of a node as srun's tasks do; `printf` instead of Python."""
+    function = text[text.index("on_each_node() {") : text.index("# Bash itself")].replace(
+        sys.executable, "printf %s\\\\n"
+    )
+    call = 'bash -c "$(declare -f on_each_node); on_each_node"'
+    call = f"FAILED=/dev/null folder=/f MASTER_ADDR=a MASTER_PORT=1\n{function}\n{call}"
+    return subprocess.run(["bash", "-c", call], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("value", ["a\nb", "a\n\n  b\n", "a\x0bb\u2028c\x0c", "it's\n'", "a\nEOF\n"])
+def test_an_override_of_many_lines_arrives_as_it_was_typed(folder, value):
+    printed = on_a_node(text_of(render(folder, "{}", ("model.name_or_path", value))))
+    assert f"\n--model.name_or_path={value}\n--slurm=null\n" in printed
+
+
+def test_a_command_may_have_a_document_in_it(folder):
+    text = text_of(render(folder, '{command: "cat <<EOF\\nhello\\n  $((1 + 1))\\nEOF"}'))
+    assert on_a_node(text) == "hello\n  2\n"
+
+
+SCONTROL = """\
+#!/usr/bin/env bash
+n=$(cat count 2>/dev/null || echo 0)
+echo $((n + 1)) >count
+echo "$@" >>calls
+case $(sed -n "$((n + 1))p" answers) in
+  away) echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1 ;;
+  yes) ;;
+  *) echo "JobId=7 JobState=$(sed -n "$((n + 1))p" answers) Reason=None" ;;
+esac
+"""
+
+
+@pytest.fixture
+def controller(folder, monkeypatch):
+    """A `scontrol` that gives the `answers` it finds, one a call, and a `sleep` that does not."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in {"scontrol": SCONTROL, "sleep": "#!/bin/sh\n"}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return folder
+
+
+def after_a_start(folder, text, *answers, status=75, latest=None):
+    """Exit status and words of the script's end, for a start that ended with `status` and committed `latest`."""
+    (folder / "answers").write_text("\n".join(answers))
+    (folder / "count").unlink(missing_ok=True)
+    checkpoints = folder / "runs" / "my config" / "checkpoints"
+    begin = text[text.index("start=$((") : text.index("export FAILED")]
+    where = "\n".join(line for line in text.splitlines() if line.startswith(("run_dir=", "case $run_dir")))
+    commit = f"mkdir -p {shlex.quote(str(checkpoints))}; ln -sfn {latest} {shlex.quote(str(checkpoints))}/latest"
+    before = text[text.index("# What the run has committed") : text.index("\nsrun ")] if "committed()" in text else ""
+    end = text[text.index("# A start that") if "idle=" in text else text.index("# 75:") :]
+    begin = f"job=7\n{begin}\nfolder={shlex.quote(str(folder))}\n{where}\n{before}\n"
+    script = f"{begin}{commit if latest else ''}\nstatus={status}\n{end}"
+    result = subprocess.run(["bash", "-uc", script], capture_output=True, text=True, check=False, cwd=folder)
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["RUNNING", "yes"], "was stopped and is requeued"),
+        (["away", "away", "RUNNING", "yes"], "was stopped and is requeued"),
+        (["RUNNING", "away", "away", "RUNNING", "yes"], "was stopped and is requeued"),
+        (["RUNNING", "away", "PENDING"], "SLURM was asked to requeue it, but has not answered; it is PENDING"),
+        (["CANCELLED"], "was cancelled or is at its end (CANCELLED) and is not requeued"),
+        (["away", "CANCELLED"], "was cancelled or is at its end (CANCELLED) and is not requeued"),
+        (["RUNNING", "away"] * 12, "could not be requeued; submitted again, it continues"),
+    ],
+)
+def test_a_controller_that_is_away_is_asked_again(controller, answers, said):
+    status, output = after_a_start(controller, text_of(render(controller, "{}")), *answers)
+    assert status == 75
+    assert said in output
+    assert (controller / "count").read_text() == f"{len(answers)}\n"
+
+
+def test_starts_that_commit_nothing_are_not_repeated_for_ever(controller):
+    text = text_of(render(controller, "{}"))
+    answers = ("RUNNING", "yes")
+    for latest, status in ((None, 75), ("step_000002", 75), (None, 75), ("step_000004", 75), (None, 75), (None, 1)):
+        ended, output = after_a_start(controller, text, *answers, latest=latest)
+        assert ended == status, output
+        assert ("requeued" in output) == (status == 75)
+    assert f"committed anything in {controller}/runs/my config. The job ends" in output
+    # What a command commits nobody knows, and a run that failed has said so.
+    assert after_a_start(controller, text, "RUNNING", status=3) == (3, "")
+    assert "idle=" not in text_of(render(controller, "{command: hostname}"))
+    assert "idle=" not in text_of(render(controller, "{requeue: false}"))
+
+
+def test_the_end_of_the_job_is_kept_where_nobody_says_another(controller):
+    text = text_of(render(controller, "{}"))
+    text = text[text.index("start=$((") : text.index("# The environment of")]
+    run = "".join(line + "\n" for line in text.splitlines() if not line.startswith("echo"))
+    asked = f"job=7\nSLURM_JOB_END_TIME=5\n{run}\necho end ${{SLURM_JOB_END_TIME-none}}"
+    for answer, end in (("X EndTime=1970-01-01T00:00:09Z", "9"), ("X EndTime=Unknown", "none")):
+        (controller / "answers").write_text(f"away\n{answer}\n")
+        (controller / "count").unlink(missing_ok=True)
+        result = subprocess.run(["bash", "-uc", asked], capture_output=True, text=True, check=True, cwd=controller)
+        assert result.stdout == f"end {end}\n"
+    # Ten minutes without an answer, in no time.
+    silent = asked.replace("+ 600", "+ 0")
+    (controller / "answers").write_text("away\n" * 9)
+    (controller / "count").unlink()
+    result = subprocess.run(["bash", "-uc", silent], capture_output=True, text=True, check=True, cwd=controller)
+    assert result.stdout == "end 5\n"
 
 
 def test_a_section_that_says_nothing_asks_for_what_the_keys_say_by_default(folder):
@@ -173,6 +295,7 @@ def test_containers(folder):
         "/tmp:/data:ro",
         "/usr:/my usr",
     ]
+    assert """/usr:/my usr',"$run_dir:$run_dir" """ in pyxis
     assert "--container-image=nvcr.io#nvidia/pytorch:25.01" in pyxis.replace("'", "")
     assert "  python -m am_recipes.sft -c " in pyxis
     assert "in /opt/Automodel/packages/*/src /opt/Automodel/recipes/src; do" in pyxis
@@ -183,6 +306,22 @@ def test_containers(folder):
         in apptainer
     )
     assert "--nv" not in text_of(render(folder, VARIANTS["no_gpu"]))
+
+
+def test_a_run_elsewhere_is_mounted_in_a_container(folder):
+    sections = VARIANTS["no_gpu"], "{container_image: a}"
+    for section, mount in zip(sections, ('--bind "$run_dir:$run_dir" ', ',"$run_dir:$run_dir" '), strict=True):
+        text = text_of(render(folder, section, ("run_dir", f"{folder}/scratch/${{SLURM_ARRAY_TASK_ID,0}}")))
+        assert mount in text
+        where = text[text.index("run_dir=") : text.index("# Where the nodes")]
+        subprocess.run(["bash", "-uc", where], env={"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3"}, check=True)
+        assert (folder / "scratch" / "3").is_dir()
+        shutil.rmtree(folder / "scratch")
+    # There it has another name here: whether it commits is not seen.
+    other = text_of(render(folder, "{container_image: a, extra_mounts: {/tmp: /data}}", ("run_dir", "/data/run")))
+    assert '"$run_dir:$run_dir"' not in other
+    assert "idle=" not in other
+    assert 'mkdir -p "$run_dir"' not in other
 
 
 @pytest.mark.parametrize(
@@ -196,7 +335,18 @@ def test_containers(folder):
         ('{hf_token: "x${MY_TOKEN}"}', "slurm.hf_token", "a secret in clear"),
         ("{env_vars: {MY_API_KEY: abc}}", "slurm.env_vars.MY_API_KEY", "a secret in clear"),
         ("{env_vars: {A: true}}", "slurm.env_vars.A", "expected text, got True"),
-        ("{env_vars: {a-b: x}}", "slurm", "env_vars='a-b' is no name of a variable"),
+        ("{env_vars: {a-b: x}}", "slurm.env_vars.a-b", "'a-b' cannot be the name of an environment variable"),
+        ("{env_vars: {a\u00c4: x}}", "slurm.env_vars.a\u00c4", "cannot be the name of an environment variable"),
+        (
+            '{hf_token: "${MY_TOKEN}", env_vars: {HF_TOKEN: "${MY_TOKEN}"}}',
+            "slurm.env_vars.HF_TOKEN",
+            "the variable HF_TOKEN is given twice",
+        ),
+        ('{account: "x\\n#SBATCH --foo"}', "slurm.account", "must be text on one line, without"),
+        ("{partition: 'a\"b'}", "slurm.partition", "must be text on one line, without"),
+        ("{qos: 'a\\b'}", "slurm.qos", "must be text on one line, without"),
+        ('{array: "1\\n%1"}', "slurm.array", "must be text on one line, without"),
+        ("{dependency: ''}", "slurm.dependency", "must be text on one line, without"),
         ('{hf_token: "${NOT_THERE}"}', "slurm.hf_token", "the environment variable NOT_THERE is not set"),
         ("{job_name: a b}", "slurm.job_name", "must be letters, digits"),
         ("{nodes: 0}", "slurm.nodes", "must be at least 1"),
@@ -204,9 +354,13 @@ def test_containers(folder):
         ("{container_runtime: docker}", "slurm.container_runtime", "must be one of 'pyxis', 'apptainer'"),
         ("{hf_home: cache}", "slurm.hf_home", "must be an absolute path"),
         ("{container_image: a, extra_mounts: [data:/data]}", "slurm.extra_mounts.0", "must be two absolute paths"),
-        ("{nemo_mount: {source: /tmp, dest: /opt}}", "slurm", "nemo_mount is for a container, and container_image"),
+        (
+            "{nemo_mount: {source: /tmp, dest: /opt}}",
+            "slurm.nemo_mount",
+            "nemo_mount is for a container, and container_image",
+        ),
         ("{nsys_enabled: true}", "slurm.nsys_enabled", "the recipes mark no part of a run for nsys to capture"),
-        ("{signal_seconds: 300}", "slurm", "signal_seconds=300 is not less than time=00:05:00"),
+        ("{signal_seconds: 300}", "slurm.signal_seconds", "signal_seconds=300 is not less than time=00:05:00"),
         ("{nodse: 2}", "slurm.nodse", "unknown key; did you mean 'nodes'?"),
     ],
 )
@@ -231,7 +385,15 @@ def test_a_wrong_section_is_named(folder, section, place, message):
         ("{directives: {nodes: 3}}", "slurm.directives", "is the key slurm.nodes of its own"),
         ("{directives: {C: gpu}}", "slurm.directives", "no long name of an option"),
         ("{directives: {comment: [a]}}", "slurm.directives", "must be one text or number"),
+        ("{directives: {comment: 'a\\b'}}", "slurm.directives", "must be one text or number"),
         ("{array: 0-3}", "slurm.array", "would train the same run many times at once, in one run_dir"),
+        ("{array: 0-31%16}", "slurm.array", "would train the same run many times at once, in one run_dir"),
+        ("{array: 0-3%10}", "slurm.array", "would train the same run many times at once, in one run_dir"),
+        (
+            "{array: 0-3, env_vars: {A: '${SLURM_ARRAY_TASK_ID,0}'}} # ${SLURM_ARRAY_TASK_ID,0}",
+            "slurm.array",
+            "would train the same run many times at once, in one run_dir",
+        ),
     ],
 )
 def test_what_cannot_be_rendered_is_named(folder, section, place, message):
@@ -245,6 +407,14 @@ def test_an_array_of_different_runs(folder):
     assert f"output={rendered.folder}/llm_finetune_%A_%a.log" in directives(text)
     assert "'--run_dir=runs/${SLURM_ARRAY_TASK_ID,0}'" in text
     assert "MASTER_PORT=$((13742 + ${SLURM_ARRAY_TASK_ID:-0} % 1000))" in text
+    where = text[text.index("run_dir=") : text.index("# Where the nodes")]
+    environment = {"PATH": os.environ["PATH"], "SLURM_ARRAY_TASK_ID": "3"}
+    said = subprocess.run(["bash", "-uc", where], env=environment, check=True, capture_output=True, text=True).stdout
+    assert said == f"  run     {folder}/runs/3\n"
+
+
+def test_a_config_with_a_number_that_is_none_is_the_same_in_its_copy(folder):
+    assert ".nan" in render(folder, "{directives: {comment: .nan}}").files["my config.yaml"]
 
 
 def test_the_copy_of_the_config_means_the_same_and_keeps_its_lines(folder):
@@ -303,9 +473,35 @@ def test_what_is_told_of_a_submission(sbatch, capsys):
     ]
     assert (sbatch / "asked").read_text() == f"--parsable {job}/llm_finetune.sbatch\n"
     assert sorted(file.name for file in job.iterdir()) == ["llm_finetune.sbatch", "my config.yaml"]
-    # A second one has its own folder, also in the same second.
-    assert cli.main([str(path), "--slurm.time=30"]) == 0
-    assert len(list((sbatch / "slurm_jobs").iterdir())) == 2
+
+
+def test_submissions_at_once_have_folders_of_their_own(sbatch):
+    barrier = threading.Barrier(8)
+
+    def submit(number):
+        # The folder is chosen by all of them before any of them makes it.
+        waits = [barrier.wait]
+
+        def render_once(now):
+            rendered = job.Rendered(sbatch / "jobs" / str(now), {"a": str(number)}, "a", ("sbatch", str(number)))
+            while waits:
+                waits.pop()()
+            return rendered
+
+        return job.submit(render_once, sbatch)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(submit, range(8)))
+    assert len({rendered.folder for rendered, _ in results}) == 8
+    for number, (rendered, result) in enumerate(results):
+        assert result.returncode == 0
+        assert (rendered.folder / "a").read_text() == str(number)
+
+
+def test_the_run_of_an_array_is_told_as_it_was_written(sbatch, capsys):
+    path = write(sbatch, "{python: python3, array: 0-3}")
+    assert cli.main([str(path), "--run_dir=runs/${SLURM_ARRAY_TASK_ID,0}"]) == 0
+    assert "  run     runs/${SLURM_ARRAY_TASK_ID,0} (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -314,6 +510,12 @@ def test_what_is_told_of_a_submission(sbatch, capsys):
         ("invalid partition specified: batch", "slurm.partition", "sinfo --summarize lists the partitions"),
         ("Invalid account or account/partition combination specified", "slurm.account", "sacctmgr show associations"),
         ("Job dependency problem", "slurm.dependency", "such as afterok:JOB"),
+        (
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+            "slurm",
+            "sacctmgr show associations user=$USER and sacctmgr show qos",
+        ),
+        ("Unable to contact slurm controller (connect failure)", "slurm", "scontrol ping says whether it is up"),
         ("something else", "slurm", "man sbatch explains"),
     ],
 )

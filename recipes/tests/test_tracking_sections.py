@@ -74,6 +74,10 @@ def test_a_secret_among_the_settings_is_written_as_a_reference(tmp_path: Path) -
         ({"trackio": {"space": "x"}}, "trackio.space: unknown key; did you mean 'space_id'?"),
         ({"trackio": {"project": ""}}, "trackio.project: must not be empty"),
         (
+            {"mlflow": {"tracking_uri": "localhost:5000"}},
+            "mlflow.tracking_uri: must be an address, such as http://HOST",
+        ),
+        (
             {"trackio": {"server_url": "http://here:1?write_token=visible"}},
             "trackio.server_url: has a write_token in clear, which config.yaml would repeat; give the whole address as",
         ),

@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from am_recipes.settings import inline, leaves
-from am_recipes.sinks import record
+from am_recipes.sinks import record, text
 from am_recipes.sinks.record import Launch, Record
 
 WIDTH = 80
@@ -180,7 +180,7 @@ def _table(pair: Pair) -> list[str]:
     lines = ["", f"  {'':22}{'A':>18}{'B':>18}{'B - A':>18}"]
     for name in different_columns(*pair):
         a, b = (row.get(name, NOTHING[0]) for row in pair)
-        lines.append(f"  {_cut(name, 22):22}{_number(a):>18}{_number(b):>18}{_difference(a, b):>18}")
+        lines.append(f"  {_line(name, 22):22}{_number(a):>18}{_number(b):>18}{_difference(a, b):>18}")
     return lines
 
 
@@ -260,10 +260,10 @@ def _section(title: str, a: Facts, b: Facts) -> list[str]:
         return ["", f"{title}: the same"]
     lines = ["", f"{title}: {len(names)} differ{'s' * (len(names) == 1)}"]
     for name in names:
-        lines.append(f"  {_cut(name, WIDTH - 2)}")
+        lines.append(f"  {_line(name, WIDTH - 2)}")
         for side, facts in zip("AB", (a, b), strict=True):
             value, origin = facts.get(name, NOTHING)
-            lines.append(f"    {side} {_cut(value + origin, WIDTH - 6)}")
+            lines.append(f"    {side} {_line(value + origin, WIDTH - 6)}")
     return lines
 
 
@@ -279,8 +279,6 @@ def _changed_on_the_way(name: str, run: Record) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def _cut(text: str, width: int) -> str:
-    """The text on one line, without its middle where it is too long."""
-    text = " ".join(text.split())
-    half = (width - 3) // 2
-    return text if len(text) <= width else f"{text[: width - 3 - half]}...{text[-half:]}"
+def _line(content: str, width: int) -> str:
+    """The content on one line of at most that width."""
+    return text.cut(" ".join(content.split()), width)

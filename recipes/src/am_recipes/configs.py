@@ -286,7 +286,7 @@ def check_targets(config: RunConfig) -> None:
     """
     for name, section in config.trackers().items():
         try:
-            section.require()
+            section.prepare()
         except ValueError as error:
             raise config.error(name, str(error)) from error
     for call in config.targets():

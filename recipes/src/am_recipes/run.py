@@ -13,12 +13,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import am_ckpt
 import am_data
 import am_mesh
-from am_recipes import checks, data, job_time, provenance, reproducible, run_dir, time_limit, trackers
+from am_recipes import checks, data, provenance, reproducible, run_dir, trackers
 from am_recipes.best import Best
 from am_recipes.build import Weights
 from am_recipes.configs import RunConfig
@@ -26,6 +25,7 @@ from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, any_rank, first_told, seed_everything
 from am_recipes.stop_signal import StopSignal
+from am_recipes.time_limit import LaunchTime
 
 
 @contextlib.contextmanager
@@ -89,12 +89,8 @@ class Run:
         self.resumed, self._restored = run_dir.resume(self._checkpoints, state, config.checkpoint, total_steps)
         self._best.require_kept()
         self._stopping = self._is_out_of_time = self._minutes_are_over = self._is_among_best = False
-        now, age = time.monotonic(), job_time.process_age()
-        ends = time_limit.ends(config.step_scheduler.max_time, stop.job_end, now=now, epoch=time.time(), age=age)
-        self._limit = time_limit.TimeLimit(ends, time.monotonic)
-        self._estimate: time_limit.Save | None = None
+        self._time = LaunchTime(config.step_scheduler, stop.job_end, self._checkpoints, state)
         self._validated: dict[str, float] | None = None
-        self._saved_at = time.monotonic()
         self._trackers = trackers.build(config, self.resumed)
         own_sinks = [] if torch.distributed.get_rank() else [sink.build() for sink in config.sinks]
         self.log = Log(
@@ -163,7 +159,7 @@ class Run:
             self._require_time()
         self._stop.doing = "the current step is finished and committed"
         steps = itertools.islice(loader, 0 if self._best.waited_enough else self.total_steps - self.step)
-        self._limit.begin()
+        self._time.limit.begin()
         for micro_batches in steps:
             self._now = Step(time.monotonic(), loader.epoch)
             yield micro_batches
@@ -256,8 +252,7 @@ class Run:
         if self._stopping or is_due:
             self.log.sync()
             self._checkpoints.save(self.step, self._state, metrics=self._validated, ephemeral=not self._stays)
-            self._saved_at = time.monotonic()
-            self._limit.begin()
+            self._time.saved()
 
     def stopped(self) -> bool:
         """Wait until every checkpoint is durable; whether the run was told to stop before its end."""
@@ -298,12 +293,9 @@ class Run:
 
     def _ask_every_rank(self) -> None:
         """Whether to stop, or to save: a signal reaches one rank before another, and their clocks differ."""
-        minutes = self._config.step_scheduler.ckpt_every_minutes
-        over = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        late, told = None, self._stop.received is not None
-        if self._limit.is_set and self.step < self.total_steps:
-            others = int(self._checkpoints.is_saving) + int(self._config.checkpoint.enabled and (self._stays or over))
-            late = self._limit.asked(self._save_to_come(), others=others)
+        over, late, told = self._time.save_is_due(), None, self._stop.received is not None
+        if self.step < self.total_steps:
+            late = self._time.asked(saves=self._config.checkpoint.enabled and (self._stays or over))
         told, self._minutes_are_over, is_late = any_rank(self._dims, told, over, late is not None)
         if told:
             self._stop.heard()
@@ -314,17 +306,9 @@ class Run:
 
     def _require_time(self) -> None:
         """Refuse, on every rank, a launch whose time is over before its first step: it would be begun for ever."""
-        over = self._limit.over_before_a_step()
+        over = self._time.limit.over_before_a_step()
         if any_rank(self._dims, over is not None) == [True]:
             raise ValueError(first_told(over))
-
-    def _save_to_come(self) -> time_limit.Save:
-        """How long a save of this rank takes: as the longest of this launch, or, before any, by its bytes."""
-        if self._checkpoints.longest_save is not None:
-            return time_limit.measured_save(self._checkpoints.longest_save)
-        if self._estimate is None:
-            self._estimate = time_limit.estimated_save(_saved_bytes(self._state))
-        return self._estimate
 
     @property
     def _stays(self) -> bool:
@@ -338,11 +322,3 @@ class Run:
 
     def _is_due(self, every: int | None) -> bool:
         return self.step == self.total_steps or (every is not None and self.step % every == 0)
-
-
-def _saved_bytes(state: Mapping[str, Any]) -> int:
-    """Bytes of the model and optimizer that this rank holds: at least what it writes of them."""
-    slots = state["optimizer"].state_dict()["state"].values()
-    tensors = [parameter for _, parameter in state["model"].named_parameters()]
-    tensors += [value for values in slots for value in values.values() if isinstance(value, torch.Tensor)]
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)

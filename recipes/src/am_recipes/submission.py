@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
+import json
 import shlex
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from am_recipes.configs import RunConfig, check_targets, parse
 from am_recipes.launch import job
-from am_recipes.settings import is_secret, load, override, rewritten, variable, walk, with_folder
+from am_recipes.settings import is_secret, load, override, plain, references, variable, walk, with_folder
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ def rendered(config: RunConfig, asked: Asked) -> job.Rendered:
     key, launcher = _launcher(config)
     given = _job(config, key, asked)
     with config.at(key):
-        # A folder of its own, also for a second submission in one second.
-        texts = (launcher.render(given, now) for now in itertools.count(int(time.time())))
-        return next(text for text in texts if not text.folder.exists())
+        return launcher.render(given, int(time.time()))
 
 
 def same_python(config: RunConfig) -> bool:
@@ -52,11 +51,13 @@ def same_python(config: RunConfig) -> bool:
 def submit(config: RunConfig, asked: Asked) -> int:
     """Hand the run to its scheduler; the exit status of the command that does it. Says what became of it."""
     key, launcher = _launcher(config)
-    given = rendered(config, asked)
+    run = _job(config, key, asked)
+    with config.at(key):
+        launcher.render(run, int(time.time()))
     if launcher.same_python:
         check_targets(config)
     with config.at(key):
-        result = job.submit(given, Path.cwd())
+        given, result = job.submit(functools.partial(launcher.render, run), Path.cwd())
     sys.stderr.write(result.stderr)
     if result.returncode:
         name, fix = launcher.refused(result.stderr)
@@ -65,7 +66,7 @@ def submit(config: RunConfig, asked: Asked) -> int:
         print(f"what it was given: {shlex.join(given.command)}", file=sys.stderr)
         return result.returncode
     print(launcher.submitted(given, result.stdout))
-    print(f"  run     {config.run_dir} (config.yaml, metrics.jsonl, checkpoints)")
+    print(f"  run     {run.run_dir_reference or run.run_dir} (config.yaml, metrics.jsonl, checkpoints)")
     return 0
 
 
@@ -76,7 +77,7 @@ def _launcher(config: RunConfig) -> tuple[str, job.Launcher]:
 
 def _job(config: RunConfig, key: str, asked: Asked) -> job.Job:
     text = with_folder(asked.path.read_text(encoding="utf-8"), str(asked.path.absolute().parent))
-    _require_same(config, text, asked)
+    copy = _require_same(config, text, asked)
     _require_no_secrets(asked)
     arguments = (*(f"--{path}={value}" for path, value in asked.overrides), f"--{key}=null", *asked.flags)
     program = (asked.program,) if asked.program.endswith(".py") else ("-m", asked.program)
@@ -89,6 +90,7 @@ def _job(config: RunConfig, key: str, asked: Asked) -> job.Job:
         arguments=arguments,
         folder=Path.cwd(),
         run_dir=config.run_dir,
+        run_dir_reference=copy.environment.get("run_dir"),
         processes=asked.processes,
         variables=_variables(config, key),
     )
@@ -98,16 +100,8 @@ def _variables(config: RunConfig, key: str) -> dict[str, str]:
     """What the config takes from the environment, sections of launchers aside, with the first key that does."""
     found: dict[str, str] = {}
     for path, text in config.environment.items():
-        names: list[str] = []
-
-        def note(name: str, default: str | None, names: list[str] = names) -> str:
-            if default is None:
-                names.append(name)
-            return ""
-
-        rewritten(text, str, note)
         if path.partition(".")[0] != key:
-            found = dict.fromkeys(names, path) | found
+            found = {name: path for name, default in references(text) if default is None} | found
     return found
 
 
@@ -131,15 +125,21 @@ def _is_in_clear(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _require_same(config: RunConfig, text: str, asked: Asked) -> None:
-    """Refuse a config that means something else at another place: `${here}` where it cannot be written out."""
+def _require_same(config: RunConfig, text: str, asked: Asked) -> RunConfig:
+    """The config as its copy has it; refuses one that means something else at another place.
+
+    That is `${here}` where it cannot be written out.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, asked.path.name)
-        copy.write_text(text, encoding="utf-8")
-        if parse(copy, asked.overrides) != config:
-            raise config.error("", "a copy in the folder of the job would mean something else; write ${here} out")
+        path = Path(folder, asked.path.name)
+        path.write_text(text, encoding="utf-8")
+        copy = parse(path, asked.overrides)
+    # As texts: .nan is not equal to itself.
+    if json.dumps(plain(copy), default=str) != json.dumps(plain(config), default=str):
+        raise config.error("", "a copy in the folder of the job would mean something else; write ${here} out")
+    return copy
 
 
-def shown(given: job.Rendered) -> str:
+def preview(given: job.Rendered) -> str:
     """The text for people, with the command that would hand it over."""
     return f"# {shlex.join(given.command)}\n{given.files[given.shown]}"

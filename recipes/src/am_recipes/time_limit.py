@@ -9,16 +9,23 @@ come to the next question and still commit, so it stops where less is left than
 - `ENDING_SECONDS`, for what follows the save.
 
 The first step of a launch may compile for minutes: it counts until the second was measured, and then no more.
-Nothing here knows a clock that it is not given; what this process knows of its own time is in `job_time`.
+Nothing here but `LaunchTime`, which a run asks, knows a clock that it is not given; what this process knows of its own
+time is in `job_time`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from am_recipes.job_time import JOB_END
-from am_recipes.sections import seconds
+import torch
+from torch.distributed.tensor import DTensor
+
+import am_ckpt
+from am_recipes.job_time import JOB_END, process_age
+from am_recipes.sections import StepScheduler, seconds
 
 ENDING_SECONDS = 15.0
 """For the record, the page, what trackers have not delivered (10 s at most), and processes that end one by one."""
@@ -131,3 +138,59 @@ class TimeLimit:
 
     def _left(self) -> float:
         return float("inf") if self._end is None else self._end.at - self._clock()
+
+
+class LaunchTime:
+    """What a run asks about time, on every rank: whether it is over, and whether a save is due by it.
+
+    Args:
+        scheduler: says `max_time` and `ckpt_every_minutes`.
+        job_end: as `job_time.job_end` has it.
+        checkpoints: they know how long a save took.
+        state: what they save, `model` and `optimizer` among it.
+    """
+
+    def __init__(
+        self,
+        scheduler: StepScheduler,
+        job_end: float | None,
+        checkpoints: am_ckpt.Checkpointer,
+        state: Mapping[str, Any],
+    ) -> None:
+        self._saved_at = time.monotonic()
+        found = ends(scheduler.max_time, job_end, now=self._saved_at, epoch=time.time(), age=process_age())
+        self.limit = TimeLimit(found, time.monotonic)
+        self._minutes = scheduler.ckpt_every_minutes
+        self._checkpoints, self._state = checkpoints, state
+        self._estimate: Save | None = None
+
+    def saved(self) -> None:
+        """A save has returned."""
+        self._saved_at = time.monotonic()
+        self.limit.begin()
+
+    def save_is_due(self) -> bool:
+        """Whether `ckpt_every_minutes` have gone since the last save."""
+        return self._minutes is not None and time.monotonic() - self._saved_at >= 60 * self._minutes
+
+    def asked(self, *, saves: bool) -> str | None:
+        """Why the run has to stop here, None where it can go on; `saves`: whether it saves here in any case."""
+        if not self.limit.is_set:
+            return None
+        return self.limit.asked(self._save_to_come(), others=int(self._checkpoints.is_saving) + int(saves))
+
+    def _save_to_come(self) -> Save:
+        """As the longest of this launch, or, before any, by its bytes."""
+        if self._checkpoints.longest_save is not None:
+            return measured_save(self._checkpoints.longest_save)
+        if self._estimate is None:
+            self._estimate = estimated_save(_saved_bytes(self._state))
+        return self._estimate
+
+
+def _saved_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the model and optimizer that this rank holds: at least what it writes of them."""
+    slots = state["optimizer"].state_dict()["state"].values()
+    tensors = [parameter for _, parameter in state["model"].named_parameters()]
+    tensors += [value for values in slots for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from am_recipes.launch.nodes import PREEMPTED
+from am_recipes.settings import ArgumentError
 
 # Kubeflow's names for the job and the container of the trainer; taken for both kinds, so that one way of asking works.
 NODE = "node"
@@ -74,9 +75,10 @@ class Pods:
         longest = len(f"{self.name}-{NODE}-0-{self.nodes - 1}-abcde")
         if longest > _LONGEST_POD:
             most = len(self.name) - (longest - _LONGEST_POD)
-            raise ValueError(
+            raise ArgumentError(
+                "kubernetes.name",
                 f"name={self.name} has {len(self.name)} characters, and the pods' names would have {longest} of at "
-                f"most {_LONGEST_POD}; choose one of at most {most}"
+                f"most {_LONGEST_POD}; choose one of at most {most}",
             )
 
 

@@ -11,6 +11,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from am_recipes.launch.job import Refusal
+
+# What sbatch says of a key of ours, and what helps; the first that fits.
+REFUSALS = (
+    Refusal(
+        ("qos policy",),
+        "",
+        "sacctmgr show associations user=$USER and sacctmgr show qos have the limits of jobs, sizes and times; ask for "
+        "less, or wait for jobs of yours to end",
+    ),
+    Refusal(("contact slurm controller",), "", "scontrol ping says whether it is up; type the same again once it is"),
+    Refusal(("socket timed out",), "", "the controller is busy: squeue --me says whether it took the job; else again"),
+    Refusal(("account",), "account", "sacctmgr show associations user=$USER lists yours; --slurm.account NAME"),
+    Refusal(("partition",), "partition", "sinfo --summarize lists the partitions; --slurm.partition NAME"),
+    Refusal(("qos",), "qos", "sacctmgr show qos lists what there is; --slurm.qos NAME"),
+    Refusal(("time limit",), "time", "sinfo --summarize shows the longest of each partition; --slurm.time 01:00:00"),
+    Refusal(("dependency",), "dependency", "such as afterok:JOB; man sbatch has the forms"),
+    Refusal(("array",), "array", "such as 0-3 or 1-10%1; man sbatch has the forms"),
+    Refusal(("gres",), "gpus_per_node", "sinfo --Format=nodehost,gres shows what nodes have; --slurm.gpus_per_node N"),
+    Refusal(("node count",), "nodes", "sinfo --summarize shows how many there are; --slurm.nodes N"),
+    Refusal(("more processors",), "ntasks_per_node", "ranks on a node have a core each; --slurm.ntasks_per_node N"),
+    Refusal(("node configuration",), "", "sinfo --long shows what nodes have: nodes, ntasks_per_node, gpus_per_node"),
+)
+
 
 @dataclass(frozen=True)
 class Container:
@@ -20,12 +44,14 @@ class Container:
         runtime: `pyxis`, which is part of srun, or `apptainer`, a command.
         image: a path, or a name that the runtime knows.
         mounts: `SOURCE:DESTINATION`, each.
+        mounts_run: whether the folder of the run is one more, at the place it has here.
         gpus: whether GPUs are to be seen in it.
     """
 
     runtime: str
     image: str
     mounts: tuple[str, ...]
+    mounts_run: bool
     gpus: bool
 
 
@@ -40,7 +66,8 @@ class Script:
         cores: of each rank; None where nobody has said.
         folder: of the job: config, script, log. Every node sees it.
         directory: where the ranks run.
-        run_dir: as the config has it.
+        run_dir: of the run, shell text that may name variables.
+        watched: whether what the run commits is seen here: a job whose starts commit nothing is not requeued for ever.
         array: whether it is an array of jobs.
         requeue: whether a run that was stopped is started again.
         needed: environment variables that must be there.
@@ -58,7 +85,8 @@ class Script:
     cores: int | None
     folder: Path
     directory: Path
-    run_dir: Path
+    run_dir: str
+    watched: bool
     array: bool
     requeue: bool
     needed: tuple[str, ...]
@@ -76,18 +104,28 @@ job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
 
 _IDENTITY = """\
 start=$((${SLURM_RESTART_COUNT:-0} + 1))
-about_job() { scontrol show job "$job" | sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" | head -n 1; }
+# What SLURM says of this job. Its controller may be away: it is asked again, for ten minutes.
+about_job() {
+  local given_up=$((SECONDS + 600)) text
+  until text=$(scontrol show job "$job"); do
+    [ "$SECONDS" -lt "$given_up" ] || return 1
+    sleep 5
+  done
+  sed -n "s/.*\\b$1=\\([^ ]*\\).*/\\1/p" <<<"$text" | head -n 1
+}
 """
 
 _TIME = """\
 # When this job's time is up, in seconds since the epoch, so that the run can save before. Old SLURM does not say, and
 # a job that was submitted from another job may have that one's.
-if SLURM_JOB_END_TIME=$(date -d "$(about_job EndTime)" +%s 2>/dev/null); then
-  export SLURM_JOB_END_TIME
-  until=$(date -d "@$SLURM_JOB_END_TIME" '+ until %F %T')
-else
-  unset SLURM_JOB_END_TIME
-  until=''
+until=''
+if end=$(about_job EndTime); then
+  if SLURM_JOB_END_TIME=$(date -d "$end" +%s 2>/dev/null); then
+    export SLURM_JOB_END_TIME
+    until=$(date -d "@$SLURM_JOB_END_TIME" '+ until %F %T')
+  else
+    unset SLURM_JOB_END_TIME
+  fi
 fi
 """
 
@@ -118,16 +156,46 @@ if [ "$status" = 75 ] && [ -s "$FAILED" ]; then status=$(head -n 1 "$FAILED"); f
 """
 
 _REQUEUE = """\
-# 75: stopped, committed, to be continued. Never a job that somebody has cancelled.
+# 75: stopped, committed, to be continued. Never a job that somebody has cancelled. What fails is tried again.
 if [ "$status" = 75 ]; then
-  state=$(about_job JobState)
-  if [ "$state" != RUNNING ]; then
-    echo "$(date '+%F %T') job $job was cancelled or is at its end ($state) and is not requeued"
-  elif scontrol requeue "$job"; then
-    echo "$(date '+%F %T') job $job was stopped and is requeued"
-  else
-    echo "$(date '+%F %T') job $job could not be requeued; submitted again, it continues"
-  fi
+  asked='' tries=0
+  while [ "$tries" -lt 12 ] && state=$(about_job JobState) && [ "$state" = RUNNING ]; do
+    tries=$((tries + 1))
+    if scontrol requeue "$job"; then
+      asked=taken
+      break
+    fi
+    asked='without an answer'
+    sleep 5
+  done
+  case $asked:$state in
+    taken:*) what='was stopped and is requeued' ;;
+    *:) what='could not be requeued, since SLURM does not answer; submitted again, it continues' ;;
+    *:RUNNING) what='could not be requeued; submitted again, it continues' ;;
+    without*) what="was stopped, and SLURM was asked to requeue it, but has not answered; it is $state" ;;
+    *) what="was cancelled or is at its end ($state) and is not requeued" ;;
+  esac
+  echo "$(date '+%F %T') job $job $what"
+fi
+"""
+
+_BEFORE = """\
+# What the run has committed so far, its newest checkpoint: nothing at first.
+committed() { readlink "$run_dir/checkpoints/latest" 2>/dev/null || true; }
+before=$(committed)
+"""
+
+_PROGRESS = """\
+# A start that is stopped before it commits is begun again, but not twice in a row: that could go on for ever.
+idle=$folder/idle.$job
+if [ "$status" = 75 ] && [ "$(committed)" != "$before" ]; then
+  rm -f "$idle"
+elif [ "$status" = 75 ] && [ ! -e "$idle" ]; then
+  : >"$idle"
+elif [ "$status" = 75 ]; then
+  echo "error: this start and the one before were stopped before they had committed anything in $run_dir. The job" \\
+    "ends: give it more time (slurm.time), or less between signal and limit (slurm.signal_seconds), and submit it again"
+  status=1
 fi
 """
 
@@ -147,15 +215,18 @@ def script(given: Script) -> str:
                     '$SLURM_JOB_NODELIST$until"',
                     f'echo "  follow  tail -F $folder/{log}"',
                     'echo "  cancel  scancel $job"',
-                    f'echo "  files   $folder; the run: "{shlex.quote(str(given.run_dir))}\n',
+                    'echo "  files   $folder"\n',
                 )
             ),
             _environment(given),
+            _run_dir(given),
             _MEETING,
             _on_each_node(given),
             _TRAPS,
+            *([_BEFORE] if given.requeue and given.watched else []),
             _srun(given),
             _WAIT,
+            *([_PROGRESS] if given.requeue and given.watched else []),
             *([_REQUEUE] if given.requeue else []),
             'exit "$status"\n',
         )
@@ -191,6 +262,16 @@ def _environment(given: Script) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _run_dir(given: Script) -> str:
+    """Where the run is, which is relative to where the ranks run."""
+    lines = [f"run_dir={given.run_dir}"]
+    lines.append(f"case $run_dir in /*) ;; *) run_dir={shlex.quote(str(given.directory))}/$run_dir ;; esac")
+    lines.append('echo "  run     $run_dir"')
+    if given.container is not None and given.container.mounts_run:
+        lines.append('mkdir -p "$run_dir"')
+    return "\n".join(lines) + "\n"
+
+
 def _on_each_node(given: Script) -> str:
     lines = ["# What every node runs. SLURM signals this shell together with its child, which it waits for."]
     lines += [
@@ -206,28 +287,34 @@ def _on_each_node(given: Script) -> str:
             "    export PYTHONPATH=$source${PYTHONPATH:+:$PYTHONPATH}",
             "  done",
         ]
-    lines += [f"  {line}" for line in given.command.splitlines()]
+    # As it is: further lines may be in quotes, or a document, and are not to be moved.
+    lines.append(f"  {given.command}")
     lines += ["  status=$?", '  case $status in 0 | 75) ;; *) echo "$status" >>"$FAILED" ;; esac']
     lines += ['  return "$status"', "}"]
     return "\n".join(lines) + "\n"
 
 
 def _srun(given: Script) -> str:
-    """One task a node; one that ends with 75 must not take along those that are still committing."""
+    """One task a node, whose end is not that of the others: they may be committing, or export alone.
+
+    After a failure they end by themselves: their ranks miss those of the node, and the launchers miss each other.
+    """
     options = [f"--nodes={given.nodes} --ntasks={given.nodes} --ntasks-per-node=1 --mpi=none --export=ALL"]
     if given.cores is not None:
         # Else srun would take the cores of one rank for the whole task.
         options.append(f"--cpus-per-task={given.cores * given.ranks}")
-    options.append("--cpu-bind=none --kill-on-bad-exit=0 --wait=600")
+    options.append("--cpu-bind=none --kill-on-bad-exit=0 --wait=0")
     inside = 'bash -c "$(declare -f on_each_node); on_each_node"'
     if given.container is not None and given.container.runtime == "pyxis":
         options += [
             f"--container-image={shlex.quote(given.container.image)}",
-            f"--container-mounts={shlex.quote(','.join(given.container.mounts))}",
+            f"--container-mounts={shlex.quote(','.join(given.container.mounts))}"
+            + ',"$run_dir:$run_dir"' * given.container.mounts_run,
             "--no-container-mount-home",
         ]
     elif given.container is not None:
         options.append("apptainer exec" + (" --nv" if given.container.gpus else ""))
         options += [f"--bind {shlex.quote(mount)}" for mount in given.container.mounts]
+        options += ['--bind "$run_dir:$run_dir"'] * given.container.mounts_run
         options.append(shlex.quote(given.container.image))
     return " \\\n  ".join(["srun", *options, inside + " &"]) + "\nranks=$!"

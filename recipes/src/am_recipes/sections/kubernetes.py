@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from am_recipes.launch import kubernetes
-from am_recipes.launch.job import Job, Rendered
+from am_recipes.launch.job import Job, Refusal, Rendered, refusal
 from am_recipes.launch.nodes import MEETING_TIMEOUT
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text
-from am_recipes.sections.variables import require_texts, require_there, require_variables, texts
+from am_recipes.sections.variables import require_distinct, require_texts, require_there, require_variables, texts
 from am_recipes.settings import ArgumentError, Check
 
 _LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
@@ -30,29 +30,29 @@ _OF_THE_RUNTIME = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MAS
 
 # What kubectl says of a key of ours, and what helps.
 _REFUSALS = (
-    (
+    Refusal(
         ("no matches for kind", "jobset"),
         "kind",
         "the cluster has no JobSet controller; install it, or set kind: trainjob",
     ),
-    (
+    Refusal(
         ("no matches for kind", "trainjob"),
         "kind",
         "the cluster has no Kubeflow Trainer; install it, or set kind: jobset",
     ),
-    (
+    Refusal(
         ("already exists",),
         "name",
         "delete what has the name, or choose another; without one each submission has its own",
     ),
-    (("namespaces", "not found"), "namespace", "kubectl get namespaces lists what there is"),
-    (
+    Refusal(("namespaces", "not found"), "namespace", "kubectl get namespaces lists what there is"),
+    Refusal(
         ("trainingruntime", "not found"),
         "runtime",
         "kubectl get clustertrainingruntimes,trainingruntimes lists what there is",
     ),
-    (("forbidden",), "namespace", "kubectl auth can-i create jobsets says whether you may there"),
-    (("connection refused",), "", "kubectl cluster-info shows which cluster it talks to"),
+    Refusal(("forbidden",), "namespace", "kubectl auth can-i create jobsets says whether you may there"),
+    Refusal(("connection refused",), "", "kubectl cluster-info shows which cluster it talks to"),
 )
 
 
@@ -184,15 +184,13 @@ class Kubernetes:
             mounted.append(path)
 
     def _require_distinct_variables(self) -> None:
-        given = {"HF_HOME"} if self.hf_home else set()
-        variables = [(f"env_vars.{name}", name) for name in self.env_vars]
+        variables = [("hf_home", "HF_HOME")] if self.hf_home else []
+        variables += [(f"env_vars.{name}", name) for name in self.env_vars]
         variables += [(f"secrets.{index}", secret["variable"]) for index, secret in enumerate(self._secrets())]
+        require_distinct(variables)
         for path, name in variables:
-            if name in given:
-                raise ArgumentError(path, f"the variable {name} is given twice; remove one")
             if self.kind == "trainjob" and name in _OF_THE_RUNTIME:
                 raise ArgumentError(path, f"{name} is set by the runtime of a TrainJob; remove it")
-            given.add(name)
 
     def _secrets(self) -> list[re.Match[str]]:
         found = [re.fullmatch(_SECRET, text, re.ASCII) for text in self.secrets]
@@ -232,7 +230,7 @@ class Kubernetes:
             manifest = kubernetes.job_set(pods, self.max_restarts or 0)
         else:
             manifest = kubernetes.train_job(pods, self.runtime, self.runtime_kind)
-        folder, file = (job.folder / self.job_dir / str(now)).absolute(), f"{pods.name}.yaml"
+        folder, file = job.own_folder(self.job_dir, now), f"{pods.name}.yaml"
         text = kubernetes.dump([kubernetes.config_map(pods, job.config, job.text), manifest])
         return Rendered(
             folder, {job.config: job.text, file: text}, file, (*self._kubectl(), "create", "-f", str(folder / file))
@@ -254,10 +252,11 @@ class Kubernetes:
 
     def refused(self, errors: str) -> tuple[str, str]:
         """Which key kubectl may mean by its complaint, empty for none, and what helps."""
-        for words, key, fix in _REFUSALS:
-            if all(word in errors.lower() for word in words):
-                return key, fix
-        return "", "kubectl explain jobset (or trainjob) has the fields; kubectl auth can-i create jobsets what you may"
+        return refusal(
+            _REFUSALS,
+            errors,
+            "kubectl explain jobset (or trainjob) has the fields; kubectl auth can-i create jobsets what you may",
+        )
 
     def _kubectl(self) -> tuple[str, ...]:
         return ("kubectl", *(("-n", self.namespace) if self.namespace else ()))

@@ -10,22 +10,22 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from am_recipes.launch import kubernetes, skypilot
-from am_recipes.launch.job import Job, Rendered
+from am_recipes.launch.job import Job, Refusal, Rendered, refusal
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text
-from am_recipes.sections.variables import VARIABLE, require_there, require_variables, texts
+from am_recipes.sections.variables import VARIABLE, require_distinct, require_there, require_variables, texts
 from am_recipes.settings import ArgumentError, AsWritten, Check, variable
 
 _ACCELERATORS = r"[A-Za-z][\w.-]*(:\d+)?"
 
 # What sky says of a key of ours, and what helps.
 _REFUSALS = (
-    (
-        "is not set in local environment",
+    Refusal(
+        ("is not set in local environment",),
         "secrets",
         "sky takes secrets from the environment it is called in; export them",
     ),
-    ("invalid region", "region", "sky gpus list --all-regions shows where there is what"),
-    ("invalid zone", "zone", "sky gpus list --all-regions shows where there is what"),
+    Refusal(("invalid region",), "region", "sky gpus list --all-regions shows where there is what"),
+    Refusal(("invalid zone",), "zone", "sky gpus list --all-regions shows where there is what"),
 )
 
 JobName = Annotated[
@@ -108,15 +108,12 @@ class SkyPilot:
                     f"secrets.{index}",
                     "must be the name of an environment variable here; a value in clear is never taken",
                 )
-        given = {"HF_HOME"} if self.hf_home else set()
-        names = [(f"env_vars.{name}", name) for name in self.env_vars]
+        names = [("hf_home", "HF_HOME")] if self.hf_home else []
+        names += [(f"env_vars.{name}", name) for name in self.env_vars]
         names += [("hf_token", "HF_TOKEN")] if self.hf_token else []
         names += [("wandb_key", "WANDB_API_KEY")] if self.wandb_key else []
         names += [(f"secrets.{index}", name) for index, name in enumerate(self.secrets)]
-        for path, name in names:
-            if name in given:
-                raise ArgumentError(path, f"the variable {name} is given twice; remove one")
-            given.add(name)
+        require_distinct(names)
         if self.max_restarts and not self._is_managed:
             raise ArgumentError(
                 "max_restarts",
@@ -152,12 +149,12 @@ class SkyPilot:
     def render(self, job: Job, now: int) -> Rendered:
         """The task file of `job`, and the `sky` command that launches it."""
         self._require_kept(job.run_dir)
-        folder = (job.folder / self.job_dir / str(now)).absolute()
+        folder = job.own_folder(self.job_dir, now)
         task = self._task(job, folder)
         require_there(job.variables, {*task.env, *task.secrets}, "add it to skypilot.env_vars or skypilot.secrets")
         file = f"{task.name}.yaml"
-        text = kubernetes.dump([skypilot.task(task)])
-        command = skypilot.command(task, str(folder / file))
+        text = kubernetes.dump([skypilot.describe(task)])
+        command = skypilot.command_for(task, str(folder / file))
         return Rendered(folder, {job.config: job.text, file: text}, file, command)
 
     def submitted(self, rendered: Rendered, output: str) -> str:
@@ -180,10 +177,7 @@ class SkyPilot:
 
     def refused(self, errors: str) -> tuple[str, str]:
         """Which key sky may mean by its complaint, empty for none, and what helps."""
-        for word, key, fix in _REFUSALS:
-            if word in errors.lower():
-                return key, fix
-        return "", "sky check shows the clouds that are set up, sky gpus list what they have"
+        return refusal(_REFUSALS, errors, "sky check shows the clouds that are set up, sky gpus list what they have")
 
     def _task(self, job: Job, folder: Path) -> skypilot.Task:
         accelerators = self.accelerators or (None if self.instance_type else "T4:1")
@@ -225,7 +219,10 @@ class SkyPilot:
             return job.program
         copied = job.folder / self.workdir if self.workdir else None
         if copied is None or not Path(job.program[0]).is_relative_to(copied):
-            raise ValueError(f"workdir={self.workdir} must have {job.program[0]}, which runs on the machines, in it")
+            raise ArgumentError(
+                "skypilot.workdir",
+                f"workdir={self.workdir} must have {job.program[0]}, which runs on the machines, in it",
+            )
         return (str(Path(job.program[0]).relative_to(copied)),)
 
     def _infra(self) -> str:

@@ -1,8 +1,4 @@
-"""Sections about where a run is started: the schedulers that are told to do it.
-
-A section turns itself and a job (`am_recipes.launch.job`) into files and a command; the text is made in
-`am_recipes.launch`.
-"""
+"""The section that hands a run to SLURM; the script is made by `am_recipes.launch.slurm`."""
 
 from __future__ import annotations
 
@@ -14,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from am_recipes.launch.job import Job, Rendered
-from am_recipes.launch.slurm import Container, Script, script
+from am_recipes.launch.job import Job, Rendered, refusal
+from am_recipes.launch.slurm import REFUSALS, Container, Script, script
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text, Time, seconds
-from am_recipes.settings import AsWritten, Check, rewritten
+from am_recipes.sections.variables import require_distinct, require_names
+from am_recipes.settings import ArgumentError, AsWritten, Check, rewritten
 
 Name = Annotated[
     str, Check(lambda text: bool(re.fullmatch(r"[\w.+-]+", text)), "must be letters, digits, and any of _ . + -")
@@ -42,19 +39,15 @@ _NEVER = Annotated[
     ),
 ]
 
-# What sbatch says of a key of ours, and what helps.
-_REFUSALS = (
-    ("account", "account", "sacctmgr show associations user=$USER lists yours; --slurm.account NAME"),
-    ("partition", "partition", "sinfo --summarize lists the partitions; --slurm.partition NAME"),
-    ("qos", "qos", "sacctmgr show qos lists what there is; --slurm.qos NAME"),
-    ("time limit", "time", "sinfo --summarize shows the longest of each partition; --slurm.time 01:00:00"),
-    ("dependency", "dependency", "such as afterok:JOB; man sbatch has the forms"),
-    ("array", "array", "such as 0-3 or 1-10%1; man sbatch has the forms"),
-    ("gres", "gpus_per_node", "sinfo --Format=nodehost,gres shows what the nodes have; --slurm.gpus_per_node N"),
-    ("node count", "nodes", "sinfo --summarize shows how many there are; --slurm.nodes N"),
-    ("more processors", "ntasks_per_node", "ranks on a node, each at least one core; --slurm.ntasks_per_node N"),
-    ("node configuration", "", "sinfo --long shows what the nodes have: nodes, ntasks_per_node, gpus_per_node"),
-)
+# A word of an #SBATCH line, whatever stands in it: it cannot end the line, or its quotes.
+Word = Annotated[
+    str,
+    Check(
+        lambda text: bool(text) and _is_word(text),
+        'must be text on one line, without " and \\',
+    ),
+]
+
 # What stands in the header because of a key of ours.
 _OURS = {
     "job-name": "job_name",
@@ -90,11 +83,11 @@ class Slurm:
     """Ranks on each, one for a GPU; torchrun starts them. --nproc-per-node goes first."""
     time: Time = "00:05:00"
     """Limit of one start of the job, in SLURM's forms."""
-    account: Text | None = None
+    account: Word | None = None
     """Who pays."""
-    partition: Text | None = "batch"
+    partition: Word | None = "batch"
     """Null: the cluster's default."""
-    qos: Text | None = None
+    qos: Word | None = None
     """Quality of service."""
     gpus_per_node: NonNegativeInt | None = None
     """Asked of SLURM; null: it is not asked, as where whole nodes are given."""
@@ -102,9 +95,9 @@ class Slurm:
     """Cores of each rank."""
     exclusive: bool = True
     """Whether to share no node with other jobs."""
-    array: Text | None = None
+    array: Word | None = None
     """Many jobs, such as 0-3, which tell each other apart by ${SLURM_ARRAY_TASK_ID,0} in the config."""
-    dependency: Text | None = None
+    dependency: Word | None = None
     """What has to come first, such as afterok:1234."""
     signal_seconds: PositiveInt | None = 120
     """How long before the limit SLURM sends SIGUSR1, at which the run commits and exits with 75; null: it does not."""
@@ -146,17 +139,22 @@ class Slurm:
     def __post_init__(self) -> None:
         limit = seconds(self.time)
         if self.signal_seconds is not None and limit is not None and self.signal_seconds >= limit:
-            raise ValueError(
+            raise ArgumentError(
+                "signal_seconds",
                 f"signal_seconds={self.signal_seconds} is not less than time={self.time}, so the job would be stopped "
-                "as it starts; set a smaller one, or null"
+                "as it starts; set a smaller one, or null",
             )
-        for name in self.env_vars:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ValueError(f"env_vars={name!r} is no name of a variable: letters, digits and _")
+        require_names("env_vars", self.env_vars)
+        given = [("hf_home", "HF_HOME", self.hf_home), ("hf_token", "HF_TOKEN", self.hf_token)]
+        given += [("wandb_key", "WANDB_API_KEY", self.wandb_key)]
+        given += [(f"env_vars.{name}", name, value) for name, value in self.env_vars.items()]
+        require_distinct((key, name) for key, name, value in given if value is not None)
         if self.container_image is None:
             for key, value in (("nemo_mount", self.nemo_mount), ("extra_mounts", self.extra_mounts)):
                 if value:
-                    raise ValueError(f"{key} is for a container, and container_image is null; set it, or remove {key}")
+                    raise ArgumentError(
+                        key, f"{key} is for a container, and container_image is null; set it, or remove {key}"
+                    )
 
     @property
     def same_python(self) -> bool:
@@ -166,7 +164,7 @@ class Slurm:
     def render(self, job: Job, now: int) -> Rendered:
         """Files and command of a job, as `am_recipes.launch.job.Launcher` says."""
         name = self.job_name or job.name
-        folder = (job.folder / self.job_dir / str(now)).absolute()
+        folder = job.own_folder(self.job_dir, now)
         self._require_apart(job)
         text = script(self._script(job, name, folder))
         files = {job.config: job.text, f"{name}.sbatch": text}
@@ -189,16 +187,16 @@ class Slurm:
 
     def refused(self, errors: str) -> tuple[str, str]:
         """Which key sbatch may mean by its complaint, empty for none, and what helps."""
-        for word, key, fix in _REFUSALS:
-            if word in errors.lower():
-                return key, fix
-        return "", "man sbatch explains its options; directives passes any of them on"
+        return refusal(REFUSALS, errors, "man sbatch explains its options; directives passes any of them on")
 
     def _require_apart(self, job: Job) -> None:
-        if self.array and "%1" not in self.array and "SLURM_ARRAY_TASK_ID" not in job.text + " ".join(job.arguments):
-            raise ValueError(
+        if self.array is None or self.array.endswith("%1"):
+            return
+        if not {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"} & set(_variables_of(job.run_dir_reference or "")):
+            raise ArgumentError(
+                "slurm.array",
                 f"array={self.array} would train the same run many times at once, in one run_dir; write run_dir: "
-                "runs/${SLURM_ARRAY_TASK_ID,0} (and seed likewise), or array: 1-10%1 for one start after the other"
+                "runs/${SLURM_ARRAY_TASK_ID,0} (and seed likewise), or array: 1-10%1 for one start after the other",
             )
 
     def _script(self, job: Job, name: str, folder: Path) -> Script:
@@ -207,6 +205,8 @@ class Slurm:
         # Those of SLURM itself are there in any case.
         needed = [variable for variable in job.variables if not variable.startswith("SLURM_")]
         environment = {variable: _shell(text, needed) for variable, text in self._variables(folder)}
+        run_dir = _shell(job.run_dir_reference, []) if job.run_dir_reference else shlex.quote(str(job.run_dir))
+        container = self._container(job, folder, directory) if self.container_image else None
         checkout = self.repo_root or (self.nemo_mount and self.nemo_mount.dest)
         return Script(
             name=name,
@@ -216,7 +216,8 @@ class Slurm:
             cores=self.cpus_per_task,
             folder=folder,
             directory=directory,
-            run_dir=job.run_dir,
+            run_dir=run_dir,
+            watched=self.command is None and (container is None or container.mounts_run),
             array=self.array is not None,
             requeue=self.requeue,
             needed=tuple(dict.fromkeys(needed)),
@@ -224,7 +225,7 @@ class Slurm:
             port=self.master_port,
             sources=shlex.quote(str(checkout)) if checkout else None,
             command=f"(\n{_in_bash(self.command)}\n)" if self.command else self._command(job, folder, ranks),
-            container=self._container(job, folder, directory) if self.container_image else None,
+            container=container,
         )
 
     def _variables(self, folder: Path) -> Iterator[tuple[str, str]]:
@@ -266,11 +267,18 @@ class Slurm:
         for key, value in self.directives.items():
             name = key.lstrip("-").replace("_", "-")
             if name in _OURS:
-                raise ValueError(f"directives={key!r} is the key slurm.{_OURS[name]} of its own; write it there")
+                raise ArgumentError(
+                    "slurm.directives", f"directives={key!r} is the key slurm.{_OURS[name]} of its own; write it there"
+                )
             if not re.fullmatch(r"[a-z][a-z-]+", name):
-                raise ValueError(f"directives={key!r} is no long name of an option of sbatch, such as constraint")
-            if isinstance(value, (dict, list)) or "\n" in str(value) or '"' in str(value):
-                raise ValueError(f"directives={key!r} must be one text or number, or null where the option takes none")
+                raise ArgumentError(
+                    "slurm.directives", f"directives={key!r} is no long name of an option of sbatch, such as constraint"
+                )
+            if isinstance(value, (dict, list)) or not _is_word(str(value)):
+                raise ArgumentError(
+                    "slurm.directives",
+                    f"directives={key!r} must be one text or number, or null where the option takes none",
+                )
             if value is not False:
                 yield name, None if value is None or value is True else str(value)
 
@@ -295,16 +303,22 @@ class Slurm:
         if is_path:
             image = str((job.folder / image).absolute())
             if not Path(image).exists():
-                raise ValueError(
+                raise ArgumentError(
+                    "slurm.container_image",
                     f"container_image={self.container_image} is no file here; give the path of an image, or "
                     + (
                         "a URI such as docker://nvcr.io/nvidia/pytorch:TAG"
                         if apptainer
                         else "nvcr.io#nvidia/pytorch:TAG"
-                    )
+                    ),
                 )
+        mounts = self._mounts(job, folder, directory)
         return Container(
-            self.container_runtime, image, tuple(self._mounts(job, folder, directory)), gpus=self.gpus_per_node != 0
+            self.container_runtime,
+            image,
+            tuple(mounts),
+            mounts_run=not _is_elsewhere((directory / job.run_dir).absolute(), mounts),
+            gpus=self.gpus_per_node != 0,
         )
 
     def _mounts(self, job: Job, folder: Path, directory: Path) -> list[str]:
@@ -322,15 +336,39 @@ class Slurm:
         for mount in asked:
             source, _, dest = mount.partition(":")
             if not (source.startswith("/") and dest.startswith("/")):
-                raise ValueError(f"extra_mounts={mount} must be SOURCE:DESTINATION, both absolute")
+                raise ArgumentError(
+                    "slurm.extra_mounts", f"extra_mounts={mount} must be SOURCE:DESTINATION, both absolute"
+                )
             _existing(Path(source), "extra_mounts")
         return list(dict.fromkeys([*mounts, *asked]))
 
 
 def _existing(path: Path, key: str) -> Path:
     if not path.exists():
-        raise ValueError(f"{key}={path} is not there to be mounted; correct it, or remove it")
+        raise ArgumentError(f"slurm.{key}", f"{key}={path} is not there to be mounted; correct it, or remove it")
     return path
+
+
+def _is_elsewhere(path: Path, mounts: list[str]) -> bool:
+    """Whether what a container sees at `path` is another folder outside of it."""
+    places = [(Path(dest), source) for source, dest in (mount.split(":")[:2] for mount in mounts)]
+    over = [(len(dest.parts), Path(source) != dest) for dest, source in places if path.is_relative_to(dest)]
+    return max(over, default=(0, False))[1]
+
+
+def _is_word(text: str) -> bool:
+    return text.isprintable() and not set(text) & set('"\\')
+
+
+def _variables_of(text: str) -> list[str]:
+    names: list[str] = []
+
+    def note(name: str, default: str | None) -> str:
+        names.append(name)
+        return ""
+
+    rewritten(text, str, note)
+    return names
 
 
 def _percent(text: object) -> str:

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 from am_recipes.sections.kinds import PositiveInt, Text
-from am_recipes.settings import Call, DefaultTarget, Inline, Target
+from am_recipes.settings import Call, Check, DefaultTarget, Inline, Target
 
 if TYPE_CHECKING:
     from am_recipes.sinks.tracker import Tracker
 
+Address: TypeAlias = Annotated[
+    str,
+    Check(
+        lambda text: "://" in text or text == "databricks",
+        "must be an address, such as http://HOST:PORT, or a database, such as sqlite:///FILE",
+    ),
+]
 Artifact: TypeAlias = Literal["config", "report", "export"]
 _FILES: Mapping[str, str] = {"config": "config.yaml", "report": "report.html", "export": "export"}
 # What their clients take beside the keys of the section. The last line is what the tracker gives them.
@@ -39,8 +46,8 @@ _TRACKIO = DefaultTarget(
 class Tracking(Protocol):
     """A section of a config that names a tracker."""
 
-    def require(self) -> None:
-        """Find the package, without an import. Raises ValueError where it is not there."""
+    def prepare(self) -> None:
+        """Find the package, without an import, and set what that reads. Raises ValueError where it is not there."""
         ...
 
     def reach(self) -> None:
@@ -66,7 +73,7 @@ class Mlflow:
     """Made where it is not there."""
     run_name: str | None = None
     """Null or empty: the name of run_dir."""
-    tracking_uri: Text | None = None
+    tracking_uri: Address | None = None
     """Address of the server; null: $MLFLOW_TRACKING_URI, or MLflow's own default, a database in this folder."""
     artifact_location: Text | None = None
     """Where a new experiment keeps its files; null: where the server says."""
@@ -81,7 +88,7 @@ class Mlflow:
     log_artifacts: tuple[Artifact, ...] = ("config", "report")
     """What of the run directory is uploaded at the end (config at the beginning too)."""
 
-    def require(self) -> None:
+    def prepare(self) -> None:
         require_package("mlflow")
 
     def reach(self) -> None:
@@ -138,7 +145,7 @@ class Wandb:
             given = ("project", "entity", "name", "group", "tags", "notes", "mode")
             yield Call(key, self.init, (*given, "id", "config", "resume", "reinit", "allow_val_change"))
 
-    def require(self) -> None:
+    def prepare(self) -> None:
         require_package("wandb")
 
     def reach(self) -> None:
@@ -160,9 +167,9 @@ class TensorBoard:
     """Event files for TensorBoard."""
 
     log_dir: Path | None = None
-    """Where they are written; null: tensorboard in the run directory."""
+    """Where the run gets a folder of its name; null: tensorboard in the run directory."""
 
-    def require(self) -> None:
+    def prepare(self) -> None:
         require_package("tensorboard")
 
     def reach(self) -> None:
@@ -211,14 +218,17 @@ class Trackio:
         if self.init.arguments:
             yield Call(key, self.init, ("project", "name", "space_id", "config", "resume"))
 
-    def require(self) -> None:
+    def prepare(self) -> None:
         require_package("trackio")
-        self._choose_folder()
+        if self.dir is not None:
+            # For the process from here on: the package reads it once, when it is imported.
+            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
 
     def reach(self) -> None:
         from am_recipes.sinks import trackio
 
-        self._choose_folder()
+        # Not done yet where a program calls the recipe and has not checked its targets.
+        self.prepare()
         trackio.reach(self)
 
     def tracker(self) -> Tracker:
@@ -228,11 +238,6 @@ class Trackio:
 
     def artifacts(self) -> Sequence[str]:
         return files(self.log_artifacts)
-
-    def _choose_folder(self) -> None:
-        """Before the package is imported, by whatever comes next: it reads this once."""
-        if self.dir is not None:
-            os.environ["TRACKIO_DIR"] = str(self.dir.absolute())
 
 
 def files(artifacts: Sequence[Artifact]) -> list[str]:

@@ -11,12 +11,29 @@ from am_recipes.settings import ArgumentError, is_secret
 VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
+def require_names(key: str, variables: Iterable[str]) -> None:
+    """Refuse names that no environment variable can have."""
+    for name in variables:
+        if VARIABLE.fullmatch(name) is None:
+            raise ArgumentError(
+                f"{key}.{name}", f"{name!r} cannot be the name of an environment variable: A to Z, a to z, digits and _"
+            )
+
+
+def require_distinct(given: Iterable[tuple[str, str]]) -> None:
+    """Refuse a variable that two keys give; `given` are the keys and the variable of each."""
+    names: set[str] = set()
+    for path, name in given:
+        if name in names:
+            raise ArgumentError(path, f"the variable {name} is given twice; remove one")
+        names.add(name)
+
+
 def require_variables(key: str, variables: Mapping[str, Any], fix: str) -> None:
     """Refuse what cannot be an environment variable, and a secret in clear; `fix` says how to give `{name}` instead."""
+    require_names(key, variables)
     for name, value in variables.items():
         path = f"{key}.{name}"
-        if VARIABLE.fullmatch(name) is None:
-            raise ArgumentError(path, f"{name!r} cannot be the name of an environment variable")
         if is_secret(name):
             raise ArgumentError(
                 path, f"{name} is a secret by its name, and would be written in clear; {fix}".format(name=name)

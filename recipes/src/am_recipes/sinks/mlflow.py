@@ -58,6 +58,7 @@ class MlflowTracker:
         self._settings = settings
         # Once it is begun.
         self._id = ""
+        self._undescribed: tuple[Tracked, Mapping[str, str]] | None = None
         self.where = ""
 
     def begin(self, run: Tracked) -> str:
@@ -68,19 +69,20 @@ class MlflowTracker:
         if identifier is None or data is None:
             self._id = identifier = self._create(run)
             self._has = (-1, False)
-            self._describe(run, {})
+            self._undescribed = run, {}
         else:
             self._id = identifier
             step, _, validation = data.tags.get(_DELIVERED, "-1").partition(" ")
             self._has = int(step), bool(validation)
             self._client.update_run(identifier, status="RUNNING")
-            self._describe(run, data.params)
+            self._undescribed = run, data.params
         self.where = _where(self._client, identifier)
         return identifier
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
         from mlflow.entities import Metric, RunTag
 
+        self._describe()
         batch: list[Metric] = []
         new = [row for row in rows if row_key(row) > self._has]
         for row, following in itertools.zip_longest(new, new[1:], fillvalue=None):
@@ -97,12 +99,14 @@ class MlflowTracker:
                 self._has, batch = (step, validation), []
 
     def artifact(self, path: Path) -> None:
+        self._describe()
         if path.is_dir():
             self._client.log_artifacts(self._id, str(path), path.name)
         else:
             self._client.log_artifact(self._id, str(path))
 
     def end(self, status: Status) -> None:
+        self._describe()
         self._client.set_terminated(self._id, status)
 
     def abandon(self) -> None:
@@ -140,10 +144,13 @@ class MlflowTracker:
                     raise error
         return str(experiment.experiment_id)
 
-    def _describe(self, run: Tracked, known: Mapping[str, str]) -> None:
-        """Parameters and tags; `known` are parameters that an earlier launch gave."""
+    def _describe(self) -> None:
+        """Parameters and tags, once; after `begin`, whose id is remembered whatever becomes of them."""
         from mlflow.entities import Param, RunTag
 
+        if self._undescribed is None:
+            return
+        run, known = self._undescribed
         values = {
             _name(key): _cut(value, _VALUE) for key, value in grouped(run.params, self._settings.flatten_depth).items()
         }
@@ -153,8 +160,10 @@ class MlflowTracker:
         new = [Param(key, value) for key, value in values.items() if key not in known]
         for params in _batches(new, _PARAMS):
             self._client.log_batch(self._id, params=params)
-        for named in _batches([RunTag(_name(key), _cut(value, _TAG)) for key, value in tags.items()], _PARAMS):
-            self._client.log_batch(self._id, tags=named)
+        named = {_name(key): _cut(value, _TAG) for key, value in tags.items()}
+        for some in _batches([RunTag(key, value) for key, value in named.items()], _PARAMS):
+            self._client.log_batch(self._id, tags=some)
+        self._undescribed = None
 
     def _tags(self, run: Tracked) -> dict[str, str]:
         # Those of the config as it is saved: secrets and what came from the environment are references.
@@ -180,13 +189,15 @@ def reach(settings: Mlflow) -> None:
             require_connection(address)
         except ConnectionError as error:
             raise ConnectionError(_unreachable(address, error)) from error
-    client = _client(settings)
+    _set_defaults()
     from mlflow.exceptions import MlflowException
 
     try:
+        client = _client(settings)
         experiment = client.get_experiment_by_name(settings.experiment_name)
-    except (MlflowException, OSError) as error:
-        raise ConnectionError(_unreachable(client.tracking_uri, error)) from error
+    # An ImportError names the driver of a database.
+    except (MlflowException, OSError, ImportError) as error:
+        raise ConnectionError(_unreachable(address or "null", error)) from error
     if experiment is not None and experiment.lifecycle_stage == "deleted":
         raise ValueError(
             f"experiment_name={settings.experiment_name} is deleted at {client.tracking_uri}; choose another, or "
@@ -197,14 +208,19 @@ def reach(settings: Mlflow) -> None:
 def _unreachable(address: str, error: Exception) -> str:
     what = without_password(" ".join(str(error).split())[:300])
     return (
-        f"tracking_uri={without_password(address)} does not answer as an MLflow server ({what}); start it, correct "
-        "the address, or leave the section out (--mlflow null)"
+        f"tracking_uri={without_password(address)} does not answer as an MLflow server or database ({what}); start it, "
+        "correct the address, or leave the section out (--mlflow null)"
     )
 
 
-def _client(settings: Mlflow) -> MlflowClient:
+def _set_defaults() -> None:
+    """Before MLflow is imported, which reads some of them then."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def _client(settings: Mlflow) -> MlflowClient:
+    _set_defaults()
     from mlflow import MlflowClient
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:

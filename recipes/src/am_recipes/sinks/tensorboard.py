@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -17,28 +18,45 @@ if TYPE_CHECKING:
     from am_recipes.sections import TensorBoard
 
 
+# Between the folder of a run and the time, in its name here.
+_BEGUN = ", begun "
+
+
 class TensorBoardTracker:
     """Events of a run: scalars, its config as hyperparameters and as text, its status as text.
 
     A launch begins with the step that its first row has, and TensorBoard shows nothing from there on of launches
-    before.
+    before. So each run has a folder of its own.
     """
 
     def __init__(self, settings: TensorBoard) -> None:
         self._settings = settings
+        self._folder: Path | None = None
         self._writer: SummaryWriter | None = None
         self._step = 0
         self.where = ""
 
     def begin(self, run: Tracked) -> str:
-        self._folder = self._settings.log_dir or run.run_dir / "tensorboard"
+        if self._folder is None:
+            self._folder = self._choose(run)
         self.where = f"to look at it: tensorboard --logdir {self._folder}"
-        if run.id is not None and any(self._folder.glob("events.out.tfevents.*")):
+        if run.id is not None and _has_events(self._folder):
             # Opened at the first row.
             self._step = run.resume_step or 0
             return run.id
         self._describe(run, self._open(0))
-        return f"{self._folder}, begun {time.time():.3f}"
+        return f"{self._folder}{_BEGUN}{time.time():.3f}"
+
+    def _choose(self, run: Tracked) -> Path:
+        """The folder that the run has already, or one that no other run has."""
+        place = self._settings.log_dir
+        if place is None:
+            return run.run_dir / "tensorboard"
+        known = Path((run.id or "").partition(_BEGUN)[0])
+        if known.parent == place and known.name.startswith(run.name):
+            return known
+        names = itertools.chain([run.name], (f"{run.name}-{number}" for number in itertools.count(2)))
+        return next(place / name for name in names if not _has_events(place / name))
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
         first = rows[0]
@@ -85,6 +103,10 @@ class TensorBoardTracker:
         table = [f"|{name}|{_cell(value)}|" for name, value in {**run.params, **run.tags}.items()]
         writer.add_text("config", "\n".join(["|key|value|", "|---|---|", *table]), 0)
         writer.flush()
+
+
+def _has_events(folder: Path) -> bool:
+    return any(folder.glob("events.out.tfevents.*"))
 
 
 def _events(writer: SummaryWriter) -> Any:

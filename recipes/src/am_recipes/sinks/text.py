@@ -36,7 +36,10 @@ def excerpt(text: str, width: int = 80, num_lines: int = 6) -> str:
     if len(lines) > num_lines:
         last = num_lines // 2
         lines = [*lines[: num_lines - last - 1], f"... {len(lines) - num_lines + 1} lines", *lines[-last:]]
-    cut = [
-        line if len(line) <= width - 2 else f"{line[: width // 2 - 4]} ... {line[-width // 2 + 3 :]}" for line in lines
-    ]
-    return "\n".join(f"  {line}" for line in cut)
+    return "\n".join(f"  {cut(line, width - 2)}" for line in lines)
+
+
+def cut(line: str, width: int) -> str:
+    """The line without its middle where it is longer than `width`."""
+    first = (width - 5) // 2
+    return line if len(line) <= width else f"{line[:first]} ... {line[first + 5 - width :]}"

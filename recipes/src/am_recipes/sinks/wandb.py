@@ -147,8 +147,14 @@ class WandbTracker:
 
 def reach(settings: Wandb) -> None:
     """Import the package; ask the server, where the run has to be online. Raises ValueError or ConnectionError."""
-    import wandb  # noqa: F401 - later it would hold up the steps
+    import wandb
 
+    given = settings.init.arguments.get("settings", {})
+    try:
+        wandb.Settings(**{**_SETTINGS, **given})
+    except (TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"settings={sorted(given) if isinstance(given, Mapping) else given}: {what}") from error
     if settings.mode == "online":
         _require_key(settings)
         _require_server(settings)
