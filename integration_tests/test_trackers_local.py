@@ -402,7 +402,10 @@ def test_a_server_of_wandb_that_hangs_does_not_keep_a_stopped_run(hanging: Any, 
             began = time.monotonic()
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 75
-            assert time.monotonic() - began < 20
+            # 10 s are for what is left; SLURM kills 30 s after the signal.
+            took = time.monotonic() - began
+            print(f"ended {took:.1f} s after SIGTERM")
+            assert took < 30
         finally:
             process.kill()
             process.wait()
