@@ -32,6 +32,7 @@ _SETTINGS: Mapping[str, object] = {
     "quiet": True,
     "save_code": False,
     "show_info": False,
+    "silent": True,
     # Among it the command with all its arguments; the one without secrets is in the config (`launch.command`).
     "x_disable_meta": True,
     "x_transaction_log_flush_interval": _SECONDS_TO_DISK,
