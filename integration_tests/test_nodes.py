@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,45 +15,53 @@ from am_testing import free_port, run_distributed
 from integration_tests import runs
 from integration_tests.test_resume import CONFIG, ROOT, SHORT, tiny
 
-COMMANDS = (["-m", "am_recipes.cli"], [str(ROOT / "recipes/src/am_recipes/sft.py"), "-c"])
+RECIPES = ROOT / "recipes/src/am_recipes"
 
 
-def start(target: Path, outputs: list[Path]) -> list[subprocess.Popen[bytes]]:
-    """`automodel CONFIG ...` on the first machine and `python sft.py -c CONFIG ...` on the second."""
-    port = free_port()
-    processes = []
-    for number, (command, output) in enumerate(zip(COMMANDS, outputs, strict=True)):
+def start(target: Path, outputs: list[Path]) -> list[Any]:
+    """`automodel CONFIG ...` on the first machine and `python sft.py -c CONFIG ...` on the second.
+
+    The commands are forked, as what they import costs seconds; the ranks are processes that torchrun starts.
+    """
+    port, processes = free_port(), []
+    options = [str(CONFIG), "--run_dir", str(target), *(f"--{key}={value}" for key, value in SHORT.items())]
+    for number, (file, output) in enumerate(zip(("cli.py", "sft.py"), outputs, strict=True)):
         place = ["--nnodes=2", "--node-rank", str(number), "--rdzv-endpoint", f"127.0.0.1:{port}"]
-        options = [f"--{key}={value}" for key, value in SHORT.items()]
-        arguments = [*command, str(CONFIG), "--run_dir", str(target), *options, *place, "--nproc-per-node", "1"]
-        with output.open("w") as stream:
-            processes.append(subprocess.Popen([sys.executable, *arguments], stdout=stream, stderr=stream))
+        arguments = ["-c", *options, *place, "--nproc-per-node", "1"]
+        processes += runs.start_file(RECIPES / file, arguments[file == "cli.py" :], ROOT, output)
     return processes
 
 
-def test_a_signal_to_one_machine_stops_both_and_the_same_commands_continue(tmp_path: Path) -> None:
+def test_a_signal_to_one_machine_stops_both_and_the_run_continues(tmp_path: Path) -> None:
+    """It continues as two ranks of one machine: the ranks are the same, wherever they are."""
     whole = runs.train(tmp_path, "whole", CONFIG, SHORT, world_size=2)
-    target, outputs = tmp_path / "run", [tmp_path / "0.txt", tmp_path / "1.txt"]
+    target, outputs = tmp_path / "run", [tmp_path / "0", tmp_path / "1"]
     processes = start(target, outputs)
+
+    def told() -> list[str]:
+        return [(output / "0.txt").read_text() for output in outputs]
+
     while not (target / "checkpoints/latest").is_symlink():
-        assert all(process.poll() is None for process in processes), [output.read_text() for output in outputs]
+        assert all(process.is_alive() for process in processes), told()
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGUSR1)
-    assert [process.wait(60) for process in processes] == [75, 75], [output.read_text() for output in outputs]
-    told = [output.read_text() for output in outputs]
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    for process in processes:
+        process.join(120)
+    first, second = told()
+    assert [process.exitcode for process in processes] == [75, 75], told()
     step = runs.metrics(target)[-1]["step"]
     assert step < 10
     assert (target / "checkpoints/latest").resolve().name == f"step_{step:06d}"
-    assert "another rank was told to stop: the current step is finished and committed" in told[0]
-    assert f"stopped after step {step} of 10, which is committed" in told[0].replace("\n", " ")
-    assert "SIGUSR1 received: the current step is finished and committed" in told[1]
-    assert not any("error" in text or "failed" in text for text in told), told
-
-    assert [process.wait(120) for process in start(target, outputs)] == [0, 0], [path.read_text() for path in outputs]
-    runs.assert_same_run(target, whole)
     # What the run has to say, it says on the first machine.
-    assert "finished: " in outputs[0].read_text()
-    assert outputs[1].read_text() == ""
+    assert "another rank was told to stop: the current step is finished and committed" in first
+    assert f"stopped after step {step} of 10, which is committed" in first.replace("\n", " ")
+    assert second.strip().startswith("SIGUSR1 received: the current step is finished and committed")
+    assert second.count("\n") == 2
+    assert "error" not in first
+    assert "failed" not in first
+
+    assert runs.finish(runs.start(CONFIG, target, SHORT, world_size=2)) == 0
+    runs.assert_same_run(target, whole)
 
 
 def claimed(folder: Path, target: str, overrides: list[dict[str, str]]) -> tuple[str, list[str]]:

@@ -267,7 +267,6 @@ def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_
 
 def trackio_with_rows_twice(folder: Path) -> None:
     section = sections.Trackio(Target("trackio.init", {}), dir=folder, project="p")
-    section.prepare()
     section.reach()
     tracker = section.tracker()
     known = tracker.begin(told(folder))
@@ -414,6 +413,19 @@ def test_a_server_of_wandb_that_hangs_does_not_keep_a_stopped_run(hanging: Any, 
     assert not [command for command in services() if f"--pid {process.pid}" in command]
 
 
+def begins_twice_in_vain(folder: Path, port: int) -> None:
+    os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+    tracker = sections.Wandb(Target("wandb.init", {"settings": {"init_timeout": 1.0}}), mode="online").tracker()
+    for _ in range(2):
+        with pytest.raises(Exception) as caught:
+            tracker.begin(told(folder, id="same"))
+        assert "in use" not in str(caught.value)
+
+
+def test_a_beginning_that_hangs_is_tried_again(hanging: Any, tmp_path: Path) -> None:
+    assert in_process(begins_twice_in_vain, tmp_path, hanging.server_port) == 0
+
+
 def refuses_one_that_hangs(listening: socket.socket) -> None:
     os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{listening.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
     began = time.monotonic()
@@ -456,31 +468,33 @@ def test_an_end_that_wandb_does_not_take_is_said(tmp_path: Path) -> None:
     assert in_process(ended_without_its_process, tmp_path) == 0
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
-def test_a_package_that_is_not_there_is_named_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
-    # An environment like this one but for the package: links to everything else.
+def test_a_package_that_is_not_there_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    # An environment like this one but for the packages: links to everything else.
+    names = ("mlflow", "wandb", "tensorboard", "trackio")
     packages = tmp_path / "packages"
     packages.mkdir()
     for folder in {Path(pytest.__file__).parents[1], Path(yaml.__file__).parents[1]}:
         for entry in folder.iterdir():
-            if entry.name.partition("-")[0] != name and not (packages / entry.name).exists():
+            if entry.name.partition("-")[0] not in names and not (packages / entry.name).exists():
                 (packages / entry.name).symlink_to(entry)
     sources = [*runs.ROOT.glob("packages/*/src"), runs.ROOT / "recipes" / "src"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*sources, packages]))}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(BASE | {name: {}}))
+    for name in names:
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(BASE | {name: {}}))
     program = (
-        "import sys; from am_recipes import cli; status = cli.main(sys.argv[1:]); "
-        "assert 'torch' not in sys.modules; raise SystemExit(status)"
+        "import sys; from am_recipes import cli\n"
+        "for config in sys.argv[1:]:\n"
+        "    assert cli.main([config, '--nproc-per-node', '1', '--run_dir', f'{config}.run']) == 2\n"
+        "assert 'torch' not in sys.modules"
     )
-    command = [sys.executable, "-S", "-c", program, str(config), "--nproc-per-node", "1"]
-    done = subprocess.run(
-        [*command, "--run_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, cwd=runs.ROOT
-    )
-    expected = f'needs the package {name}, which is not installed: pip install "am-recipes[{name}]"'
-    assert done.stderr.strip() == f"{config}:{line_of(config, name)}: {name}: {expected}"
-    assert done.returncode == 2
-    assert not (tmp_path / "run").exists()
+    configs_of_each = [str(tmp_path / f"{name}.yaml") for name in names]
+    command = [sys.executable, "-S", "-c", program, *configs_of_each]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 0, done.stderr
+    for name, config, told in zip(names, configs_of_each, done.stderr.splitlines(), strict=True):
+        expected = f'needs the package {name}, which is not installed: pip install "am-recipes[{name}]"'
+        assert told == f"{config}:{line_of(Path(config), name)}: {name}: {expected}"
+    assert list(tmp_path.glob("*.run")) == []
 
 
 def line_of(config: Path, key: str) -> int:

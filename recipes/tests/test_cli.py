@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from am_recipes import cli, errors, launch
+from am_recipes import cli, command_line, errors, launch
 from am_recipes.configs import RECIPES, parse
 from am_recipes.settings import keys
 
@@ -51,15 +51,17 @@ def test_both_grammars_mean_the_same(folder):
         ["finetune", "llm", *overrides, "--config=c.yaml", "--nproc-per-node=4"],
         ["-c", "c.yaml", "--nproc-per-node", "4", *overrides],
     ):
-        arguments = cli.parse_arguments(argv)
+        arguments = command_line.parse_arguments(argv)
         assert (arguments.path, arguments.overrides, arguments.processes) == expected
         assert arguments.recipe == ("sft" if "llm" in argv else None)
         assert not arguments.dry_run
 
 
 def test_workers_get_the_same_config_and_overrides(folder):
-    arguments = cli.parse_arguments(["c.yaml", "--a.b", "-1", "--c.d", "x y", "--nproc-per-node", "2", "--debug"])
-    again = cli.parse_arguments(arguments.worker_arguments())
+    arguments = command_line.parse_arguments(
+        ["c.yaml", "--a.b", "-1", "--c.d", "x y", "--nproc-per-node", "2", "--debug"]
+    )
+    again = command_line.parse_arguments(arguments.worker_arguments())
     assert (again.path, again.overrides, again.debug, again.processes) == (
         Path("c.yaml"),
         arguments.overrides,
@@ -366,7 +368,7 @@ def test_a_key_without_a_value_is_true(folder):
         ("seed", "3"),
         ("checkpoint.asynchronous", "true"),
     )
-    assert cli.parse_arguments(argv).overrides == expected
+    assert command_line.parse_arguments(argv).overrides == expected
 
 
 def test_a_worker_is_told_the_number_of_processes_that_it_is_one_of(folder, capsys, monkeypatch):
@@ -386,14 +388,14 @@ def test_several_machines_are_torchruns_where_torchrun_has_started_the_process(f
 @pytest.mark.parametrize(("endpoint", "host"), [("node-0.lan:29400", "node-0.lan"), ("[fe80::1]:29400", "[fe80::1]")])
 def test_one_of_several_machines(folder, endpoint, host):
     argv = ["c.yaml", "--nnodes=3", "--node-rank", "2", "--rdzv_endpoint", endpoint, "--seed", "3"]
-    arguments = cli.parse_arguments(argv)
+    arguments = command_line.parse_arguments(argv)
     assert arguments.nodes == launch.Nodes(3, 2, host, 29400)
     assert arguments.worker_arguments() == ["-c", "c.yaml", "--seed=3"]
 
 
 def test_one_machine_is_a_local_run(folder):
     for options in (["--nnodes", "1"], ["--nnodes=1", "--node_rank=0", "--rdzv-endpoint=a:1"], []):
-        assert cli.parse_arguments(["c.yaml", *options]).nodes is None
+        assert command_line.parse_arguments(["c.yaml", *options]).nodes is None
 
 
 def test_help_names_every_recipe(folder, capsys):
@@ -412,9 +414,9 @@ def test_a_command_line_without_anything_is_wrong_usage(folder, capsys):
 
 
 def test_what_the_help_shows_of_overrides_is_true(folder):
-    section = cli.HELP.partition("overrides, for any key of the config:\n")[2].partition("\n\n")[0]
+    section = command_line.HELP.partition("overrides, for any key of the config:\n")[2].partition("\n\n")[0]
     shown = shlex.split(re.sub(r"   +(a|an) .*", "", section, flags=re.MULTILINE))
-    overrides = cli.parse_arguments(["c.yaml", *shown]).overrides
+    overrides = command_line.parse_arguments(["c.yaml", *shown]).overrides
     assert ("generate.prompts.0", "Hello") in overrides
     assert ("freeze.0.freeze", "*") in overrides
     parse("c.yaml", overrides)
@@ -450,8 +452,8 @@ def test_keys_names_every_key(folder, capsys, recipe):
 
 def test_a_recipe_and_its_command_are_one(folder):
     for name, kind in RECIPES.items():
-        assert cli.parse_arguments([name, "c.yaml"]) == cli.parse_arguments([*kind.COMMAND, "c.yaml"])
-        assert cli.parse_arguments([name, "c.yaml"]).recipe == name
+        assert command_line.parse_arguments([name, "c.yaml"]) == command_line.parse_arguments([*kind.COMMAND, "c.yaml"])
+        assert command_line.parse_arguments([name, "c.yaml"]).recipe == name
 
 
 def test_the_report_of_a_run_directory(trains, folder, capsys):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from am_recipes import cli, configs
+from am_recipes import cli, command_line, configs
 from am_recipes.launch import PREEMPTED, Nodes, kubernetes
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_each_pod_runs_the_command_that_starts_a_node_by_hand(rendered, write, k
     variables |= {"PET_MASTER_ADDR": "one-node-0-0.one", "PET_MASTER_PORT": "29500"}
     command = [expanded(word, variables) for word in container["command"]]
     assert command[:5] == ["python", "-m", "am_recipes.sft", "-c", "/etc/automodel/one.yaml"]
-    arguments = cli.parse_arguments(command[3:])
+    arguments = command_line.parse_arguments(command[3:])
     assert arguments.nodes == Nodes(2, 1, "one-node-0-0.one", 29500)
     assert arguments.processes == 8
     inside = configs.parse(write(config["data"]["one.yaml"], "copy.yaml"), arguments.overrides)
@@ -234,7 +234,7 @@ def test_each_pod_runs_the_command_that_starts_a_node_by_hand(rendered, write, k
 def test_one_node_needs_no_rendezvous(rendered):
     _, document = rendered(CONFIG, "--kubernetes.nodes", "1", "--kubernetes.gpus_per_node", "0")
     _, container = pod_of(document)
-    arguments = cli.parse_arguments(container["command"][3:])
+    arguments = command_line.parse_arguments(container["command"][3:])
     assert (arguments.nodes, arguments.processes) == (None, 1)
     assert "resources" not in container
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from am_recipes import cli, configs
+from am_recipes import cli, command_line, configs
 from am_recipes.launch import Nodes
 
 ROOT = Path(__file__).parents[2]
@@ -211,7 +211,7 @@ def test_each_machine_runs_the_command_that_starts_a_node_by_hand(rendered, writ
     assert "HF_TOKEN=hf_abc" in (tmp_path / "python.env").read_text().splitlines()
     words = called.read_text().splitlines()
     assert words[:4] == ["-m", "am_recipes.sft", "-c", f"{tmp_path}/automodel_job/one.yaml"]
-    arguments = cli.parse_arguments(words[2:])
+    arguments = command_line.parse_arguments(words[2:])
     assert arguments.nodes == Nodes(2, 1, "10.0.0.1", 29500)
     assert arguments.processes == 8
     inside = configs.parse(write(CONFIG + EVERYTHING, "copy.yaml"), arguments.overrides)
@@ -221,7 +221,7 @@ def test_each_machine_runs_the_command_that_starts_a_node_by_hand(rendered, writ
 def test_a_machine_whose_gpus_are_not_known_here_has_a_rank_for_each(rendered):
     task, _ = rendered(CONFIG, "--skypilot.instance_type", "p5.48xlarge")
     assert "accelerators" not in task["resources"]
-    arguments = cli.parse_arguments(task["run"].split()[4:])
+    arguments = command_line.parse_arguments(task["run"].split()[4:])
     assert (arguments.nodes, arguments.processes) == (None, None)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from am_recipes.configs import RunConfig, check_targets, parse
 from am_recipes.launch import job
-from am_recipes.settings import is_secret, load, override, plain, rewritten, variable, walk, with_folder
+from am_recipes.settings import is_secret, load, override, plain, references, variable, walk, with_folder
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,8 @@ def _variables(config: RunConfig, key: str) -> dict[str, str]:
     """What the config takes from the environment, sections of launchers aside, with the first key that does."""
     found: dict[str, str] = {}
     for path, text in config.environment.items():
-        names: list[str] = []
-
-        def note(name: str, default: str | None, names: list[str] = names) -> str:
-            if default is None:
-                names.append(name)
-            return ""
-
-        rewritten(text, str, note)
         if path.partition(".")[0] != key:
-            found = dict.fromkeys(names, path) | found
+            found = {name: path for name, default in references(text) if default is None} | found
     return found
 
 
@@ -148,6 +140,6 @@ def _require_same(config: RunConfig, text: str, asked: Asked) -> RunConfig:
     return copy
 
 
-def shown(given: job.Rendered) -> str:
+def preview(given: job.Rendered) -> str:
     """The text for people, with the command that would hand it over."""
     return f"# {shlex.join(given.command)}\n{given.files[given.shown]}"

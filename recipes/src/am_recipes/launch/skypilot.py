@@ -47,7 +47,7 @@ class Task:
     secrets: Mapping[str, str] = field(default_factory=dict)
 
 
-def task(task: Task) -> dict[str, Any]:
+def describe(task: Task) -> dict[str, Any]:
     """The task file: secrets are null in it, and filled in by `--secret NAME` of the command."""
     folder, name = task.config
     recovery = {"max_restarts_on_errors": task.max_restarts, "recover_on_exit_codes": [PREEMPTED]}
@@ -66,7 +66,7 @@ def task(task: Task) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value not in (None, {})}
 
 
-def command(task: Task, file: str) -> tuple[str, ...]:
+def command_for(task: Task, file: str) -> tuple[str, ...]:
     """What hands the task `file` to SkyPilot and comes back once it is taken."""
     launch = ("sky", "jobs", "launch", "-n") if task.managed else ("sky", "launch", "-c")
     secrets = [word for variable in dict.fromkeys(task.secrets.values()) for word in ("--secret", variable)]

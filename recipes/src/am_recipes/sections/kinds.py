@@ -6,7 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from am_recipes.settings import Check, Target, Typed
+from am_recipes.settings import Check, NumberAsText, Target
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,7 @@ Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular 
 # What `seconds` reads.
 Time = Annotated[
     str,
-    Typed(),
+    NumberAsText(),
     Check(
         lambda text: seconds(text) is not None,
         "must be a time longer than 0 as SLURM writes it: 90 (minutes), 90:00, 12:30:00, 1-12 (days and hours), "

@@ -153,8 +153,8 @@ class SkyPilot:
         task = self._task(job, folder)
         require_there(job.variables, {*task.env, *task.secrets}, "add it to skypilot.env_vars or skypilot.secrets")
         file = f"{task.name}.yaml"
-        text = kubernetes.dump([skypilot.task(task)])
-        command = skypilot.command(task, str(folder / file))
+        text = kubernetes.dump([skypilot.describe(task)])
+        command = skypilot.command_for(task, str(folder / file))
         return Rendered(folder, {job.config: job.text, file: text}, file, command)
 
     def submitted(self, rendered: Rendered, output: str) -> str:

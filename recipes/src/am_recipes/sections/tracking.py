@@ -227,6 +227,8 @@ class Trackio:
     def reach(self) -> None:
         from am_recipes.sinks import trackio
 
+        # Not done yet where a program calls the recipe and has not checked its targets.
+        self.prepare()
         trackio.reach(self)
 
     def tracker(self) -> Tracker:

@@ -7,8 +7,9 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 
 from __future__ import annotations
 
+from am_recipes.settings.references import references, resolve, rewritten, variable
 from am_recipes.settings.saved import command_line, fingerprints, leaves, written
-from am_recipes.settings.schema import AsWritten, Check, Inline, Prefixed, Typed, plain, read, read_section
+from am_recipes.settings.schema import AsWritten, Check, Inline, NumberAsText, Prefixed, plain, read, read_section
 from am_recipes.settings.secrets import in_clear, is_secret
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
@@ -23,10 +24,7 @@ from am_recipes.settings.yaml import (
     load,
     nearest,
     override,
-    resolve,
-    rewritten,
     unusable,
-    variable,
     walk,
     with_folder,
 )
@@ -41,10 +39,10 @@ __all__ = [
     "DefaultTarget",
     "Inline",
     "Node",
+    "NumberAsText",
     "Place",
     "Prefixed",
     "Target",
-    "Typed",
     "UnusableError",
     "checked",
     "command_line",
@@ -62,6 +60,7 @@ __all__ = [
     "plain",
     "read",
     "read_section",
+    "references",
     "resolve",
     "rewritten",
     "unusable",

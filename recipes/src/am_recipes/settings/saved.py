@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from am_recipes.settings.references import escaped
 from am_recipes.settings.secrets import HIDDEN, is_secret, without_secrets
-from am_recipes.settings.yaml import ConfigError, Node, Place, escaped, inline, override, walk
+from am_recipes.settings.yaml import Node, Place, inline, override, walk
 
 
 def written(values: Any, environment: Mapping[str, str]) -> Any:
@@ -61,9 +62,9 @@ def _redacted(key: str, text: str) -> str:
     if text[:1] not in ("{", "["):
         return text
     root = Node(Place("", ""), {})
-    try:
-        override(root, "given", text)
-    except ConfigError:
+    override(root, "given", text)
+    if not isinstance(root.value["given"].value, dict | list):
+        # It is no YAML, so nobody knows what is a secret in it.
         return HIDDEN
     if isinstance(root.value["given"].value, str):
         # What was to be a mapping or a list and is none.

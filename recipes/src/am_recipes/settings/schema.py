@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from am_recipes.settings.references import variable
 from am_recipes.settings.secrets import is_secret
 from am_recipes.settings.target import ArgumentError, DefaultTarget, Target
-from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, nearest, variable, walk
+from am_recipes.settings.yaml import ConfigError, Node, did_you_mean, inline, nearest, walk
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Typed:
+class NumberAsText:
     """A text that may look like a whole number, and is then the text that was typed: `max_time: 90`."""
 
 
@@ -142,7 +143,7 @@ def read(node: Node, annotation: Any) -> Any:
     if origin is typing.Annotated:
         if arguments[0] is Target:
             return read_target(node, metadata(annotation, DefaultTarget))
-        if metadata(annotation, Typed) and type(node.value) is int:
+        if metadata(annotation, NumberAsText) and type(node.value) is int:
             node = dataclasses.replace(node, value=str(node.value))
         if metadata(annotation, AsWritten):
             node = _as_written(node)

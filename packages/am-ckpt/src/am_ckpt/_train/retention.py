@@ -19,7 +19,8 @@ from am_ckpt._io import fsync_directory, write_bytes
 class Keep:
     """The newest `last`, every multiple of `every`, the best by a metric; all steps where all three are None.
 
-    An ephemeral step is not counted by `last`, and kept by the others alone, or as the newest of all.
+    An ephemeral step is not counted by `last`, and kept by the others alone, or as the newest of all. Where `every` or
+    `best` is set without `last`, the newest step that is not ephemeral is kept too.
     """
 
     last: int | None
@@ -117,8 +118,8 @@ def discard_newer_steps(directory: Path, step: int) -> None:
         (directory / "best").unlink(missing_ok=True)
 
 
-def make_permanent(directory: Path, step: int, metrics: Mapping[str, Any]) -> bool:
-    """Make `step` as if it had never been saved as ephemeral, with `metrics` where there are some; whether it was.
+def make_permanent(directory: Path, step: int, metrics: Mapping[str, Any]) -> None:
+    """Make `step` as if it had never been saved as ephemeral, with `metrics` where there are some.
 
     One rename does it: a crash leaves the step whole, and the one or the other. Of a step that is a link, which is
     never deleted, nothing is changed.
@@ -126,14 +127,13 @@ def make_permanent(directory: Path, step: int, metrics: Mapping[str, Any]) -> bo
     path = directory / step_name(step)
     manifest = read_manifest(path)
     if path.is_symlink() or not manifest.pop("ephemeral", False):
-        return False
+        return
     # One name, so that what a crash leaves here is taken away by the next call.
     temporary = path / f".{MANIFEST}-new"
     temporary.unlink(missing_ok=True)
     write_bytes(temporary, seal({**manifest, **({"metrics": metrics} if metrics else {})}))
     os.replace(temporary, path / MANIFEST)
     fsync_directory(path)
-    return True
 
 
 def tidy(directory: Path, keep: Keep, saved: int) -> None:
