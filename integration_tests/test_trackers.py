@@ -15,6 +15,7 @@ import pytest
 
 from integration_tests import runs
 from integration_tests.mlflow_server import Server, Stored
+from integration_tests.test_contracts import MINE
 from integration_tests.test_resume import CONFIG, changes
 from integration_tests.test_start import automodel
 
@@ -24,6 +25,8 @@ LONG = {
     "step_scheduler.ckpt_every_steps": "10",
     "step_scheduler.val_every_steps": "20",
 }
+# So long on every machine: they are stopped, or lose their server, once it has their first step.
+SLOW = {"sinks": f"[{{_target_: {MINE}.Slow, seconds: [0.1]}}]"}
 # More than MLflow takes for one parameter.
 DESCRIPTION = "words " * 2000
 
@@ -79,7 +82,7 @@ def test_a_killed_run_is_the_same_run_at_the_server(server: Server, tmp_path: Pa
     run_dir, ranks = tmp_path / "run", 2
     tags = "{team: blue, " + ", ".join(f"number{number}: {number}" for number in range(10)) + "}"
     overrides = changes(tracked(server, "killed", description=DESCRIPTION, flatten_depth="null", tags=tags))
-    processes = runs.start(CONFIG, run_dir, overrides, ranks)
+    processes = runs.start(CONFIG, run_dir, overrides | SLOW, ranks)
     wait_until(processes[0], lambda: delivered(run_dir, 1) and (run_dir / "checkpoints/latest").exists())
     for process in processes:
         # SIGKILL; it may have died of the death of the other one.
@@ -125,7 +128,7 @@ def test_a_killed_run_is_the_same_run_at_the_server(server: Server, tmp_path: Pa
 
 
 def test_what_ends_a_run_is_its_status(server: Server, tmp_path: Path) -> None:
-    process = automodel(tmp_path / "stopped", tmp_path / "output", tracked(server, "stopped"))
+    process = automodel(tmp_path / "stopped", tmp_path / "output", tracked(server, "stopped") | SLOW)
     wait_until(process, lambda: delivered(tmp_path / "stopped", 1))
     os.kill(process.pid, signal.SIGTERM)
     assert runs.finish([process]) == 75
@@ -144,7 +147,7 @@ def test_a_server_that_is_killed_neither_stops_nor_changes_a_run(
 ) -> None:
     run_dir, output = tmp_path / "run", tmp_path / "output"
     overrides = tracked(server, "away", log_artifacts="[config, report, export]")
-    process = automodel(run_dir, output, overrides)
+    process = automodel(run_dir, output, overrides | SLOW)
     wait_until(process, lambda: delivered(run_dir, 1))
     server.kill()
     assert runs.finish([process]) == 0

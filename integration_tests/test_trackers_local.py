@@ -416,6 +416,19 @@ def test_a_server_of_wandb_that_hangs_does_not_keep_a_stopped_run(hanging: Any, 
     assert not [command for command in services() if f"--pid {process.pid}" in command]
 
 
+def begins_twice_in_vain(folder: Path, port: int) -> None:
+    os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
+    tracker = sections.Wandb(Target("wandb.init", {"settings": {"init_timeout": 1.0}}), mode="online").tracker()
+    for _ in range(2):
+        with pytest.raises(Exception) as caught:
+            tracker.begin(told(folder, id="same"))
+        assert "in use" not in str(caught.value)
+
+
+def test_a_beginning_that_hangs_is_tried_again(hanging: Any, tmp_path: Path) -> None:
+    assert in_process(begins_twice_in_vain, tmp_path, hanging.server_port) == 0
+
+
 def refuses_one_that_hangs(listening: socket.socket) -> None:
     os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{listening.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
     began = time.monotonic()

@@ -106,7 +106,7 @@ class Launched:
 
     def end(self):
         """Its exit status, and all that it has said."""
-        self.process.join(60)
+        self.process.join(180)
         return self.process.exitcode, self.errors.read_text()
 
 

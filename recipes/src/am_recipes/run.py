@@ -25,6 +25,7 @@ from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, any_rank, first_told, seed_everything
 from am_recipes.settings import plain, replaced
+from am_recipes.sinks import ends
 from am_recipes.stop_signal import StopSignal
 from am_recipes.time_limit import LaunchTime
 
@@ -267,7 +268,7 @@ class Run:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
         why = ", out of time" if self._is_out_of_time else ""
-        self.log.finish(status=f"stopped {done}{why}; the same command continues with step {self.step + 1}")
+        self.log.finish(status=f"{ends.STOPPED} {done}{why}; the same command continues with step {self.step + 1}")
         # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
         any_rank(self._dims, True)
         return PREEMPTED
@@ -283,7 +284,7 @@ class Run:
 
     def finish(self, ask: str | None = None) -> int:
         """End the record; `ask` is how to ask the exported model (see `run_dir.next_steps`). The exit status."""
-        status = "finished"
+        status = ends.FINISHED
         if self._best.waited_enough and self.step < self.total_steps:
             status += f": early, after step {self.step} of {self.total_steps}, as {self._best.reason}"
         self.log.finish(

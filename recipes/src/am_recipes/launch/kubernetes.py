@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 
 from am_recipes.launch.nodes import PREEMPTED
-from am_recipes.settings import ArgumentError
 
 # Kubeflow's names for the job and the container of the trainer; taken for both kinds, so that one way of asking works.
 NODE = "node"
@@ -75,8 +74,7 @@ class Pods:
         longest = len(f"{self.name}-{NODE}-0-{self.nodes - 1}-abcde")
         if longest > _LONGEST_POD:
             most = len(self.name) - (longest - _LONGEST_POD)
-            raise ArgumentError(
-                "kubernetes.name",
+            raise ValueError(
                 f"name={self.name} has {len(self.name)} characters, and the pods' names would have {longest} of at "
                 f"most {_LONGEST_POD}; choose one of at most {most}",
             )
