@@ -168,9 +168,12 @@ def test_no_secret_is_anywhere(failed_and_continued: tuple[Path, dict[str, Any]]
 def test_tags_of_mlflow_are_those_of_the_config_as_it_is_saved(
     failed_and_continued: tuple[Path, dict[str, Any]],
 ) -> None:
-    with contextlib.closing(sqlite3.connect(failed_and_continued[0] / "mlflow.db")) as database:
+    folder, _ = failed_and_continued
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
         tags = dict(database.execute("SELECT key, value FROM tags"))
     assert (tags["team"], tags["a__b"], tags["api_key"]) == ("blue", "1", "${API_KEY}")
+    told = "mlflow.tags.api_key is a secret, and config.yaml has ${API_KEY} in its place: to use that file, set API_KEY"
+    assert told in json.loads((folder / "run" / "run.json").read_text())["notes"]
     assert "version.torch" in tags
     assert len(tags) < 40
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from am_recipes.log import Log
+from am_recipes.sinks import ends
 from am_recipes.sinks.follower import Follower
 from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow, Tracker
 from am_recipes.trackers import Trackers
@@ -399,10 +400,11 @@ def test_a_run_that_is_gone_begins_anew_with_every_step(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        ("finished: early, after step 4", "FINISHED"),
-        ("stopped after step 4", "KILLED"),
-        ("failed: KeyboardInterrupt: ", "KILLED"),
-        ("failed: ValueError: no", "FAILED"),
+        (f"{ends.FINISHED}: early, after step 4", "FINISHED"),
+        (f"{ends.STOPPED} after step 4", "KILLED"),
+        (ends.failed(KeyboardInterrupt()), "KILLED"),
+        (ends.failed(SystemExit(1)), "KILLED"),
+        (ends.failed(ValueError("no")), "FAILED"),
     ],
 )
 def test_how_a_run_ended(tmp_path: Path, status: str, told: str) -> None:

@@ -24,7 +24,7 @@ import rich.console
 import torch
 
 from am_recipes import provenance
-from am_recipes.sinks import Console, HtmlPage, JsonLines, Row, Sink, files, record, text
+from am_recipes.sinks import Console, HtmlPage, JsonLines, Row, Sink, ends, files, record, text
 
 # A column that is NaN at every step would otherwise fill run.json.
 MAX_WARNINGS = 100
@@ -92,7 +92,7 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._active and not self._closed:
-            self._close("stopped" if error is None else f"failed: {type(error).__name__}: {error}", error)
+            self._close(ends.STOPPED if error is None else ends.failed(error), error)
 
     def note(self, fact: object) -> None:
         """Tell `str(fact)` and keep it for the page: what was chosen, counted or found before training."""
@@ -217,7 +217,7 @@ class Log:
         *,
         goal: Mapping[str, object] | None = None,
         ending: Mapping[str, object] | None = None,
-        status: str = "finished",
+        status: str = ends.FINISHED,
         next_steps: Sequence[str] = (),
     ) -> None:
         """End the log, once.

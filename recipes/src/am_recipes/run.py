@@ -24,6 +24,8 @@ from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, any_rank, first_told, seed_everything
+from am_recipes.settings import plain, replaced
+from am_recipes.sinks import ends
 from am_recipes.stop_signal import StopSignal
 from am_recipes.time_limit import LaunchTime
 
@@ -132,6 +134,8 @@ class Run:
         """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
         if isinstance(dataset, am_data.Dataset):
             self.log.data({"dataset, as read": dataset.fingerprint})
+        for secret in replaced(plain(self._config), self._config.environment):
+            self.log.note(secret)
         for restored in self._restored:
             self.log.note(restored)
         if isinstance(dataset, am_data.Reported):
@@ -264,7 +268,7 @@ class Run:
         """End the record of a run that was stopped; the exit status."""
         done = f"after step {self.step} of {self.total_steps}, which is committed"
         why = ", out of time" if self._is_out_of_time else ""
-        self.log.finish(status=f"stopped {done}{why}; the same command continues with step {self.step + 1}")
+        self.log.finish(status=f"{ends.STOPPED} {done}{why}; the same command continues with step {self.step + 1}")
         # Rank 0 is the last to be done, and whoever ends before it has torchrun stop the others of its machine.
         any_rank(self._dims, True)
         return PREEMPTED
@@ -280,7 +284,7 @@ class Run:
 
     def finish(self, ask: str | None = None) -> int:
         """End the record; `ask` is how to ask the exported model (see `run_dir.next_steps`). The exit status."""
-        status = "finished"
+        status = ends.FINISHED
         if self._best.waited_enough and self.step < self.total_steps:
             status += f": early, after step {self.step} of {self.total_steps}, as {self._best.reason}"
         self.log.finish(

@@ -12,7 +12,7 @@ import torch
 
 from am_recipes.run_config import RunConfig
 from am_recipes.settings import plain, written
-from am_recipes.sinks import Row, delivered, record
+from am_recipes.sinks import Row, delivered, ends, record
 from am_recipes.sinks.follower import Follower
 from am_recipes.sinks.tracker import Status, Tracked
 
@@ -116,7 +116,7 @@ def deliver_rest(config: RunConfig) -> None:
     if missing:
         print(f"{', '.join(missing)}: what is missing there of {config.run_dir} is delivered")
         # Nothing begins anew: the run is at its end.
-        build(config, record.load(config.run_dir).total_steps).close("finished")
+        build(config, record.load(config.run_dir).total_steps).close(ends.FINISHED)
 
 
 def _followers(config: RunConfig, resume_step: int | None) -> list[Follower]:
@@ -168,7 +168,6 @@ def _tags(config: RunConfig) -> dict[str, str]:
 
 def _status(status: str) -> Status:
     """How a log's status reads at a service."""
-    if status.startswith("finished"):
+    if ends.is_finished(status):
         return "FINISHED"
-    quit_by_hand = status.startswith(("stopped", "failed: KeyboardInterrupt", "failed: SystemExit"))
-    return "KILLED" if quit_by_hand else "FAILED"
+    return "KILLED" if ends.is_stopped(status) else "FAILED"
