@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 import uuid
@@ -143,7 +144,7 @@ class WandbTracker:
     def _upload(self) -> str:
         """The command."""
         online = "--include-online " if self._online else ""
-        return f"wandb sync {online}{self._run.settings.sync_dir}"
+        return f"wandb sync {online}{shlex.quote(str(self._run.settings.sync_dir))}"
 
 
 def reach(settings: Wandb) -> None:
