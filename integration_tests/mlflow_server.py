@@ -33,15 +33,20 @@ class Server:
         }
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
         command += ["--port", self.address.rpartition(":")[2], "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-        self._start([*command, "--artifacts-destination", str(folder / "files")])
-        # What the command has started, with the environment it gave: that is the server, and starts in half the time.
-        (self._worker,) = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        self._command = [*command, "--artifacts-destination", str(folder / "files")]
+        self.restart()
 
-    def _start(self, command: list[str]) -> None:
+    def restart(self) -> None:
+        """Start it, or start it again, at the same address, on the same database."""
         log = self._folder / "server.log"
         with log.open("a") as stream:
             self._process = subprocess.Popen(
-                command, stdout=stream, stderr=stream, env=self._environment, cwd=self._folder, start_new_session=True
+                self._command,
+                stdout=stream,
+                stderr=stream,
+                env=self._environment,
+                cwd=self._folder,
+                start_new_session=True,
             )
         deadline = time.monotonic() + SECONDS_TO_START
         while not self._answers():
@@ -57,19 +62,9 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL for the server and what started it."""
-        if self._process.poll() is not None:
-            return
-        worker = Path(f"/proc/{self._worker}")
-        if worker.exists():
-            self._command = worker.joinpath("cmdline").read_text().split("\0")[:-1]
-            pairs = worker.joinpath("environ").read_text().split("\0")[:-1]
-            self._environment = dict(pair.split("=", 1) for pair in pairs)
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def restart(self) -> None:
-        """Start it again, at the same address, on the same database."""
-        self._start(self._command)
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def ask(self, path: str, **body: object) -> dict[str, Any]:
         """The answer of the API to a GET with `body` as its query, or a POST where the path ends with a `!`."""

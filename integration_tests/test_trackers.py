@@ -162,7 +162,7 @@ def test_a_server_that_is_killed_neither_stops_nor_changes_a_run(
     fresh = tmp_path / "fresh"
     assert runs.finish([automodel(fresh, output, overrides)]) == 1
     told = output.read_text()
-    assert f"tracking_uri: tracking_uri={server.address} does not answer as an MLflow server (" in told
+    assert f"tracking_uri: tracking_uri={server.address} does not answer as an MLflow server or database (" in told
     assert "start it, correct the address, or leave the section out (--mlflow null)" in told
     assert not fresh.exists()
     (killed,) = runs.start(CONFIG, fresh, changes(LONG))

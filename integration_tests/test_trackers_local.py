@@ -168,9 +168,12 @@ def test_no_secret_is_anywhere(failed_and_continued: tuple[Path, dict[str, Any]]
 def test_tags_of_mlflow_are_those_of_the_config_as_it_is_saved(
     failed_and_continued: tuple[Path, dict[str, Any]],
 ) -> None:
-    with contextlib.closing(sqlite3.connect(failed_and_continued[0] / "mlflow.db")) as database:
+    folder, _ = failed_and_continued
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
         tags = dict(database.execute("SELECT key, value FROM tags"))
     assert (tags["team"], tags["a__b"], tags["api_key"]) == ("blue", "1", "${API_KEY}")
+    told = "mlflow.tags.api_key is a secret, and config.yaml has ${API_KEY} in its place: to use that file, set API_KEY"
+    assert told in json.loads((folder / "run" / "run.json").read_text())["notes"]
     assert "version.torch" in tags
     assert len(tags) < 40
 
@@ -247,9 +250,10 @@ def test_tensorboard_without_its_files_gets_everything_again(tmp_path: Path) -> 
 
 
 def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_path: Path) -> None:
-    section = sections.TensorBoard(log_dir=tmp_path)
+    section = sections.TensorBoard(log_dir=tmp_path / "two words")
     first = section.tracker()
     known = first.begin(told(tmp_path))
+    assert first.where.endswith(f"tensorboard --logdir '{tmp_path}/two words/run'")
     first.rows(ROWS)
     first.end("FINISHED")
     # Another run directory of the same name.
@@ -261,8 +265,8 @@ def test_runs_that_share_a_folder_of_tensorboard_hide_nothing_of_each_other(tmp_
     assert again.begin(told(tmp_path, id=known, resume_step=3)) == known
     again.rows([{"step": 4, "loss": 6.25, "time": 1004.0}])
     again.end("FINISHED")
-    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run").rows] == [*KEYS, (4, False)]
-    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "run-2").rows] == KEYS[:2]
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "two words" / "run").rows] == [*KEYS, (4, False)]
+    assert [key for key, _ in read_trackers.tensorboard(tmp_path / "two words" / "run-2").rows] == KEYS[:2]
 
 
 def trackio_with_rows_twice(folder: Path) -> None:

@@ -204,6 +204,18 @@ def test_what_differs_in_config_code_data_and_machine(tmp_path: Path) -> None:
     ]
 
 
+def test_another_number_of_ranks_is_one_difference(tmp_path: Path) -> None:
+    variables = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    machine = {**LAUNCH["environment"], "nodes": 1}
+    one = {"environment": machine | {"hosts": {"vm": 1}}}
+    two = {"world_size": 2, "environment": machine | {"hosts": {"vm": 2}, "variables": variables}}
+    text = told(run(tmp_path / "a", [row(1)], one), run(tmp_path / "b", [row(1)], two))
+    assert text.endswith("environment: 1 differs\n  ranks\n    A 1\n    B 2")
+    other = {"environment": machine | {"hosts": {"elsewhere": 1}}}
+    text = told(tmp_path / "a", run(tmp_path / "c", [row(1)], other))
+    assert text.endswith("environment: 1 differs\n  hosts\n    A vm\n    B elsewhere")
+
+
 def test_what_changed_within_a_run(tmp_path: Path) -> None:
     later = {"resume_step": 4, "versions": {"torch": "2.12.0"}}
     again = {"resume_step": 6, "versions": {"torch": "2.12.0"}}

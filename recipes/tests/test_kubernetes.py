@@ -319,12 +319,20 @@ def test_two_launchers_are_one_too_many(write, capsys):
     assert capsys.readouterr().err.startswith("one.yaml:13: skypilot: kubernetes hands the run to a scheduler too")
 
 
-@pytest.mark.parametrize("override", ["--dataset.token=12345678", "--dataset.auth=[{token: 1.5}]"])
-def test_a_number_may_be_a_secret_too(write, capsys, override):
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--dataset.token=12345678",
+        "--dataset.auth=[{token: 1.5}]",
+        "--kubernetes.env_vars.DB_URL=postgres://u:token@h/db",
+        "--dataset.uri=https://token@h/rows",
+    ],
+)
+def test_a_number_or_an_address_may_be_a_secret_too(write, capsys, override):
     text = CONFIG.replace("{path: /training/rows.jsonl}", "{_target_: mine.Rows}")
     assert cli.main([write(text), "--dry-run", override]) == 2
     errors = capsys.readouterr().err
-    assert "token: a secret in clear" in errors
+    assert re.search(": a secret in clear|: has a password in clear", errors)
     assert override.partition("=")[2] not in errors
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from am_recipes import configs, provenance
 from am_recipes.build import Weights
-from am_recipes.settings import command_line, plain
+from am_recipes.settings import command_line, plain, replaced
 from am_recipes.sinks import record
 
 NO_WEIGHTS = Weights({}, [], {}, {})
@@ -110,6 +110,17 @@ def test_what_a_recipe_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["data"]["tokenizer.json"] != found["data"]["chat_template.jinja"]
     assert {"python", *record.OURS, "torch", "numpy"} <= found["versions"].keys()
     assert found["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_a_secret_that_config_yaml_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINE", "very-secret")
+    asked = (("mlflow.tags.api_token", "very-secret"), ("mlflow.tags.password", "${MINE}"))
+    config = parsed(tmp_path, *asked)
+    assert list(replaced(plain(config), config.environment)) == [
+        "dataset.hf_token is a secret, and config.yaml has ${HF_TOKEN} in its place: to use that file, set HF_TOKEN",
+        "mlflow.tags.api_token is a secret, and config.yaml has ${API_TOKEN} in its place: to use that file, "
+        "set API_TOKEN",
+    ]
 
 
 def test_weights_that_were_digested_already_are_not_read_again(tmp_path: Path) -> None:

@@ -141,11 +141,11 @@ def _recipe(positional: list[str]) -> str | None:
     elif positional and positional[0] in RECIPES and all(map(_is_config, positional[1:2])):
         recipe = positional.pop(0)
     elif positional and not _is_config(positional[0]):
-        verbs = {verb for verb, _ in COMMANDS} | set(RECIPES)
+        verbs = {verb for verb, _ in COMMANDS} | set(RECIPES) | {"report", "compare"}
         hint = did_you_mean(positional[0], verbs) if positional[0] not in verbs else ""
         raise UsageError(
             f"{' '.join(positional[:2])!r} is neither a config file nor a command{hint}; there is: "
-            f"{', '.join(' '.join(command) for command in COMMANDS)}"
+            f"{', '.join(' '.join(command) for command in COMMANDS)}, report, compare"
         )
     if len(positional) > 1:
         raise UsageError(f"unexpected argument {positional[1]!r}; overrides are written --section.key value")

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -23,6 +24,8 @@ WIDTH = 80
 # What two equal runs differ in: when, how fast, how much memory. So do further columns that end like RATES.
 MEASURED = ("time", "tokens_per_second", "peak_memory_bytes")
 RATES = ("_per_second", "_seconds")
+# What torchrun sets by itself, so that it says no more than the number of ranks.
+TORCHRUN = re.compile(r"TORCH_?ELASTIC_\w+|TORCH_NCCL_ASYNC_ERROR_HANDLING")
 # The keys of a config that are another run's in any case.
 PLACES = ("run_dir",)
 NOTHING = ("not there", "")
@@ -238,6 +241,13 @@ def _environment(launch: Launch) -> Facts:
     found: dict[str, Any] = {"device": launch["device"], "ranks": launch["world_size"]}
     # Another job is another job: its number says nothing.
     machine = {name: value for name, value in launch.get("environment", {}).items() if name != "job"}
+    if "hosts" in machine:
+        # How many ranks each has is told by those of all.
+        machine["hosts"] = ", ".join(machine["hosts"])
+    if "variables" in machine:
+        machine["variables"] = {
+            name: value for name, value in machine["variables"].items() if not TORCHRUN.fullmatch(name)
+        }
     return {path: (inline(value), "") for path, value in leaves(found | machine)}
 
 

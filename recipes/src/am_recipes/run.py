@@ -24,6 +24,7 @@ from am_recipes.configs import RunConfig
 from am_recipes.launch import PREEMPTED
 from am_recipes.log import Log
 from am_recipes.progress import Progress, Step, any_rank, first_told, seed_everything
+from am_recipes.settings import plain, replaced
 from am_recipes.sinks import ends
 from am_recipes.stop_signal import StopSignal
 from am_recipes.time_limit import LaunchTime
@@ -133,6 +134,8 @@ class Run:
         """Log what is known before the first step: what was restored, what the dataset reports, and `facts`."""
         if isinstance(dataset, am_data.Dataset):
             self.log.data({"dataset, as read": dataset.fingerprint})
+        for secret in replaced(plain(self._config), self._config.environment):
+            self.log.note(secret)
         for restored in self._restored:
             self.log.note(restored)
         if isinstance(dataset, am_data.Reported):

@@ -8,7 +8,7 @@ again. A `Target` is a callable with its arguments. Imports neither torch nor an
 from __future__ import annotations
 
 from am_recipes.settings.references import references, resolve, rewritten, variable
-from am_recipes.settings.saved import command_line, fingerprints, leaves, written
+from am_recipes.settings.saved import command_line, fingerprints, leaves, replaced, written
 from am_recipes.settings.schema import AsWritten, Check, Inline, NumberAsText, Prefixed, plain, read, read_section
 from am_recipes.settings.secrets import in_clear, is_secret
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
@@ -61,6 +61,7 @@ __all__ = [
     "read",
     "read_section",
     "references",
+    "replaced",
     "resolve",
     "rewritten",
     "unusable",

@@ -31,6 +31,14 @@ def written(values: Any, environment: Mapping[str, str]) -> Any:
     return _replace_leaves(values, "", write)
 
 
+def replaced(values: Any, environment: Mapping[str, str]) -> Iterator[str]:
+    """What `written` does to secrets that stand in `values` as they are, a sentence each, for who runs it again."""
+    for path, value in leaves(values):
+        if is_secret(path) and value is not None and path not in environment:
+            name = _variable(path)
+            yield f"{path} is a secret, and config.yaml has ${{{name}}} in its place: to use that file, set {name}"
+
+
 def _variable(path: str) -> str:
     """The name of a variable for a secret: that of the key that makes it one, and of those below it."""
     keys = path.split(".")

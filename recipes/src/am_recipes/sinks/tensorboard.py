@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ class TensorBoardTracker:
     def begin(self, run: Tracked) -> str:
         if self._folder is None:
             self._folder = self._choose(run)
-        self.where = f"to look at it: tensorboard --logdir {self._folder}"
+        self.where = f"to look at it: tensorboard --logdir {shlex.quote(str(self._folder))}"
         if run.id is not None and _has_events(self._folder):
             # Opened at the first row.
             self._step = run.resume_step or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,8 +94,9 @@ class TrackioTracker:
         )
 
     def _shown_by(self) -> str:
-        here = "" if self._settings.dir is None else f"TRACKIO_DIR={self._settings.dir.absolute()} "
-        return f"{here}trackio show --project {self._settings.project}"
+        folder = self._settings.dir
+        here = "" if folder is None else f"TRACKIO_DIR={shlex.quote(str(folder.absolute()))} "
+        return f"{here}trackio show --project {shlex.quote(self._settings.project)}"
 
 
 def reach(settings: Trackio) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 import uuid
@@ -32,6 +33,7 @@ _SETTINGS: Mapping[str, object] = {
     "quiet": True,
     "save_code": False,
     "show_info": False,
+    "silent": True,
     # Among it the command with all its arguments; the one without secrets is in the config (`launch.command`).
     "x_disable_meta": True,
     "x_transaction_log_flush_interval": _SECONDS_TO_DISK,
@@ -142,7 +144,7 @@ class WandbTracker:
     def _upload(self) -> str:
         """The command."""
         online = "--include-online " if self._online else ""
-        return f"wandb sync {online}{self._run.settings.sync_dir}"
+        return f"wandb sync {online}{shlex.quote(str(self._run.settings.sync_dir))}"
 
 
 def reach(settings: Wandb) -> None:
