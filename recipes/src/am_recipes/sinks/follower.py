@@ -27,7 +27,7 @@ _ROWS_AT_A_TIME = 100
 # After a failure, doubled from one to the next.
 _LONGEST_PAUSE = 60.0
 # How often the end of a run is tried where the service does not take it at once.
-_ATTEMPTS_AT_THE_END = 2
+_ATTEMPTS_AT_THE_END, _PAUSE_AT_THE_END = 2, 1.0
 # An upload that brings fewer bytes a second, beside its first minute, is one that hangs.
 _SLOWEST_UPLOAD = 1e6
 
@@ -43,7 +43,8 @@ class Follower:
         artifacts: names in the run directory that the tracker gets at the end, where they are there; a folder, which
             the end of a whole run makes, only then.
         at_the_beginning: those of them that it gets as soon as it has a row.
-        interval: seconds between two looks at the file.
+        interval: seconds between two looks at the file. Each delivery holds the interpreter, which the training thread
+            needs too, for some milliseconds, however few rows it has.
         upload_seconds: what an upload of a folder is given, beside the time for its bytes.
     """
 
@@ -56,7 +57,7 @@ class Follower:
         artifacts: Sequence[str] = (),
         *,
         at_the_beginning: Sequence[str] = (),
-        interval: float = 1.0,
+        interval: float = 5.0,
         upload_seconds: float = 60.0,
     ) -> None:
         self.name = name
@@ -141,7 +142,7 @@ class Follower:
                 pause = min(max(2 * pause, self._interval), _LONGEST_PAUSE)
                 if is_last:
                     failures_at_the_end += 1
-                    time.sleep(self._interval)
+                    time.sleep(min(self._interval, _PAUSE_AT_THE_END))
 
     def _succeeds(self, what: str, call: Callable[[Argument], None], argument: Argument) -> bool:
         """Call it; whether it does not raise. The first time that it does, and that it no longer does, is news."""
