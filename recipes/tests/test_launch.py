@@ -85,8 +85,8 @@ def _launcher(folder, arguments, variables):
     os.environ.update(variables)
     if "CORES" in variables:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(variables["CORES"])])
-    if "NOHUP" in variables:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # The tests themselves may have been started by nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if "NOHUP" in variables else signal.SIG_DFL)
     with open("errors.txt", "w") as errors:
         os.dup2(errors.fileno(), 2)
     sys.argv = ["launch", *arguments]
