@@ -260,6 +260,15 @@ def test_a_warning_at_every_step_does_not_fill_the_record(tmp_path: Path) -> Non
     assert "only the terminal has them" in last
 
 
+def test_run_json_is_there_before_any_other_file(tmp_path: Path) -> None:
+    # Otherwise a start that was killed leaves a directory that holds files and no run.
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(OSError):
+        start(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", "run.json"]
+    assert len(record(tmp_path / "run")["launches"]) == 1
+
+
 def test_resuming_keeps_what_the_checkpoint_covers(tmp_path: Path) -> None:
     with start(tmp_path, identity={"seed": 1}) as first:
         first.note("of the first launch")

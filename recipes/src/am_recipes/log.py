@@ -72,17 +72,18 @@ class Log:
             return
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        files.replace(self._run_dir / "config.yaml", [config_yaml.encode()])
-        self._metrics = JsonLines(self._run_dir / "metrics.jsonl", resume_step=resume_step)
-        self._console = Console(total_steps, print_every=print_every, console=console)
-        # The user's come last: when they are closed, the page is there to be taken along.
-        self._sinks: tuple[Sink, ...] = (self._metrics, self._console, HtmlPage(self._run_dir), *sinks)
         self._record = _begin(self._run_dir, resume_step)
         self._record.total_steps = total_steps
         self._record.identity = dict(identity or {})
         self._record.title = title
         self._record.launches.append(launch or provenance.launch(resume_step, world_size))
+        # Before any other file: killed in between, it says whose the directory is.
         self._record.save(self._run_dir)
+        files.replace(self._run_dir / "config.yaml", [config_yaml.encode()])
+        self._metrics = JsonLines(self._run_dir / "metrics.jsonl", resume_step=resume_step)
+        self._console = Console(total_steps, print_every=print_every, console=console)
+        # The user's come last: when they are closed, the page is there to be taken along.
+        self._sinks: tuple[Sink, ...] = (self._metrics, self._console, HtmlPage(self._run_dir), *sinks)
         self._closed = False
 
     def __enter__(self) -> Log:
