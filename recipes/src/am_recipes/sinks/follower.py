@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from am_recipes.sinks import delivered
 from am_recipes.sinks.address import without_password
@@ -30,8 +29,6 @@ _LONGEST_PAUSE = 60.0
 _ATTEMPTS_AT_THE_END, _PAUSE_AT_THE_END = 2, 1.0
 # An upload that brings fewer bytes a second, beside its first minute, is one that hangs.
 _SLOWEST_UPLOAD = 1e6
-
-Argument = TypeVar("Argument")
 
 
 class Follower:
@@ -66,8 +63,7 @@ class Follower:
         # Read by the training thread: replaced, never changed.
         self._delivered = self._saved = Delivered()
         self._begun = False
-        self._failed: set[str] = set()
-        self._recovered: set[str] = set()
+        self._has_failed = self._has_recovered = False
         self._refused: list[str] = []
         # What the service has not got and another launch does not bring, in words.
         self._elsewhere: str | None = None
@@ -134,7 +130,7 @@ class Follower:
         pause, failures_at_the_end = 0.0, 0
         while not self._closing.wait(pause) or failures_at_the_end < _ATTEMPTS_AT_THE_END:
             is_last = self._closing.is_set()
-            if self._succeeds("the run", self._deliver, is_last):
+            if self._delivers(is_last):
                 if is_last:
                     return
                 pause = self._interval
@@ -144,22 +140,30 @@ class Follower:
                     failures_at_the_end += 1
                     time.sleep(min(self._interval, _PAUSE_AT_THE_END))
 
-    def _succeeds(self, what: str, call: Callable[[Argument], None], argument: Argument) -> bool:
-        """Call it; whether it does not raise. The first time that it does, and that it no longer does, is news."""
+    def _delivers(self, is_last: bool) -> bool:
+        """Whether the service takes what is new. The first time that it does not, and that it does again, is news."""
         try:
-            call(argument)
+            self._deliver(is_last)
         # A service may fail in any way, and the run goes on without it; what failed is tried again.
         except Exception as error:  # noqa: BLE001
-            if what not in self._failed and not self._is_given_up:
-                self._failed.add(what)
-                self._news.append(
-                    f"WARNING {self.name} does not take {what}: {_text(error)}; training goes on, and it is tried again"
-                )
+            if not self._has_failed and not self._is_given_up:
+                self._has_failed = True
+                why = f"{_text(error)}; training goes on, and it is tried again"
+                self._news.append(f"WARNING {self.name} does not take the run: {why}")
             return False
-        if what in self._failed - self._recovered:
-            self._recovered.add(what)
-            self._news.append(f"{self.name} takes {what} again")
+        if self._has_failed and not self._has_recovered:
+            self._has_recovered = True
+            self._news.append(f"{self.name} takes the run again")
         return True
+
+    def _refusal(self, name: str) -> str | None:
+        """Send a file or folder; why the service does not take it, None where it does."""
+        try:
+            self._send(name)
+        # As above; a place for files may fail by itself.
+        except Exception as error:  # noqa: BLE001
+            return _text(error)
+        return None
 
     def _deliver(self, is_last: bool) -> None:
         if not self._begun:
@@ -186,19 +190,20 @@ class Follower:
         else:
             names, self._at_the_beginning = self._at_the_beginning, ()
             for name in names:
-                self._succeeds("files", self._send, name)
+                # Of no consequence now: they are sent again at the end.
+                self._refusal(name)
 
     def _end(self) -> None:
-        self._refused = [
-            name
-            for name in self._artifacts
-            if not any(self._succeeds("files", self._send, name) for _ in range(_ATTEMPTS_AT_THE_END))
-        ]
+        refusals = {name: self._refusal(name) and self._refusal(name) for name in self._artifacts}
+        self._refused = [name for name, why in refusals.items() if why is not None]
         self._require_wanted()
         try:
             self._tracker.end(self._status)
         except Incomplete as error:
             self._elsewhere = str(error)
+        # Said here, as one warning is enough of a service that takes nothing any more, the end neither.
+        for name in self._refused[:1]:
+            self._news.append(f"WARNING {self.name} does not take files: {refusals[name]}")
         if not self._refused and self._elsewhere is None:
             self._remember(replace(self._delivered, status=self._status))
 
