@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from am_recipes.sinks import JsonLines
+from am_testing import small_files
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -99,14 +99,9 @@ def test_first_and_last_validation_survive_a_resume(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     lines = JsonLines(file)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        message = r"metrics.jsonl was not written: .*, \d+ bytes are free; the same command continues"
-        with pytest.raises(OSError, match=message):
-            lines.step({"step": 1} | {f"column {number}": 1.0 for number in range(100)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"metrics.jsonl was not written: .*, \d+ bytes are free; the same command continues"
+    with small_files(1000), pytest.raises(OSError, match=message):
+        lines.step({"step": 1} | {f"column {number}": 1.0 for number in range(100)})
     lines.close("failed: OSError")
     assert file.stat().st_size >= 1000
 

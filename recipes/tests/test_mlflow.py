@@ -9,7 +9,7 @@ import pytest
 
 from am_recipes import configs
 from am_recipes.sections.tracking import require_package
-from am_recipes.sinks.address import without_password
+from am_recipes.settings import without_secrets
 from am_recipes.sinks.mlflow import grouped
 from am_recipes.trackers import flat
 
@@ -84,8 +84,8 @@ def test_a_password_in_an_address_is_refused_unless_it_is_a_reference(
     assert config.mlflow is not None
     assert config.mlflow.tracking_uri == "http://me:hidden@host:5000"
     assert "hidden" not in config.to_yaml()
-    told_later = without_password("request to http://me:hidden@host:5000/api and sqlite:///a@b failed")
-    assert told_later == "request to http://***@host:5000/api and sqlite:///a@b failed"
+    told_later = without_secrets("request to http://me:hidden@host:5000/api and sqlite:///a@b failed")
+    assert told_later == "request to http://<redacted>@host:5000/api and sqlite:///a@b failed"
 
 
 def test_a_missing_package_is_named_also_where_a_folder_has_its_name(

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import am_ckpt
-from am_testing import run_distributed
+from am_testing import run_distributed, small_files
 
 
 def state_of(value: float, size: int = 8) -> dict[str, Any]:
@@ -62,15 +62,8 @@ def gate(opened: threading.Event, reached: threading.Event | None = None) -> Ite
         threading.setprofile(None)  # type: ignore[arg-type]
 
 
-@contextmanager
-def small_files_only() -> Iterator[None]:
-    """While inside, files of this process end at 2,000 bytes: leases and reports fit, shards do not."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+# Leases and reports fit, shards do not.
+SMALL = 2000
 
 
 def test_training_goes_on_while_the_copy_is_written(tmp_path: Path) -> None:
@@ -108,7 +101,7 @@ def test_an_error_surfaces_once_at_the_next_call(tmp_path: Path) -> None:
     state = state_of(1.0, 4096)
     calls = [checkpoints.wait, lambda: checkpoints.save(9, state), lambda: checkpoints.load(state)]
     for step, call in enumerate(calls, start=1):
-        with small_files_only():
+        with small_files(SMALL):
             checkpoints.save(step, state)
             for thread in threading.enumerate():
                 if thread.name == "am-ckpt save":
@@ -235,7 +228,7 @@ def on_every_rank(directory: str, fail: bool) -> tuple[list[float], list[float],
     message = ""
     if fail:
         opened = threading.Event()
-        with small_files_only() if dist.get_rank() == 2 else gate(opened):
+        with small_files(SMALL) if dist.get_rank() == 2 else gate(opened):
             opened.set()
             checkpoints.save(2, state)
             try:

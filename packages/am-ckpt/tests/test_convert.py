@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageRea
 
 import am_ckpt
 from am_ckpt._cli import main
+from am_testing import small_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -98,12 +98,6 @@ def test_what_cannot_be_converted(plain: Path, tmp_path: Path, capsys: Any) -> N
 
 
 def test_a_full_disk_leaves_nothing(plain: Path, tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Writing beyond this fails as on a full disk; a signal that Python ignores says so, too.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"torch could not write to|File too large"):
-            am_ckpt.convert(plain, tmp_path / "out", to="dcp")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with small_files(2**20), pytest.raises(OSError, match=r"torch could not write to|File too large"):
+        am_ckpt.convert(plain, tmp_path / "out", to="dcp")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain"]

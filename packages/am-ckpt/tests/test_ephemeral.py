@@ -5,11 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +18,7 @@ from torch import nn
 import am_ckpt
 from am_ckpt._cli import main
 from am_ckpt._files.step import seal
-from am_testing import run_distributed
+from am_testing import run_distributed, small_files
 
 
 def model_of(value: float = 1.0) -> dict[str, Any]:
@@ -96,17 +93,6 @@ def test_what_is_best_pinned_or_a_multiple_is_not_lost(tmp_path: Path) -> None:
     assert list(steps_in(tmp_path / "every")) == [2, 4, 5]
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """While inside, no file of this process grows beyond 2,000 bytes; weights do not fit."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_save_that_fails_deletes_nothing(asynchronous: bool, tmp_path: Path) -> None:
     checkpoints = am_ckpt.Checkpointer(tmp_path, asynchronous=asynchronous)
@@ -117,7 +103,8 @@ def test_a_save_that_fails_deletes_nothing(asynchronous: bool, tmp_path: Path) -
         checkpoints.save(2, model_of(2), ephemeral=True)
         checkpoints.wait()
 
-    with full_disk(), pytest.raises(OSError, match=r"step 2 was not saved in .*, nothing was published"):
+    # Weights do not fit.
+    with small_files(2000), pytest.raises(OSError, match=r"step 2 was not saved in .*, nothing was published"):
         save()
     assert steps_in(tmp_path) == {1: True}
     assert am_ckpt.Checkpointer(tmp_path).load(model_of()) == 1

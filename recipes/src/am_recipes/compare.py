@@ -19,6 +19,7 @@ from typing import Any
 from am_recipes.settings import inline, leaves
 from am_recipes.sinks import record, text
 from am_recipes.sinks.record import Launch, Record
+from am_recipes.sinks.tracker import row_key
 
 WIDTH = 80
 # What two equal runs differ in: when, how fast, how much memory. So do further columns that end like RATES.
@@ -97,8 +98,8 @@ def compare_rows(file_a: Path, file_b: Path) -> Rows:
     streams = [_rows(file, name, found.notes) for name, file in (("A", file_a), ("B", file_b))]
     heads = [next(stream, None) for stream in streams]
     while any(heads):
-        key = min(_key(head) for head in heads if head is not None)
-        pair = [head if head is not None and _key(head) == key else None for head in heads]
+        key = min(row_key(head) for head in heads if head is not None)
+        pair = [head if head is not None and row_key(head) == key else None for head in heads]
         for side, row in enumerate(pair):
             if row is not None:
                 found.last[side] = key[0]
@@ -121,7 +122,7 @@ def _rows(file: Path, name: str, notes: list[str]) -> Iterator[dict[str, Value]]
         for number, line in enumerate(stream, start=1):
             try:
                 row = json.loads(line)
-                key = _key(row)
+                key = row_key(row)
             except (ValueError, TypeError, KeyError):
                 # A run that goes on, or was killed by a power failure, may end within a line.
                 rest = "" if line.endswith(b"\n") else ", which is not finished"
@@ -131,10 +132,6 @@ def _rows(file: Path, name: str, notes: list[str]) -> Iterator[dict[str, Value]]
                 raise ValueError(f"{file}:{number}: step {key[0]} comes after step {before[0]}; restore the file")
             before = key
             yield row
-
-
-def _key(row: Mapping[str, Any]) -> Key:
-    return int(row["step"]), "loss" not in row
 
 
 def different_columns(a: Mapping[str, Value], b: Mapping[str, Value]) -> list[str]:
@@ -174,7 +171,7 @@ def _told(rows: Rows) -> list[str]:
 
 
 def _moment(pair: Pair) -> str:
-    step, is_validation = _key(pair[0])
+    step, is_validation = row_key(pair[0])
     return f"the validation after step {step}" if is_validation else f"step {step}"
 
 

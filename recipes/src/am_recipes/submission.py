@@ -53,6 +53,7 @@ def submit(config: RunConfig, asked: Asked) -> int:
     key, launcher = _launcher(config)
     run = _job(config, key, asked)
     with config.at(key):
+        # What it cannot take is said before torch is imported for the targets.
         launcher.render(run, int(time.time()))
     if launcher.same_python:
         check_targets(config)

@@ -14,7 +14,7 @@ from am_recipes.launch.job import Job, Rendered, refusal
 from am_recipes.launch.slurm import REFUSALS, Container, Script, script
 from am_recipes.sections.kinds import NonNegativeInt, PositiveInt, Text, Time, seconds
 from am_recipes.sections.variables import require_distinct, require_names
-from am_recipes.settings import ArgumentError, AsWritten, Check, rewritten
+from am_recipes.settings import ArgumentError, AsWritten, Check, references, rewritten
 
 Name = Annotated[
     str, Check(lambda text: bool(re.fullmatch(r"[\w.+-]+", text)), "must be letters, digits, and any of _ . + -")
@@ -192,7 +192,7 @@ class Slurm:
     def _require_apart(self, job: Job) -> None:
         if self.array is None or self.array.endswith("%1"):
             return
-        if not {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"} & set(_variables_of(job.run_dir_reference or "")):
+        if not {"SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"} & {name for name, _ in references(job.run_dir_reference or "")}:
             raise ArgumentError(
                 "slurm.array",
                 f"array={self.array} would train the same run many times at once, in one run_dir; write run_dir: "
@@ -204,8 +204,9 @@ class Slurm:
         directory = (job.folder / self.chdir if self.chdir else job.folder).absolute()
         # Those of SLURM itself are there in any case.
         needed = [variable for variable in job.variables if not variable.startswith("SLURM_")]
-        environment = {variable: _shell(text, needed) for variable, text in self._variables(folder)}
-        run_dir = _shell(job.run_dir_reference, []) if job.run_dir_reference else shlex.quote(str(job.run_dir))
+        given = dict(self._variables(folder))
+        needed += [name for text in given.values() for name, default in references(text) if default is None]
+        run_dir = _shell(job.run_dir_reference) if job.run_dir_reference else shlex.quote(str(job.run_dir))
         container = self._container(job, folder, directory) if self.container_image else None
         checkout = self.repo_root or (self.nemo_mount and self.nemo_mount.dest)
         return Script(
@@ -221,7 +222,7 @@ class Slurm:
             array=self.array is not None,
             requeue=self.requeue,
             needed=tuple(dict.fromkeys(needed)),
-            environment=environment,
+            environment={variable: _shell(text) for variable, text in given.items()},
             port=self.master_port,
             sources=shlex.quote(str(checkout)) if checkout else None,
             command=f"(\n{_in_bash(self.command)}\n)" if self.command else self._command(job, folder, ranks),
@@ -360,30 +361,16 @@ def _is_word(text: str) -> bool:
     return text.isprintable() and not set(text) & set('"\\')
 
 
-def _variables_of(text: str) -> list[str]:
-    names: list[str] = []
-
-    def note(name: str, default: str | None) -> str:
-        names.append(name)
-        return ""
-
-    rewritten(text, str, note)
-    return names
-
-
 def _percent(text: object) -> str:
     """A path in which sbatch replaces nothing."""
     return str(text).replace("%", "%%")
 
 
-def _shell(text: str, needed: list[str]) -> str:
-    """A value as bash reads it; variables that have no default are added to `needed`."""
+def _shell(text: str) -> str:
+    """A value as bash reads it."""
 
     def variable(name: str, default: str | None) -> str:
-        if default is None:
-            needed.append(name)
-            return f'"${{{name}}}"'
-        return _with_default(name, default)
+        return f'"${{{name}}}"' if default is None else _with_default(name, default)
 
     return rewritten(text, lambda literal: shlex.quote(literal) if literal else "", variable) or "''"
 

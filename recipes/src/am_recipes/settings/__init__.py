@@ -10,7 +10,7 @@ from __future__ import annotations
 from am_recipes.settings.references import references, resolve, rewritten, variable
 from am_recipes.settings.saved import command_line, fingerprints, leaves, replaced, written
 from am_recipes.settings.schema import AsWritten, Check, Inline, NumberAsText, Prefixed, plain, read, read_section
-from am_recipes.settings.secrets import in_clear, is_secret
+from am_recipes.settings.secrets import in_clear, is_secret, without_secrets
 from am_recipes.settings.target import ArgumentError, Call, Checked, DefaultTarget, Target, checked
 from am_recipes.settings.yaml import (
     ConfigError,
@@ -68,5 +68,6 @@ __all__ = [
     "variable",
     "walk",
     "with_folder",
+    "without_secrets",
     "written",
 ]

@@ -72,10 +72,7 @@ def _redacted(key: str, text: str) -> str:
     root = Node(Place("", ""), {})
     override(root, "given", text)
     if not isinstance(root.value["given"].value, dict | list):
-        # It is no YAML, so nobody knows what is a secret in it.
-        return HIDDEN
-    if isinstance(root.value["given"].value, str):
-        # What was to be a mapping or a list and is none.
+        # What was to be a mapping or a list and is none: nobody knows what is a secret in it.
         return HIDDEN
     if not any(is_secret(path) and node.value is not None for path, node in walk(root)):
         return text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import re
 import socket
 import ssl
 import urllib.error
@@ -42,8 +41,3 @@ def require_answer(address: str) -> None:
         # Certificates are the client's to judge, which may have others.
         if not (isinstance(error, urllib.error.URLError) and isinstance(error.reason, ssl.SSLError)):
             raise ConnectionError(" ".join(str(error).split())[:300]) from error
-
-
-def without_password(text: str) -> str:
-    """`text` with what stands before an `@` in the addresses of it left out."""
-    return re.sub(r"(?<=\w:)//[^/@\s]+@", "//***@", text)

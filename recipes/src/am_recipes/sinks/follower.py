@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from am_recipes.settings import without_secrets
 from am_recipes.sinks import delivered
-from am_recipes.sinks.address import without_password
 from am_recipes.sinks.delivered import Delivered
 from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow, Tracker, row_key
 
@@ -304,4 +304,4 @@ def _stamp(path: Path) -> list[float]:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {without_password(' '.join(str(error).split())[:300])}"
+    return f"{type(error).__name__}: {without_secrets(' '.join(str(error).split())[:300])}"

@@ -7,7 +7,6 @@ import getpass
 import itertools
 import json
 import logging
-import math
 import os
 import posixpath
 import re
@@ -18,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from am_recipes.sinks.address import require_connection, without_password
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, row_key
+from am_recipes.settings import without_secrets
+from am_recipes.sinks.address import require_connection
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, numbers, row_key
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,9 +89,7 @@ class MlflowTracker:
             assert row is not None
             step, validation = row_key(row)
             batch += [
-                Metric(_name(name), math.nan if value is None else value, _milliseconds(row["time"]), step)
-                for name, value in row.items()
-                if name not in ("step", "time")
+                Metric(_name(name), value, _milliseconds(row["time"]), step) for name, value in numbers(row).items()
             ]
             if following is None or len(batch) + len(following) > _METRICS:
                 delivered = RunTag(_DELIVERED, f"{step} validation" if validation else str(step))
@@ -206,9 +204,9 @@ def reach(settings: Mlflow) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> str:
-    what = without_password(" ".join(str(error).split())[:300])
+    what = without_secrets(" ".join(str(error).split())[:300])
     return (
-        f"tracking_uri={without_password(address)} does not answer as an MLflow server or database ({what}); start it, "
+        f"tracking_uri={without_secrets(address)} does not answer as an MLflow server or database ({what}); start it, "
         "correct the address, or leave the section out (--mlflow null)"
     )
 
@@ -230,7 +228,7 @@ def _client(settings: Mlflow) -> MlflowClient:
 
 
 def _where(client: MlflowClient, identifier: str) -> str:
-    address, run = without_password(str(client.tracking_uri)), client.get_run(identifier)
+    address, run = without_secrets(str(client.tracking_uri)), client.get_run(identifier)
     if address.startswith("http"):
         return f"{address}/#/experiments/{run.info.experiment_id}/runs/{identifier}"
     return f"run {identifier} in {address}; to look at it: mlflow ui --backend-store-uri {shlex.quote(address)}"

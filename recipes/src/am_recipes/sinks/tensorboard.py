@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, row_key
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -60,13 +60,12 @@ class TensorBoardTracker:
         return next(place / name for name in names if not _has_events(place / name))
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
-        first = rows[0]
         # A validation comes after its step's own row, which has to stay.
-        writer = self._writer or self._open(int(first["step"] or 0) + ("loss" not in first))
+        writer = self._writer or self._open(sum(row_key(rows[0])))
         # Where this fails, the next attempt opens another one, which hides what this one has written.
         self._writer = None
         for row in rows:
-            self._step = int(row["step"] or 0)
+            self._step, _ = row_key(row)
             for name, value in row.items():
                 if value is not None and name not in ("step", "time"):
                     writer.add_scalar(name, value, self._step, walltime=row["time"])

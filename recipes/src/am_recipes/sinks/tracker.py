@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 # `step`, `time` (seconds since 1970) and further numbers by name; None where one is not finite.
 TrackedRow: TypeAlias = Mapping[str, float | int | None]
@@ -39,6 +40,13 @@ class Tracked:
     tags: Mapping[str, str]
     id: str | None = None
     resume_step: int | None = None
+
+    @property
+    def config(self) -> dict[str, object]:
+        """All that is known before the first row, for a service that has one place for it: `params`, and `tags` as
+        `launch.NAME`.
+        """
+        return {**self.params, **{f"launch.{name}": value for name, value in self.tags.items()}}
 
 
 @runtime_checkable
@@ -90,8 +98,11 @@ class Tracker(Protocol):
         ...
 
 
-def row_key(row: TrackedRow) -> tuple[int, bool]:
+def row_key(row: Mapping[str, object]) -> tuple[int, bool]:
     """Where a row stands in the order of the run: its step, and whether it is the validation after it."""
-    step = row["step"]
-    assert step is not None
-    return int(step), "loss" not in row
+    return int(cast(float, row["step"])), "loss" not in row
+
+
+def numbers(row: TrackedRow) -> dict[str, float | int]:
+    """What a row says beside its step and time; NaN where it is not finite."""
+    return {name: math.nan if value is None else value for name, value in row.items() if name not in ("step", "time")}

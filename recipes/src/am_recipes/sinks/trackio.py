@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from am_recipes.sinks import address
-from am_recipes.sinks.tracker import Status, Tracked, TrackedRow
+from am_recipes.sinks.tracker import Status, Tracked, TrackedRow, numbers, row_key
 
 if TYPE_CHECKING:
     from am_recipes.sections import Trackio
@@ -45,12 +44,11 @@ class TrackioTracker:
     def rows(self, rows: Sequence[TrackedRow]) -> None:
         import trackio
 
-        values = [_numbers(row) for row in rows]
-        steps = [int(row["step"] or 0) for row in rows]
+        values, steps = [numbers(row) for row in rows], [row_key(row)[0] for row in rows]
         self._step = steps[-1]
         if not self._is_local:
-            for step, numbers in zip(steps, values, strict=True):
-                self._run.log(numbers, step=step)
+            for step, value in zip(steps, values, strict=True):
+                self._run.log(value, step=step)
             return
         trackio.SQLiteStorage.bulk_log(
             project=self._settings.project,
@@ -88,7 +86,7 @@ class TrackioTracker:
             project=settings.project,
             name=settings.name or run.name,
             space_id=settings.space_id,
-            config={**run.params, **{f"launch.{name}": value for name, value in run.tags.items()}},
+            config=run.config,
             resume=resume,
             **options,
         )
@@ -117,7 +115,3 @@ def reach(settings: Trackio) -> None:
             address.require_connection(str(server).partition("?")[0])
         except ConnectionError as error:
             raise ConnectionError(f"server_url takes no connection ({error}); start it, or correct it") from error
-
-
-def _numbers(row: TrackedRow) -> dict[str, float | int]:
-    return {name: math.nan if value is None else value for name, value in row.items() if name not in ("step", "time")}

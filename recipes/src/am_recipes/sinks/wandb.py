@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shlex
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from am_recipes.sinks import address
-from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow
+from am_recipes.sinks.tracker import Incomplete, Status, Tracked, TrackedRow, numbers, row_key
 
 if TYPE_CHECKING:
     from am_recipes.sections import Wandb
@@ -85,7 +84,7 @@ class WandbTracker:
             group=settings.group,
             notes=settings.notes,
             tags=settings.tags,
-            config={**run.params, **{f"launch.{name}": value for name, value in run.tags.items()}},
+            config=run.config,
             mode="online" if self._online else "offline",
             resume="allow",
             allow_val_change=True,
@@ -96,9 +95,9 @@ class WandbTracker:
 
     def rows(self, rows: Sequence[TrackedRow]) -> None:
         for row in rows:
-            values = {name: math.nan if value is None else value for name, value in row.items() if name != "time"}
-            step, is_validation = int(values["step"]), "loss" not in row
-            self._run.log(values | {"_timestamp": row["time"]}, step=2 * step + is_validation, commit=True)
+            step, is_validation = row_key(row)
+            values = {"step": step, **numbers(row), "_timestamp": row["time"]}
+            self._run.log(values, step=2 * step + is_validation, commit=True)
         # Answered when everything before it has arrived in W&B's process, which then writes it to the disk.
         self._run.summary.get("step")
         time.sleep(3 * _SECONDS_TO_DISK)

@@ -1,4 +1,4 @@
-"""Test helpers of this repository: a pool of gloo worker processes, and free ports."""
+"""Test helpers of this repository: a pool of gloo worker processes, free ports, and a disk that is full."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import atexit
 from collections.abc import Callable
 from typing import Any
 
+from am_testing._disk import small_files
 from am_testing._pool import Pool
 from am_testing._ports import free_port
 
-__all__ = ["Pool", "free_port", "run_distributed"]
+__all__ = ["Pool", "free_port", "run_distributed", "small_files"]
 
 _pool = Pool(4)
 atexit.register(_pool.close)
