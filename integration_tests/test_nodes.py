@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from am_recipes import run_dir
@@ -90,10 +93,34 @@ def test_a_run_directory_that_is_not_the_same_on_every_rank_is_refused_on_all(tm
     assert left == []
 
 
-def test_ranks_that_were_given_different_configs_are_refused(tmp_path: Path) -> None:
-    answers = run_distributed(claimed, 2, tmp_path, str(tmp_path / "run"), [{}, {"optimizer__lr": "0.1"}])
+@pytest.mark.parametrize("key", ["optimizer.lr", "distributed.reduce_dtype"])
+def test_ranks_that_were_given_different_configs_are_refused(tmp_path: Path, key: str) -> None:
+    other = {key.replace(".", "__"): {"optimizer.lr": "0.1"}.get(key, "bfloat16")}
+    answers = run_distributed(claimed, 2, tmp_path, str(tmp_path / "run"), [{}, other])
     assert answers[0] == answers[1]
     assert "rank 1 on " in answers[0][0]
     assert "was given another config than rank 0 on " in answers[0][0]
-    assert ": optimizer.lr; every machine needs the same file and the same command" in answers[0][0]
+    assert f": {key}; every machine needs the same file and the same command" in answers[0][0]
+    assert not (tmp_path / "run").exists()
+
+
+def claimed_with_other_packages(folder: Path) -> tuple[str, list[str]]:
+    """The same of ranks that are alike but for a package of rank 1, which another one of that name hides."""
+    if dist.get_rank():
+        place = folder / "site" / "transformers-1.2.3.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 1.2.3\n")
+        sys.path.insert(0, str(place.parent))
+    try:
+        return claimed(folder, str(folder / "run"), [{}, {}])
+    finally:
+        if dist.get_rank():
+            sys.path.remove(str(folder / "site"))
+
+
+def test_ranks_with_different_packages_are_refused(tmp_path: Path) -> None:
+    answers = run_distributed(claimed_with_other_packages, 2, tmp_path)
+    assert answers[0] == answers[1]
+    assert "has other packages than rank 0 on " in answers[0][0]
+    assert f": transformers 1.2.3, not {version('transformers')}; every machine needs the same" in answers[0][0]
     assert not (tmp_path / "run").exists()

@@ -91,11 +91,20 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_both_say_where(
     assert runs.command(str(config), *in_folder) == (dry, text)
 
 
-def test_a_dry_run_on_one_process_leaves_out_the_sizes_of_every_layout(tmp_path: Path) -> None:
+def test_a_dry_run_on_one_process_stands_for_the_ranks_of_every_layout(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     layouts = {"distributed.dp_size": 4, "distributed.dp_replicate_size": 2}
+    dry = ("--run_dir", str(tmp_path / "run"), "--dry-run")
     config_with("kd", config, layouts, "teacher_distributed", {"dp_size": 4})
-    assert runs.command(str(config), "--run_dir", str(tmp_path / "run"), "--dry-run") == (0, "")
+    assert runs.command(str(config), *dry) == (0, "")
+    config_with("kd", config, layouts, "teacher_distributed", {"dp_size": 3})
+    status, text = runs.command(str(config), *dry)
+    assert status == 1
+    assert "dp_shard=3 * cp=1 * tp=1 = 3 is not world_size=4; nearest legal: " in text
+    config_with("sft", config, {}, "distributed.dp_size", 8)
+    status, text = runs.command(str(config), *dry)
+    assert status == 1
+    assert "global_batch_size=4 is not a multiple of local_batch_size=1 * world_size=8" in text
 
 
 @pytest.mark.parametrize("recipe", runs.TINY)

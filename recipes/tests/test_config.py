@@ -133,13 +133,52 @@ def test_nothing_heavy_is_imported_and_nothing_is_written(write):
         ),
         (
             "distributed:\n  strategy: fspd2",
-            "config.yaml:11: distributed.strategy: must be one of 'fsdp2', 'ddp', got 'fspd2'; did you mean 'fsdp2'?",
+            "config.yaml:11: distributed.strategy: must be one of 'fsdp2', 'ddp', 'megatron_fsdp', got 'fspd2'; "
+            "did you mean 'fsdp2'?",
         ),
         (
-            "distributed: {tp_size: 2}",
-            "config.yaml:10: distributed.tp_size: must be 1: this recipe divides work over data-parallel ranks "
-            "only, got 2",
+            "distributed: {pp_size: 2}",
+            "config.yaml:10: distributed.pp_size: must be 1: no recipe splits this yet, got 2",
         ),
+        ("distributed: {tp_size: 0}", "config.yaml:10: distributed.tp_size: must be at least 1, got 0"),
+        (
+            "distributed: {sequence_parallel: true}",
+            "config.yaml:10: distributed.sequence_parallel: sequence_parallel=True says how matrices are split, and "
+            "tp_size=1 splits none; raise it or remove this",
+        ),
+        (
+            "distributed: {tp_plan: {'*.q_proj': colwise}}",
+            "config.yaml:10: distributed.tp_plan: tp_plan={'*.q_proj': 'colwise'} says how matrices are split, and "
+            "tp_size=1 splits none; raise it or remove this",
+        ),
+        (
+            "distributed: {tp_size: 2, tp_plan: {}}",
+            "config.yaml:10: distributed.tp_plan: tp_plan={} splits nothing; null takes the model's own plan",
+        ),
+        (
+            "distributed: {tp_size: 2, tp_plan: {a: 1}}",
+            "config.yaml:10: distributed.tp_plan.a: expected text, got 1",
+        ),
+        (
+            "distributed: {cp_size: 2, cp_layout: zig-zag}",
+            "config.yaml:10: distributed.cp_layout: must be one of 'zigzag', 'contiguous', got 'zig-zag'; "
+            "did you mean 'zigzag'?",
+        ),
+        (
+            "distributed: {strategy: megatron_fsdp}",
+            "config.yaml:10: distributed.strategy: strategy=megatron_fsdp needs a GPU, and none has proven it yet "
+            "against one process; choose fsdp2, which shards the same",
+        ),
+        (
+            "distributed: {strategy: ddp, cpu_offload: true}",
+            "config.yaml:10: distributed.cpu_offload: cpu_offload=True is of fsdp2, and strategy=ddp shards nothing; "
+            "remove one",
+        ),
+        (
+            "distributed: {reshard_after_forward: 1}",
+            "config.yaml:10: distributed.reshard_after_forward: must be true, false or at least 2, got 1",
+        ),
+        ("distributed: {prefetch: 0}", "config.yaml:10: distributed.prefetch: must be at least 1, got 0"),
         (
             "distributed: {dp_size: 3, dp_replicate_size: 2}",
             "config.yaml:10: distributed: dp_size=3 is not a multiple of dp_replicate_size=2; "

@@ -229,6 +229,19 @@ def test_the_environment_of_torchrun_is_used(monkeypatch):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize(("here", "missing"), [(0, "1, 2"), (1, "0, 2")])
+def test_ranks_that_never_arrive_are_named(monkeypatch, here, missing):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # As under torchrun, whose agent serves the store.
+    launched = {"RANK": here, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in (launched | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    message = rf"rank {missing} of world_size=3 has not come within 0.005 minutes; every rank has to start"
+    with pytest.raises(TimeoutError, match=message), process_group(timeout_minutes=0.005):
+        pass
+    assert not dist.is_initialized()
+
+
 def embedded_worker() -> tuple[int, bool]:
     with process_group():
         size = dist.get_world_size()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar
 
 from am_recipes import sections
 from am_recipes.run_config import DEFAULT_LOSS, HELD_OUT, RunConfig, identity_difference
@@ -122,13 +122,29 @@ class KdConfig(SftConfig):
         super().__post_init__()
         if self.kd_ratio > 0 and self.loss_fn != Target(DEFAULT_LOSS):
             raise self.error("loss_fn", "trains at kd_ratio 0 alone; give options to kd_loss_fn instead")
+        if self.teacher_distributed is not None and self.kd_ratio > 0:
+            self._require_same_rows(self.teacher_distributed)
+
+    def _require_same_rows(self, theirs: sections.Distributed) -> None:
+        """Refuse a layout in which ranks that hold one teacher in parts would hold different rows of the student."""
+        ours = self.distributed
+        same_cut = (theirs.cp_size, theirs.cp_layout) == (ours.cp_size, ours.cp_layout)
+        if theirs.tp_size == ours.tp_size and (same_cut or ours.cp_size == theirs.cp_size == 1):
+            return
+        raise self.error(
+            "teacher_distributed",
+            f"tp_size={theirs.tp_size}, cp_size={theirs.cp_size}, cp_layout={theirs.cp_layout} over the same ranks as "
+            f"the student's tp_size={ours.tp_size}, cp_size={ours.cp_size}, cp_layout={ours.cp_layout}: ranks would "
+            "ask the teacher about other tokens than their student's; choose the student's three, or leave "
+            "teacher_distributed out",
+        )
 
     def models(self) -> Mapping[str, sections.Model]:
         return {"model": self.model, "teacher_model": self.teacher_model}
 
-    def on_one_process(self) -> Self:
+    def layouts(self) -> Mapping[str, sections.Distributed]:
         theirs = self.teacher_distributed
-        return replace(super().on_one_process(), teacher_distributed=theirs and theirs.on_one_process())
+        return {**super().layouts(), **({} if theirs is None else {"teacher_distributed": theirs})}
 
     def targets(self) -> Iterator[Call]:
         yield from super().targets()

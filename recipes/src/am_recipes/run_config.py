@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from am_recipes import schedules, sections
+from am_recipes import compatibility, schedules, sections
 from am_recipes.launch.job import Launcher
 from am_recipes.settings import (
     ArgumentError,
@@ -107,6 +107,7 @@ class RunConfig:
         self._require_validations()
         self._require_one_launcher()
         self._require_no_secret_in_an_address()
+        self._require_compatible()
         try:
             schedules.require_fit(
                 **self.lr_scheduler.options(),
@@ -151,6 +152,12 @@ class RunConfig:
                     f"has {found} in clear, which config.yaml would repeat; give the whole address as a variable of "
                     "the environment, ${NAME}, or leave it out where its client reads one of its own",
                 )
+
+    def _require_compatible(self) -> None:
+        """Refuse what the table of equivalence refuses; what it says of the model's own facts, `build` asks."""
+        refused = compatibility.table().refused(plain(self))
+        if refused is not None:
+            raise self.error(*refused)
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""
@@ -221,9 +228,9 @@ class RunConfig:
         held_out = {name: target.spelt_out(given) for name, target in self.validation_datasets.items()}
         return replace(self, dataset=self.dataset.spelt_out(given), validation_datasets=held_out)
 
-    def on_one_process(self) -> Self:
-        """The same config with layouts that fit one process."""
-        return replace(self, distributed=self.distributed.on_one_process())
+    def layouts(self) -> Mapping[str, sections.Distributed]:
+        """How the ranks share each model, by the key of the section."""
+        return {"distributed": self.distributed}
 
     def freeze_rules(self) -> list[dict[str, str]] | None:
         """`freeze` as `am_peft.freeze` takes it; None where the config leaves it to the recipe."""

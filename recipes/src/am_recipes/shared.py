@@ -6,8 +6,10 @@ Two machines without a common file system would write half of every checkpoint e
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import socket
 import sys
 import time
@@ -19,25 +21,30 @@ import torch
 
 from am_recipes import lock
 from am_recipes.run_config import RunConfig, identity_difference
+from am_recipes.settings import plain, written
+from am_recipes.sinks.record import OURS
 
 # NFS keeps for up to a minute what it knows of a folder, so that a file of another machine is not there.
 SECONDS_TO_APPEAR = 60.0
 _SECONDS_OF_SILENCE = 5.0
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What rank 0 has: the host, the run directory there, the text of its lock, and what identifies its run."""
+    """What rank 0 has: the host, the run directory there, the text of its lock, its config and its packages."""
 
     host: str
     folder: Path
     lock: bytes
-    identity: dict[str, Any]
+    configs: tuple[dict[str, Any], dict[str, Any]]
+    versions: dict[str, str]
 
 
 def claim_of(config: RunConfig) -> Claim:
     """Of this rank, once the lock is held."""
-    return Claim(socket.gethostname(), config.run_dir.absolute(), _text(config.run_dir) or b"", config.identity())
+    text = _text(config.run_dir) or b""
+    return Claim(socket.gethostname(), config.run_dir.absolute(), text, _configs(config), _versions())
 
 
 def require_shared(config: RunConfig, claim: Claim) -> None:
@@ -56,14 +63,19 @@ def require_shared(config: RunConfig, claim: Claim) -> None:
 def _complaint(config: RunConfig, claim: Claim) -> str | None:
     host, folder = socket.gethostname(), config.run_dir.absolute()
     me = f"rank {torch.distributed.get_rank()} on {host}"
-    mine = config.identity()
-    # As texts: a NaN is no other than itself.
-    if json.dumps(mine, sort_keys=True) != json.dumps(claim.identity, sort_keys=True):
-        different = ", ".join(identity_difference(claim.identity, mine))
-        return (
-            f"{me} was given another config than rank 0 on {claim.host}: {different}; every machine needs the same "
-            "file and the same command, but for --node-rank"
-        )
+    for mine, theirs in zip(_configs(config), claim.configs, strict=True):
+        # As texts: a NaN is no other than itself.
+        if json.dumps(mine, sort_keys=True) != json.dumps(theirs, sort_keys=True):
+            different = ", ".join(identity_difference(theirs, mine))
+            return (
+                f"{me} was given another config than rank 0 on {claim.host}: {different}; every machine needs the same "
+                "file and the same command, but for --node-rank"
+            )
+    here = _versions()
+    others = {name: there for name, there in claim.versions.items() if there != here[name]}
+    if others:
+        told = ", ".join(f"{name} {here[name]}, not {there}" for name, there in others.items())
+        return f"{me} has other packages than rank 0 on {claim.host}: {told}; every machine needs the same versions"
     # On one machine there is nothing to wait for.
     if not appears(config.run_dir, claim.lock, 0 if host == claim.host else SECONDS_TO_APPEAR):
         return (
@@ -92,6 +104,21 @@ def appears(run_dir: Path, text: bytes, seconds: float) -> bool:
             os.listdir(run_dir.parent)
         time.sleep(0.2)
     return True
+
+
+def _configs(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be the same on every rank: what identifies the run, and the rest as it is written, layout and lengths
+    too; a name of a machine may come from its environment.
+    """
+    values = written(plain(config), config.environment)
+    return config.identity(), {key: value for key, value in values.items() if key != "run_dir"}
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes, or decides what tensors are called and where they lie."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    found = {name: importlib.metadata.version(name) for name in (*OURS, *_PACKAGES)}
+    return {"python": python} | found
 
 
 def _text(run_dir: Path) -> bytes | None:

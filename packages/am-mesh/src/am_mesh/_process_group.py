@@ -21,7 +21,8 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     on exit, unless it existed before: then it is used and left alone with the device its owner has chosen, so a program
     embedded in another framework works unchanged.
 
-    Raises `ValueError` for a `timeout_minutes` that is not positive or a `LOCAL_RANK` without a GPU of its own.
+    Raises `ValueError` for a `timeout_minutes` that is not positive or a `LOCAL_RANK` without a GPU of its own, and
+    `TimeoutError`, with the ranks that are missing, where one has not come within that time.
     """
     if timeout_minutes <= 0:
         raise ValueError(f"timeout_minutes={timeout_minutes} must be positive; 30 is the default")
@@ -35,7 +36,9 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launched:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        _call_the_roll(store, rank, world_size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         # torch.distributed has it by a star import, which type checkers do not count as public.
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -44,6 +47,28 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _call_the_roll(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    """Wait until every rank has come to `store`: a backend only says that it waited, not for whom.
+
+    Rank 0 waits for all and answers, so that a world of N costs N requests and not N * N.
+    """
+    store.set(f"am_mesh/arrived/{rank}", "")
+    keys = [f"am_mesh/arrived/{other}" for other in range(world_size)]
+    try:
+        store.wait(keys if rank == 0 else ["am_mesh/all"], timeout)
+    except dist.DistError as error:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        if not missing:
+            return
+        raise TimeoutError(
+            f"rank {', '.join(map(str, missing))} of world_size={world_size} has not come within "
+            f"{timeout.total_seconds() / 60:g} minutes; every rank has to start: look at its own log, or for a process "
+            "that hangs before this, and raise timeout_minutes if it is only slow"
+        ) from error
+    if rank == 0:
+        store.set("am_mesh/all", "")
 
 
 def _device(local_rank: int | None) -> torch.device:

@@ -6,6 +6,7 @@ The string below a field is what `automodel RECIPE --keys` says about it.
 from __future__ import annotations
 
 from am_recipes.sections.data import DataLoader, Generate, GenerateFromRows, PackedSequence
+from am_recipes.sections.distributed import Distributed
 from am_recipes.sections.kinds import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Ratio, Source, Time, seconds
 from am_recipes.sections.kubernetes import Kubernetes
 from am_recipes.sections.model import (
@@ -27,7 +28,6 @@ from am_recipes.sections.training import (
     BoundedScheduler,
     Checkpoint,
     ClipGradNorm,
-    Distributed,
     EarlyStopping,
     LrScheduler,
     Optimizer,

@@ -17,9 +17,7 @@ PositiveFloat = Annotated[float, Check(lambda number: 0 < number < math.inf, "mu
 NonNegativeFloat = Annotated[float, Check(lambda number: 0 <= number < math.inf, "must be at least 0")]
 Fraction = Annotated[float, Check(lambda number: 0 <= number < 1, "must be in [0, 1)")]
 Ratio = Annotated[float, Check(lambda ratio: 0 <= ratio <= 1, "must be in [0, 1]")]
-OneRank = Annotated[
-    int, Check(lambda size: size == 1, "must be 1: this recipe divides work over data-parallel ranks only")
-]
+OneRank = Annotated[int, Check(lambda size: size == 1, "must be 1: no recipe splits this yet")]
 Text = Annotated[str, Check(bool, "must not be empty")]
 Pattern = Annotated[str, Check(lambda text: _compiles(text), "must be a regular expression")]
 # What `seconds` reads.

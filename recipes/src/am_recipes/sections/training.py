@@ -1,23 +1,20 @@
-"""Sections about training: layout, length, optimizer, schedule, checkpoints."""
+"""Sections about training: length, optimizer, schedule, checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from am_recipes.schedules import DecayType, Style
 from am_recipes.sections.kinds import (
-    Dtype,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    OneRank,
     Pattern,
     PositiveFloat,
     PositiveInt,
     Time,
-    torch_dtype,
 )
 from am_recipes.settings import DefaultTarget, Inline, Target
 
@@ -25,60 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 _ADAMW = DefaultTarget("torch.optim.AdamW", ("amsgrad", "capturable", "differentiable", "foreach", "fused", "maximize"))
-
-
-@dataclass(frozen=True)
-class Distributed:
-    """How the ranks share the work."""
-
-    strategy: Literal["fsdp2", "ddp"] = "fsdp2"
-    """fsdp2 shards weights and optimizer over the ranks, ddp copies them."""
-    dp_size: PositiveInt | None = None
-    """Data-parallel ranks, replicas included; null: all there are."""
-    dp_replicate_size: PositiveInt = 1
-    """Copies of the sharded model; above 1 is HSDP."""
-    tp_size: OneRank = 1
-    """Ranks that split each matrix."""
-    cp_size: OneRank = 1
-    """Ranks that split each sequence."""
-    pp_size: OneRank = 1
-    """Ranks that split the layers."""
-    ep_size: OneRank = 1
-    """Ranks that split the experts."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full computes activations anew in the backward pass: less memory, more time."""
-    param_dtype: Dtype | None = None
-    """Of the products, where it is not the weights' own."""
-    reduce_dtype: Dtype = "float32"
-    """In which gradients are summed over ranks."""
-    timeout_minutes: PositiveInt = 30
-    """How long a rank waits for the others before the run fails."""
-
-    def __post_init__(self) -> None:
-        if self.dp_size is not None and self.dp_size % self.dp_replicate_size:
-            raise ValueError(
-                f"dp_size={self.dp_size} is not a multiple of dp_replicate_size={self.dp_replicate_size}; "
-                "dp_size counts all data-parallel ranks, replicas included"
-            )
-
-    def sizes(self) -> dict[str, int]:
-        """The arguments of `am_mesh.ParallelDims`; a `dp_shard` of -1 takes the ranks that are left."""
-        shard = -1 if self.dp_size is None else self.dp_size // self.dp_replicate_size
-        others = {"cp": self.cp_size, "tp": self.tp_size, "pp": self.pp_size, "ep": self.ep_size}
-        return {"dp_replicate": self.dp_replicate_size, "dp_shard": shard} | others
-
-    def on_one_process(self) -> Distributed:
-        """The same without the sizes that need more ranks than one."""
-        return replace(self, dp_size=None, dp_replicate_size=1)
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `am_mesh.parallelize`."""
-        return {
-            "strategy": self.strategy,
-            "recompute": self.activation_checkpointing,
-            "param_dtype": torch_dtype(self.param_dtype),
-            "reduce_dtype": torch_dtype(self.reduce_dtype),
-        }
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,9 @@ def _read_union(node: Node, alternatives: tuple[Any, ...]) -> Any:
     mapping = [item for item in rest if typing.get_origin(item) is Mapping or dataclasses.is_dataclass(item)]
     if isinstance(node.value, dict) and mapping:
         return read(node, mapping[0])
-    return read(node, next((item for item in rest if item not in mapping), rest[0]))
+    # Of several scalars the one that is typed so: true is no number.
+    typed = [item for item in rest if item in (bool, int) and type(node.value) is item]
+    return read(node, next((item for item in (*typed, *rest) if item not in mapping), rest[0]))
 
 
 def _read_list(node: Node, items: tuple[Any, ...]) -> tuple[Any, ...]:
