@@ -21,7 +21,8 @@ def test_public_names():
         "optimize",
         "split_batch",
     }
-    names |= {"ParallelFacts", "parallel_facts", "require_no_leak", "vision_parts", "weight_map"}
+    names |= {"Cut", "CutDocuments", "ParallelFacts", "parallel_facts"}
+    names |= {"require_no_leak", "vision_parts", "weight_map"}
     tables = {"FAMILIES", "VISION_FAMILIES"}
     assert set(am_models.__all__) == names | tables
     assert all(callable(vars(am_models)[name]) for name in names)
