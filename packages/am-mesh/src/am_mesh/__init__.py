@@ -8,11 +8,13 @@ from am_mesh._recompute import recompute
 from am_mesh._reduce import sum_over
 from am_mesh._shard import fully_shard, gradient_sync, replicate
 from am_mesh._step import forward_backward
+from am_mesh._tensor import TensorReport, tensor_parallel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ParallelDims",
+    "TensorReport",
     "clip_grad_norm_",
     "forward_backward",
     "fully_shard",
@@ -23,4 +25,5 @@ __all__ = [
     "recompute",
     "replicate",
     "sum_over",
+    "tensor_parallel",
 ]

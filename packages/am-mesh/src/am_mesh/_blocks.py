@@ -51,7 +51,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
     modules = dict(model.named_modules())
     chosen: set[str] = set()
     for pattern in patterns:
-        matches = {name for name in modules if name and _matches(name, pattern)}
+        matches = {name for name in modules if name and name_matches(name, pattern)}
         if not matches:
             lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
             raise ValueError(f"blocks pattern {pattern!r} matches no module; the model's module lists are {lists}")
@@ -59,7 +59,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
     return {name: module for name, module in modules.items() if name in chosen}
 
 
-def _matches(name: str, pattern: str) -> bool:
+def name_matches(name: str, pattern: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts, wanted))
 

@@ -1,15 +1,16 @@
 """How many ranks each kind of parallelism gets, and the device meshes that follow from it.
 
-The world is one block of ranks seen in four ways. Outer to inner:
+The world is one block of ranks seen in five ways. Outer to inner:
 
     pp, dp_replicate, dp_shard, cp, tp      every axis
     pp, dp_replicate, fsdp, tp              fsdp = dp_shard x cp: what dense parameters are sharded over
     pp, dp, cp, tp                          dp = dp_replicate x dp_shard: what batches are split over
     pp, dp_replicate, ep_shard, ep          the ranks as experts see them: ep x ep_shard = dp_shard x cp x tp
+    pp, replica, whole, tp                  replica = dp x cp: whole parameters on each; whole = 1 rank
 
 Who trains asks for ranks by what they do, not by axes (`ParallelDims.row_ranks`, `loss_ranks`, `all_ranks`), so that
 another axis changes no caller. A view is a mesh of its own (slicing a flattened axis out of its parent is deprecated in
-torch), but axes that span the same ranks share one process group, so the four views cost one communicator per distinct
+torch), but axes that span the same ranks share one process group, so the five views cost one communicator per distinct
 set of ranks.
 """
 
@@ -30,8 +31,9 @@ VIEWS = (
     AXES,
     ("pp", "dp", "cp", "tp"),
     ("pp", "dp_replicate", "ep_shard", "ep"),
+    ("pp", "replica", "whole", "tp"),
 )
-NAMES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "dp", "fsdp", "ep", "ep_shard")
+NAMES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "dp", "fsdp", "ep", "ep_shard", "replica", "whole")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,8 @@ class ParallelDims:
             "fsdp": self.dp_shard * self.cp,
             "ep": self.ep,
             "ep_shard": self.dp_shard * self.cp * self.tp // self.ep,
+            "replica": self.dp_replicate * self.dp_shard * self.cp,
+            "whole": 1,
         }
 
     @property
@@ -160,7 +164,8 @@ class ParallelDims:
     def mesh(self, *names: str) -> DeviceMesh:
         """The mesh of one axis (`mesh("fsdp")`) or of several axes of one view (`mesh("dp_replicate", "fsdp")`).
 
-        Names: pp, dp_replicate, dp_shard, cp, tp; dp = dp_replicate x dp_shard; fsdp = dp_shard x cp; ep, ep_shard.
+        Names: pp, dp_replicate, dp_shard, cp, tp; dp = dp_replicate x dp_shard; fsdp = dp_shard x cp; ep, ep_shard;
+        replica = dp x cp, whole = 1.
         No communication. Raises `ValueError` for a name that does not exist and for axes that overlap or are given
         inner to outer, `RuntimeError` before `build`.
         """
@@ -188,6 +193,11 @@ class ParallelDims:
         return self.mesh("dp")
 
     @property
+    def sequence_ranks(self) -> DeviceMesh:
+        """The ranks, this one among them, that split every sequence: one axis, `cp`. They have the same rows."""
+        return self.mesh("cp")
+
+    @property
     def loss_ranks(self) -> DeviceMesh:
         """The ranks, this one among them, whose parts of a loss add up to the loss: `pp`, `dp` and `cp`.
 
@@ -195,6 +205,13 @@ class ParallelDims:
         loss. This rank's coordinate is what a random number of the training may depend on.
         """
         return self.mesh("pp", "dp", "cp")
+
+    def row_multiple(self, *, sequence_parallel: bool = False, zigzag: bool = True) -> int:
+        """What the length of a padded row must be a multiple of: `2 * cp` in zig-zag order, `cp` in order, times `tp`
+        where sequences are cut within the blocks too, so that no rank computes on padding alone. 1: any length.
+        """
+        sequence = 1 if self.cp == 1 else self.cp * (2 if zigzag else 1)
+        return sequence * (self.tp if sequence_parallel else 1)
 
     @property
     def all_ranks(self) -> DeviceMesh:

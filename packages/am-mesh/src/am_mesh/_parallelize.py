@@ -1,16 +1,19 @@
-"""From a model and axis sizes to a model that trains on all ranks: recomputation, then data parallelism."""
+"""From a model and axis sizes to a model that trains on all ranks, in order: tensor, recomputation, data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from am_mesh._dims import ParallelDims
 from am_mesh._recompute import recompute as recompute_blocks
-from am_mesh._shard import fully_shard, replicate
+from am_mesh._shard import fully_shard
+from am_mesh._tensor import tensor_parallel
+from am_mesh._tensor_styles import LayerPlacements, Style
 
 STRATEGIES = ("fsdp2", "ddp")
 RECOMPUTE = ("none", "full")
@@ -21,6 +24,10 @@ def parallelize(
     dims: ParallelDims,
     *,
     strategy: Literal["fsdp2", "ddp"] = "fsdp2",
+    tp_plan: Mapping[str, str | Style] | None = None,
+    sequence_parallel: bool = False,
+    layer_placements: LayerPlacements | None = None,
+    must_divide: Mapping[str, int] | None = None,
     recompute: Literal["none", "full"] = "none",
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype = torch.float32,
@@ -28,7 +35,7 @@ def parallelize(
     forward_methods: Sequence[str] = (),
     blocks: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Make `model` train data-parallel over `dims`; changes it in place and returns it.
+    """Make `model` train over `dims`; changes it in place and returns it.
 
     Every rank calls it with equal weights, or with a model on the meta device, whose shards are filled afterwards.
     Gradients are SUMMED over the data-parallel ranks in `reduce_dtype`: divide the loss by a count over all ranks.
@@ -38,6 +45,8 @@ def parallelize(
     Args:
         dims: what `ParallelDims.build` returned. `dp_replicate > 1` under "fsdp2" is HSDP.
         strategy: "fsdp2" shards parameters, gradients and optimizer state; "ddp" keeps them whole on every rank.
+        tp_plan: how tensor parallelism splits the model, `sequence_parallel`, `layer_placements`, `must_divide`: see
+            `tensor_parallel`. Of no effect with `tp=1`.
         recompute: "full" recomputes each block in the backward instead of storing its activations.
         param_dtype: dtype of parameters and floating-point inputs in forward and backward (None: as stored). The
             parameters that the optimizer sees keep their dtype.
@@ -50,32 +59,50 @@ def parallelize(
     A world of one whose parameters are already stored in `param_dtype` (or None) is returned unwrapped; with another
     `param_dtype` it is wrapped, so that mixed precision means the same on one rank as on many.
 
-    Raises `ValueError` for an unknown strategy or recompute mode, a non-floating dtype, an axis that data parallelism
-    does not use (`cp`, `tp`, `pp`, `ep` above 1), a name in `forward_methods` that the model lacks.
+    With `cp > 1` gradients are summed over its ranks too; cutting sequences is the caller's, with `shard_sequence` and
+    `context_attention`.
+
+    Raises `ValueError` for an unknown strategy or recompute mode, a non-floating dtype, `pp` or `ep` above 1, a name in
+    `forward_methods` that the model lacks, and for what `tensor_parallel` refuses.
     """
     _check_request(model, dims, strategy, recompute, param_dtype, reduce_dtype, reshard_after_forward, forward_methods)
+    if dims.tp > 1:
+        tensor_parallel(
+            model,
+            _view(dims, strategy)["tp"],
+            plan=tp_plan,
+            sequence_parallel=sequence_parallel,
+            layer_placements=layer_placements,
+            must_divide=must_divide,
+            blocks=blocks,
+        )
     if recompute == "full":
         recompute_blocks(model, blocks=blocks)
     if dims.world_size == 1 and _stored_in(model, param_dtype):
         return model
-    if strategy == "ddp":
-        return replicate(
-            model,
-            dims.mesh("dp"),
-            param_dtype=param_dtype,
-            reduce_dtype=reduce_dtype,
-            forward_methods=forward_methods,
-            blocks=blocks,
-        )
     return fully_shard(
         model,
-        dims.mesh("dp_replicate", "fsdp") if dims.dp_replicate > 1 else dims.mesh("fsdp"),
+        _data_mesh(dims, strategy),
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
-        reshard_after_forward=reshard_after_forward,
+        # Of whole parameters nothing is gathered, so there is nothing to free after the forward.
+        reshard_after_forward=False if strategy == "ddp" else reshard_after_forward,
         forward_methods=forward_methods,
         blocks=blocks,
     )
+
+
+def _view(dims: ParallelDims, strategy: str) -> DeviceMesh:
+    """All ranks of a model: one parameter is split over axes of one view."""
+    return dims.mesh("replica", "whole", "tp") if strategy == "ddp" else dims.mesh("dp_replicate", "fsdp", "tp")
+
+
+def _data_mesh(dims: ParallelDims, strategy: str) -> DeviceMesh:
+    """What parameters are copied and sharded over."""
+    view = _view(dims, strategy)
+    if strategy == "ddp":
+        return view["replica", "whole"]
+    return view["dp_replicate", "fsdp"] if dims.dp_replicate > 1 else view["fsdp"]
 
 
 def _check_request(
@@ -91,11 +118,9 @@ def _check_request(
     """Refuse what `parallelize` cannot honour, before anything is changed."""
     _check(strategy, STRATEGIES, "strategy")
     _check(recompute, RECOMPUTE, "recompute")
-    for axis in ("cp", "tp", "pp", "ep"):
+    for axis in ("pp", "ep"):
         if dims.sizes[axis] > 1:
-            raise ValueError(
-                f"{axis}={dims.sizes[axis]} is not supported by parallelize yet, only data parallelism; use {axis}=1"
-            )
+            raise ValueError(f"{axis}={dims.sizes[axis]} is not supported by parallelize yet; use {axis}=1")
     for name, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"{name}={dtype} is not a floating-point dtype; choose torch.bfloat16 or torch.float32")

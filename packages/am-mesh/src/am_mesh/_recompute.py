@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import nn
-
-# The wrapper class in torch.distributed.algorithms renames every parameter; this one works by hooks and renames none.
-from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.utils.checkpoint import checkpoint
 
 from am_mesh._blocks import find_blocks
 
@@ -26,5 +27,16 @@ def recompute(model: nn.Module, *, blocks: Sequence[str] | None = None) -> nn.Mo
             f"{type(model).__name__} has no list of repeated layers to recompute; name them with blocks=(...)"
         )
     for block in found.values():
-        checkpoint(block)
+        # On the instance: torch's wrapper class renames every parameter. Hooks of the block stay outside of it.
+        vars(block)["forward"] = _recomputed(block.forward)
     return model
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -55,7 +55,7 @@ def fully_shard(
         unit.set_gradient_divide_factor(1.0)
         # Without it a factor becomes a PREMUL_SUM or AVG reduction, which gloo does not have.
         unit.set_force_sum_reduction_for_comms(True)
-    _fill_missing_gradients(model, list(found.values()), forward_methods)
+    _fill_missing_gradients(model, list(found.values()), forward_methods, mesh.mesh_dim_names or ())
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
     _reshard_after_evaluation(model, forward_methods)
@@ -135,7 +135,9 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
         model.set_is_last_backward(True)
 
 
-def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_methods: Sequence[str]) -> None:
+def _fill_missing_gradients(
+    model: nn.Module, blocks: list[nn.Module], forward_methods: Sequence[str], data_axes: tuple[str, ...]
+) -> None:
     """Give every trainable parameter that got no gradient a zero one before fully_shard reduces its block.
 
     A block is reduced when the gradient of its inputs is known: an identity on those inputs, inside fully_shard's own,
@@ -155,7 +157,7 @@ def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_m
         ]
         if not inputs:
             return None
-        outputs = dict(zip(map(id, inputs), _FillAfterBackward.apply(owners[module], *inputs)))
+        outputs = dict(zip(map(id, inputs), _FillAfterBackward.apply(owners[module], data_axes, *inputs)))
         return (
             tuple(outputs.get(id(value), value) for value in args),
             {name: outputs.get(id(value), value) for name, value in kwargs.items()},
@@ -171,7 +173,7 @@ def _fill_missing_gradients(model: nn.Module, blocks: list[nn.Module], forward_m
 
     def fill_all() -> None:
         for modules in owners.values():
-            _fill(modules)
+            _fill(modules, data_axes)
 
     for block in blocks:
         block.register_forward_pre_hook(before_block, with_kwargs=True)
@@ -221,19 +223,27 @@ class _FillAfterBackward(torch.autograd.Function):
     """Identity; its backward runs once that of the block it feeds is done."""
 
     @staticmethod
-    def forward(ctx: Any, modules: list[nn.Module], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.modules = modules
+    def forward(
+        ctx: Any, modules: list[nn.Module], data_axes: tuple[str, ...], *inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.modules, ctx.data_axes = modules, data_axes
         return inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        _fill(ctx.modules)
-        return (None, *gradients)
+        _fill(ctx.modules, ctx.data_axes)
+        return (None, None, *gradients)
 
 
-def _fill(modules: list[nn.Module]) -> None:
+def _is_gathered(parameter: DTensor, data_axes: tuple[str, ...]) -> bool:
+    """Whether what is left of the layout is that of tensor parallelism."""
+    return not set(data_axes) & set(parameter.device_mesh.mesh_dim_names or data_axes)
+
+
+def _fill(modules: list[nn.Module], data_axes: tuple[str, ...]) -> None:
     for module in modules:
         for parameter in module.parameters(recurse=False):
-            # A DTensor is the shard: its unit has already been reduced, or took no part in this backward.
-            if parameter.requires_grad and parameter.grad is None and not isinstance(parameter, DTensor):
+            # The shard: its unit has already been reduced, or took no part in this backward.
+            is_shard = isinstance(parameter, DTensor) and not _is_gathered(parameter, data_axes)
+            if parameter.requires_grad and parameter.grad is None and not is_shard:
                 parameter.grad = torch.zeros_like(parameter)
