@@ -241,7 +241,9 @@ def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
 
 
-def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
+def _optimize(
+    config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target], dims: am_mesh.ParallelDims
+) -> am_models.OptimizeReport:
     with config.at("kernels"):
         report = am_models.optimize(model, kernels=_kernels(config, dims))
     for key, target in losses.items():
