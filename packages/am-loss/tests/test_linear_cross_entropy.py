@@ -344,20 +344,3 @@ def test_arguments_that_do_not_fit_are_refused():
         linear_cross_entropy(hidden, weight, labels, chunk_size=0)
     with pytest.raises(ValueError, match="softcap=0"):
         linear_cross_entropy(hidden, weight, labels, softcap=0)
-
-
-def test_dtensor_is_refused(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        hidden, weight, labels = problem(10, 8, 50)
-        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(TypeError, match="weight is a DTensor"):
-            linear_cross_entropy(hidden, sharded, labels)
-        with pytest.raises(TypeError, match="logits is a DTensor"):
-            cross_entropy(sharded, labels[:5])
-    finally:
-        dist.destroy_process_group()

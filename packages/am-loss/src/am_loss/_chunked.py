@@ -12,6 +12,7 @@ from torch import Tensor
 from am_loss._chunks import Targets, chunked_sums
 from am_loss._head import Head, checked_head
 from am_loss._targets import refuse_dtensor, select_targets
+from am_loss._vocabulary import Vocabulary
 
 LABELS = "shift_labels"
 
@@ -61,18 +62,19 @@ def chunked(
     if LABELS not in targets:
         raise ValueError(f"targets has {sorted(targets)} but no {LABELS!r}, which says the rows that count; add it")
     labels = targets[LABELS]
-    flat = checked_head(head, labels)
+    refuse_dtensor("and a loss of your own sees whole rows of logits", weight=head.weight, bias=head.bias)
+    flat, vocabulary = checked_head(head, labels)
     _check_targets(head.hidden, targets)
-    index, selected = select_targets(labels, head.weight.shape[0], ignore_index)
+    index, selected = select_targets(labels, vocabulary, ignore_index)
     rows = {name: _rows(tensor, labels.dim(), index) for name, tensor in targets.items() if name != LABELS}
-    total, _ = chunked_sums(flat, index, {LABELS: selected, **rows}, _Differentiated(loss), chunk_size)
+    total, _ = chunked_sums(flat, index, {LABELS: selected, **rows}, _Differentiated(vocabulary, loss), chunk_size)
     return total
 
 
 def _check_targets(hidden: Tensor, targets: Mapping[str, Tensor]) -> None:
     leading = hidden.shape[:-1]
     for name, tensor in targets.items():
-        refuse_dtensor(**{name: tensor})
+        refuse_dtensor("and targets are those of every row", **{name: tensor})
         if tensor.shape[: len(leading)] != leading:
             raise ValueError(
                 f"target {name!r} has shape {tuple(tensor.shape)}; it must start with {tuple(leading)}, "
@@ -97,6 +99,7 @@ class _Differentiated:
     weights: ClassVar[tuple[float, ...]] = (1.0,)
     # The logits, what autograd keeps of them and their gradient are in use together, as the buffers of a teacher are.
     block_elements: ClassVar[int] = 2**18
+    vocabulary: Vocabulary
     loss: ChunkLoss
 
     def of_chunk(self, targets: Targets) -> Targets:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from am_loss._head import Head, apply_scale_and_softcap, project
+from am_loss._vocabulary import Vocabulary
 
 Targets = Mapping[str, Tensor]
 
@@ -40,6 +41,11 @@ class Objective(Protocol):
     @property
     def block_elements(self) -> int:
         """Elements of logits that are visited together on a CPU, so that the buffers in use stay in its cache."""
+        ...
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids whose logits it sees. Where other ranks hold others, its parts are this rank's share of the sums."""
         ...
 
     def of_chunk(self, targets: Targets) -> Targets:
@@ -85,7 +91,8 @@ def chunked_sums(
     """The objective summed over rows, with a graph, and its detached parts: scalars, float32 (float64 for float64).
 
     Args:
-        head: with `hidden [T, D]`, as `checked_head` gives it.
+        head: with `hidden [T, D]`, as `checked_head` gives it. Where ranks hold parts of the vocabulary, all of them
+            call this with the same rows, and the sums and the gradient of `hidden` are complete on each.
         index: the rows `[N]` that count, None for all.
         targets: of these rows, `[N, ...]` each.
         chunk_size: rows whose logits exist at one time, None for a number that suits the vocabulary.
@@ -100,7 +107,8 @@ def chunked_sums(
         bias=grad and head.bias is not None and head.bias.requires_grad,
     )
     num_rows = head.hidden.shape[0] if index is None else index.numel()
-    size = chunk_size or _even_chunk(num_rows, head.weight.shape[0])
+    # Not by what this rank holds: the ranks must cut the rows alike.
+    size = chunk_size or _even_chunk(num_rows, objective.vocabulary.width)
     with torch.autocast(head.hidden.device.type, enabled=False):
         walk = _Walk(head, index, targets, objective, wanted, size)
         return _ChunkedLoss.apply(head.hidden, head.weight, head.bias, walk)
@@ -186,14 +194,14 @@ class _Gradients:
 def _walk_chunks(head: Head, walk: _Walk) -> tuple[list[Tensor], _Gradients]:
     """The objective's parts summed over the `N` rows of `head.hidden`, and the gradients of their weighted sum."""
     objective, with_gradient = walk.objective, walk.wanted.any
-    rows_ND, vocabulary = head.hidden, head.weight.shape[0]
+    rows_ND, vocabulary = head.hidden, objective.vocabulary
     num_rows = rows_ND.shape[0]
     dtype = torch.promote_types(rows_ND.dtype, torch.float32)
     size = min(walk.chunk_size, max(num_rows, 1))
-    logits_CV = rows_ND.new_empty(size, vocabulary)
+    logits_CV = rows_ND.new_empty(size, head.weight.shape[0])
     # The objective sees float32: in place where the logits have that dtype, else in a block of its own.
-    block_size = size if rows_ND.is_cuda else min(max(objective.block_elements // vocabulary, 1), size)
-    buffer = None if logits_CV.dtype == dtype else logits_CV.new_empty(block_size, vocabulary, dtype=dtype)
+    block_size = size if rows_ND.is_cuda else min(max(objective.block_elements // vocabulary.width, 1), size)
+    buffer = None if logits_CV.dtype == dtype else logits_CV.new_empty(block_size, head.weight.shape[0], dtype=dtype)
     gradients = _Gradients(head, walk.wanted, size)
 
     parts = [rows_ND.new_zeros(len(objective.weights), 0, dtype=dtype)]
@@ -203,7 +211,7 @@ def _walk_chunks(head: Head, walk: _Walk) -> tuple[list[Tensor], _Gradients]:
         for block_rows in _slices(chunk.shape[0], block_size):
             block = chunk[block_rows]
             values = block if buffer is None else buffer[: block.shape[0]].copy_(block)
-            slope = apply_scale_and_softcap(values, head, with_gradient)
+            slope = apply_scale_and_softcap(values, head.scale, head.softcap, with_gradient)
             parts.append(objective.of_block(values, _rows_of(targets, block_rows), with_gradient))
             if not with_gradient:
                 continue
@@ -215,7 +223,12 @@ def _walk_chunks(head: Head, walk: _Walk) -> tuple[list[Tensor], _Gradients]:
             if buffer is not None:
                 block.copy_(values)
         gradients.add_chunk(rows, chunk)
-    return [part.sum() for part in torch.cat(parts, 1)], gradients
+    sums = [part.sum() for part in torch.cat(parts, 1)]
+    if vocabulary.group is None:
+        return sums, gradients
+    if gradients.hidden is not None:
+        vocabulary.sum_(gradients.hidden)
+    return list(vocabulary.sum_(torch.stack(sums)).unbind()), gradients
 
 
 def _slices(num_rows: int, size: int) -> Iterator[slice]:

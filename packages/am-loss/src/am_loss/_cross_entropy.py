@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from am_loss._logits import sum_of_logits
+from am_loss._objectives import CrossEntropy
 from am_loss._targets import check_floating, check_labels, check_softcap, check_z_loss, refuse_dtensor, select_targets
+from am_loss._vocabulary import own_part
 
 
 def cross_entropy(
@@ -36,14 +39,18 @@ def cross_entropy(
         ValueError: a label outside `[0, V)`, or shapes that do not fit.
         TypeError: a DTensor, or a dtype that does not fit.
     """
-    refuse_dtensor(logits=logits, labels=labels)
+    refuse_dtensor("and rows are the same on all ranks", labels=labels)
     check_floating(logits=logits)
     check_labels("logits", logits, labels)
     check_softcap(softcap)
     check_z_loss(z_loss)
-    index, targets = select_targets(labels, logits.shape[-1], ignore_index)
-    rows = logits.reshape(-1, logits.shape[-1])
+    logits, vocabulary = own_part("logits", logits, -1)
+    index, targets = select_targets(labels, vocabulary, ignore_index)
+    rows = logits.reshape(labels.numel(), logits.shape[-1])
     rows = rows if index is None else rows[index]
+    if vocabulary.group is not None:
+        objective = CrossEntropy(vocabulary, z_loss)
+        return sum_of_logits(rows, {"labels": targets}, objective, softcap=softcap, scale=scale)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if scale is not None:
         rows = rows * scale

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from am_loss._chunks import chunked_sums
 from am_loss._head import Head, checked_head
+from am_loss._logits import sum_of_logits
 from am_loss._objectives import CrossEntropy, Distillation, Divergence, log_ratio_to_middle
 from am_loss._targets import check_floating, check_labels, refuse_dtensor, select_targets
+from am_loss._vocabulary import Vocabulary, check_same_ranks, own_part, rows_for
 
 
 class DistillationLoss(NamedTuple):
@@ -62,14 +64,24 @@ def distillation(
         ValueError: an impossible option, a label outside `[0, V)` or shapes that do not fit.
         TypeError: a DTensor, or a dtype that does not fit.
     """
-    refuse_dtensor(logits=logits, teacher_logits=teacher_logits, labels=labels)
+    refuse_dtensor("and rows are the same on all ranks", labels=labels)
     check_floating(logits=logits)
     check_floating(teacher_logits=teacher_logits)
     check_labels("logits", logits, labels)
     check_labels("teacher_logits", teacher_logits, labels)
     _check_options(divergence, temperature)
     num_tokens = _shared_tokens(logits.shape[-1], teacher_logits.shape[-1], num_tokens)
-    index, _ = select_targets(labels, logits.shape[-1], ignore_index)
+    logits, vocabulary = own_part("logits", logits, -1)
+    teacher_logits, of_teacher = own_part("teacher_logits", teacher_logits.detach(), -1)
+    index, targets = select_targets(labels, vocabulary, ignore_index)
+    if vocabulary.group is not None or of_teacher.group is not None:
+        rows, teacher_rows = (values.reshape(labels.numel(), values.shape[-1]) for values in (logits, teacher_logits))
+        if index is not None:
+            rows, teacher_rows = rows[index], teacher_rows[index]
+        columns = Head(teacher_rows, teacher_rows.t())
+        teacher = _cut_alike(columns, of_teacher, vocabulary, num_tokens, ("logits", "teacher_logits"))
+        objective = Distillation(vocabulary, teacher, 1.0, divergence, temperature, num_tokens)
+        return sum_of_logits(rows, {"labels": targets, "teacher_logits": teacher.weight.t()}, objective)
     dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def log_probabilities(values: Tensor) -> Tensor:
@@ -77,7 +89,7 @@ def distillation(
         rows = rows if index is None else rows[index]
         return F.log_softmax(rows.to(dtype) / temperature, 1)
 
-    log_p, log_q = log_probabilities(teacher_logits.detach()), log_probabilities(logits)
+    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(logits)
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
     # p and q both sum to 1; with their difference in the sum, the rounding of those sums cancels where P is near Q.
     if divergence == "forward_kl":
@@ -128,22 +140,41 @@ def linear_distillation(
         TypeError: as those two.
         RuntimeError: when differentiated twice.
     """
-    student = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
-    teacher = checked_head(
+    student, vocabulary = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
+    teacher, of_teacher = checked_head(
         Head(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_scale), labels, "teacher_"
     )
     _check_options(divergence, temperature)
     if not 0 <= kd_ratio <= 1:
         raise ValueError(f"kd_ratio={kd_ratio} must be in [0, 1]; 0 is cross entropy alone, 1 distillation alone")
-    num_tokens = _shared_tokens(weight.shape[0], teacher_weight.shape[0], num_tokens)
-    index, targets = select_targets(labels, weight.shape[0], ignore_index)
+    num_tokens = _shared_tokens(vocabulary.size, of_teacher.size, num_tokens)
+    index, targets = select_targets(labels, vocabulary, ignore_index)
     if kd_ratio == 0:
-        loss, cross_entropy = chunked_sums(student, index, {"labels": targets}, CrossEntropy(), chunk_size)
+        entropy = CrossEntropy(vocabulary)
+        loss, cross_entropy = chunked_sums(student, index, {"labels": targets}, entropy, chunk_size)
         return DistillationLoss(loss, cross_entropy, torch.zeros_like(cross_entropy))
+    teacher = _cut_alike(teacher, of_teacher, vocabulary, num_tokens)
     teacher_rows = teacher.hidden if index is None else teacher.hidden[index]
     rows = {"labels": targets, "teacher_hidden": teacher_rows.detach()}
-    objective = Distillation(teacher, kd_ratio, divergence, temperature, num_tokens)
+    objective = Distillation(vocabulary, teacher, kd_ratio, divergence, temperature, num_tokens)
     return DistillationLoss(*chunked_sums(student, index, rows, objective, chunk_size))
+
+
+def _cut_alike(
+    teacher: Head,
+    of_teacher: Vocabulary,
+    vocabulary: Vocabulary,
+    num_tokens: int,
+    names: tuple[str, str] = ("weight", "teacher_weight"),
+) -> Head:
+    """The teacher's head with the rows of the first `num_tokens` ids that the student's has on this rank."""
+    if vocabulary.group is None and of_teacher.group is None:
+        return teacher
+    if of_teacher.group is not None:
+        check_same_ranks(names, vocabulary, of_teacher)
+    weight = rows_for(teacher.weight, of_teacher, vocabulary, num_tokens)
+    bias = None if teacher.bias is None else rows_for(teacher.bias, of_teacher, vocabulary, num_tokens)
+    return teacher._replace(weight=weight, bias=bias)
 
 
 def _check_options(divergence: str, temperature: float) -> None:

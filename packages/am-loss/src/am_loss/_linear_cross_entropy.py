@@ -48,7 +48,7 @@ def linear_cross_entropy(
         RuntimeError: when differentiated twice.
     """
     check_z_loss(z_loss)
-    head = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
-    index, targets = select_targets(labels, weight.shape[0], ignore_index)
-    loss, _ = chunked_sums(head, index, {"labels": targets}, CrossEntropy(z_loss=z_loss), chunk_size)
+    head, vocabulary = checked_head(Head(hidden, weight, bias, softcap, scale), labels)
+    index, targets = select_targets(labels, vocabulary, ignore_index)
+    loss, _ = chunked_sums(head, index, {"labels": targets}, CrossEntropy(vocabulary, z_loss), chunk_size)
     return loss

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from torch import Tensor
 
+from am_loss._vocabulary import Vocabulary, check_same_targets, is_dtensor
 
-def refuse_dtensor(**tensors: Tensor | None) -> None:
+
+def refuse_dtensor(reason: str, **tensors: Tensor | None) -> None:
     """Raise `TypeError` for a DTensor: its shards would be treated as the whole vocabulary or batch."""
-    # A DTensor exists only once its module is imported, and importing it costs two seconds: so look, do not import.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return
     for name, tensor in tensors.items():
-        if isinstance(tensor, module.DTensor):
-            raise TypeError(
-                f"{name} is a DTensor with placements {tensor.placements}; pass a plain tensor that holds the whole "
-                f"vocabulary ({name}.full_tensor(), or call the loss where FSDP has gathered the head)"
-            )
+        if is_dtensor(tensor):
+            raise TypeError(f"{name} is a DTensor, {reason}; pass a plain tensor, {name}.full_tensor() has all of it")
 
 
 def check_labels(name: str, rows: Tensor, labels: Tensor) -> None:
@@ -57,22 +51,23 @@ def check_z_loss(z_loss: float) -> None:
         raise ValueError(f"z_loss={z_loss} must be finite and not negative; pass 0.0 for none")
 
 
-def select_targets(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, Tensor]:
+def select_targets(labels: Tensor, vocabulary: Vocabulary, ignore_index: int) -> tuple[Tensor | None, Tensor]:
     """Positions with a target, and their targets: `index [N]` into the flattened labels (None: all), `targets [N]`.
 
     Both int64; `labels` are integers of any shape. Raises `ValueError` for a target outside `[0, vocabulary)`. On CUDA
-    this waits for the device (so does the selection itself).
+    this waits for the device (so does the selection itself). Ranks that hold parts of the vocabulary must agree.
     """
     labels_T = labels.reshape(-1).long()
     found = (labels_T != ignore_index).nonzero().squeeze(1)
     index = None if found.numel() == labels_T.numel() else found
     targets = labels_T if index is None else labels_T[index]
+    check_same_targets(targets, vocabulary)
     if targets.numel() > 0:
         lowest, highest = torch.stack(targets.aminmax()).tolist()
-        if lowest < 0 or highest >= vocabulary:
+        if lowest < 0 or highest >= vocabulary.size:
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
-                f"label {wrong} is outside [0, {vocabulary}) and is not ignore_index={ignore_index}; "
+                f"label {wrong} is outside [0, {vocabulary.size}) and is not ignore_index={ignore_index}; "
                 f"use labels of this vocabulary and mark positions without a target with {ignore_index}"
             )
     return index, targets
