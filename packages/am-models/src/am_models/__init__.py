@@ -9,6 +9,7 @@ from am_models._initial import initial_value
 from am_models._leaks import require_no_leak
 from am_models._loss import Loss, RouterLoss, forward_with_loss, further_targets, split_batch
 from am_models._optimize import OptimizeReport, optimize
+from am_models._parallel import parallel_facts
 from am_models._weight_map import weight_map
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "multi_axis_positions",
     "num_position_axes",
     "optimize",
+    "parallel_facts",
     "require_no_leak",
     "split_batch",
     "vision_parts",

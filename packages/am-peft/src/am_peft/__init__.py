@@ -7,6 +7,7 @@ from am_peft._files import Adapter, adapter_files, adapter_state_dict, load_adap
 from am_peft._freeze import freeze
 from am_peft._layer import AppliedLora, LoraFactor, LoraLayer, LoraLinear, LoraOptions, Wrapper
 from am_peft._report import ReportRow, TrainableReport, trainable_report
+from am_peft._tensor import tensor_placements
 
 __version__ = "0.1.0"
 
@@ -29,5 +30,6 @@ __all__ = [
     "load_adapter",
     "merge_lora",
     "save_adapter",
+    "tensor_placements",
     "trainable_report",
 ]
