@@ -21,6 +21,7 @@ def test_public_names():
         "optimize",
         "split_batch",
     }
+    names |= {"Cut", "CutDocuments", "ParallelFacts", "parallel_facts"}
     names |= {"require_no_leak", "vision_parts", "weight_map"}
     tables = {"FAMILIES", "VISION_FAMILIES"}
     assert set(am_models.__all__) == names | tables

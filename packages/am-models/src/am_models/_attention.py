@@ -8,8 +8,9 @@ function does not, and then needs no [B, 1, S, S] tensor; without document ids i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,8 +21,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "am_kernels"
+_GIVEN = f"{NAME}.given"
+# What a caller gives for am_kernels.attention, with its signature, such as am_mesh.context_attention(...).
+AttentionFunction = Callable[..., torch.Tensor]
+# By the names that they are registered under, in the order in which they came.
+_given: dict[str, AttentionFunction] = {}
 # These compute packed documents alone: generation and padding masks go to the backend that am_kernels chooses.
 _FOR_DOCUMENTS = ("bucketed", "varlen")
+
+
+@runtime_checkable
+class CutDocuments(Protocol):
+    """Documents of sequences that were cut over ranks, such as `am_mesh.SequenceShard`: only an attention that is given
+    to `optimize` can read them.
+    """
+
+    @property
+    def local_ids(self) -> torch.Tensor:
+        """The document ids of this rank's tokens, `[B, s]`."""
+        ...
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where in the rows these tokens are, `[s]`."""
+        ...
 
 
 class LazyMask:
@@ -56,13 +79,20 @@ class LazyMask:
         return self.tensor()
 
 
-def register(backend: str | None) -> str:
-    """Register attention and mask function for `backend` (None: chosen per call) and return the name they share.
+def register(backend: str | AttentionFunction | None) -> str:
+    """Register attention and mask function for `backend` and return the name they share.
 
-    Raises ValueError, from am_kernels, for a backend that it does not know.
+    backend: of am_kernels (None: chosen per call), or a function to call in place of `am_kernels.attention`. Raises
+    ValueError, from am_kernels, for a backend that it does not know.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    if callable(backend):
+        name = next((name for name, known in _given.items() if known is backend), f"{_GIVEN}{len(_given)}")
+        _given[name] = backend
+        AttentionInterface.register(name, partial(_attention, backend=backend))
+        AttentionMaskInterface.register(name, _mask)
+        return name
     if backend not in _FOR_DOCUMENTS:
         one_token = torch.zeros(1, 1, 1, 8)
         am_kernels.attention(one_token, one_token, one_token, backend=backend)
@@ -76,6 +106,11 @@ def register(backend: str | None) -> str:
 def uses_documents(model: PreTrainedModel) -> bool:
     """Whether the attention of `model` is ours, so that `document_ids` given to its forward separate documents."""
     return str(model.config.get_text_config()._attn_implementation).startswith(NAME)
+
+
+def reads_cut_documents(model: PreTrainedModel) -> bool:
+    """Whether the attention of `model` was given to `optimize`: am_kernels' own knows nothing of cut sequences."""
+    return str(model.config.get_text_config()._attn_implementation) in _given
 
 
 def plan_documents(
@@ -93,6 +128,12 @@ def plan_documents(
             f"document_ids given, but attention {decoder.config.get_text_config()._attn_implementation!r} of "
             f"{decoder.config.model_type} ignores them; leave them out and let position_ids restart at 0 in every "
             "document"
+        )
+    if isinstance(document_ids, CutDocuments) and not reads_cut_documents(decoder):
+        raise ValueError(
+            f"sequences are cut over ranks, and attention {decoder.config.get_text_config()._attn_implementation!r} of "
+            f"{decoder.config.model_type} would see pieces of them; give optimize one that puts them together: "
+            'kernels={"attention": am_mesh.context_attention(...)}'
         )
     if isinstance(document_ids, torch.Tensor):
         if kwargs.get("position_ids") is not None and any(map(depends_on_length, decoder.modules())):
@@ -146,13 +187,13 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | LazyMask | None,
     *,
-    backend: str | None,
+    backend: str | AttentionFunction | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    document_ids: torch.Tensor | am_kernels.Documents | None = None,
+    document_ids: torch.Tensor | am_kernels.Documents | CutDocuments | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [B, H, S, P], key and value [B, K, S', P] to [B, S, H, P]."""
@@ -171,6 +212,7 @@ def _attention(
         mask = attention_mask.tensor()
     if document_ids is None and backend in _FOR_DOCUMENTS:
         backend = None
+    function: AttentionFunction = backend if callable(backend) else am_kernels.attention
     # A mask already holds causality. One query is the last and sees every key; more than one without a mask are the
     # first, and what an empty static cache has behind them is of the future.
     num_queries = query.shape[2]
@@ -178,7 +220,7 @@ def _attention(
         causal = False
     elif causal and 1 < num_queries < key.shape[2]:
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-    output = am_kernels.attention(
+    output = function(
         query,
         key,
         value,
@@ -189,6 +231,6 @@ def _attention(
         sink=s_aux,
         softcap=softcap,
         scale=scaling,
-        backend=backend,
+        backend=None if callable(backend) else backend,
     )
     return output, None

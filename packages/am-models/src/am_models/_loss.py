@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import am_kernels
-from am_models._attention import plan_documents, uses_documents
+from am_models._attention import CutDocuments, plan_documents, uses_documents
 from am_models._families import Family
 from am_models._images import check_image_keys, image_inputs, image_keys, install_blank_image
 from am_models._rope import depends_on_length, install_document_lengths, without_padding
@@ -104,7 +104,8 @@ def forward_with_loss(
             before the forward: from an accelerator that is a copy back and a wait). A model of images and text also
             takes the image tensors of its processor, as declared: `pixel_values` and `pixel_attention_mask` (idefics3,
             smolvlm), `pixel_values` (llava), `pixel_values` and `image_grid_thw` (qwen2_5_vl, qwen3_vl; with
-            `position_ids [3, B, S]` from `multi_axis_positions`).
+            `position_ids [3, B, S]` from `multi_axis_positions`). Of sequences that are cut over ranks `document_ids`
+            is a `CutDocuments`, such as what `am_mesh.shard_sequence` makes; `router_loss` gets its `local_ids`.
         targets: what the loss takes: `shift_labels [B, S]` (already shifted, -100 = no loss) and further tensors,
             which reach it as keyword arguments. `split_batch` tells them from the inputs.
         router_loss: `router_loss(router_logits, document_ids)`, for a family with routers (qwen2_moe, qwen3_moe,
@@ -123,7 +124,7 @@ def forward_with_loss(
         raise ValueError(f"{type(model).__name__} has no method forward_with_loss yet; call am_models.optimize(model)")
     document_ids = inputs.get("document_ids")
     documents = None
-    if document_ids is not None and uses_documents(model):
+    if isinstance(document_ids, torch.Tensor) and uses_documents(model):
         # Here, before FSDP2 moves the ids to its device.
         documents = am_kernels.document_segments(document_ids)
     targets = MappingProxyType(dict(targets))
@@ -163,6 +164,7 @@ def _forward_with_loss(
     document_ids = inputs.get("document_ids")
     arguments: dict[str, Any] = {**image_inputs(self, inputs), "use_cache": False}
     if document_ids is not None and "position_ids" in inputs and any(map(depends_on_length, self.modules())):
+        _refuse_pieces(self.config.model_type, document_ids)
         arguments["position_ids"] = without_padding(inputs["position_ids"], document_ids)
     # Stock attention finds packed documents in position_ids and needs no padding mask: padding comes last in a row.
     if document_ids is not None and uses_documents(self):
@@ -194,10 +196,19 @@ def _forward_with_loss(
         loss = cast(torch.Tensor, result)  # A router loss is added to a tensor; a NamedTuple has no such sum.
     if router_loss is not None and rows.with_router is not None:
         _check_recorded(self, rows.with_router, outputs.router_logits)
-        ids = None if document_ids is None else document_ids.to(inputs["input_ids"].device)
+        ids = document_ids.local_ids if isinstance(document_ids, CutDocuments) else document_ids
+        ids = None if ids is None else ids.to(inputs["input_ids"].device)
         loss = loss + router_loss(outputs.router_logits, ids)
     # The loss function was not asked, or what it gave is a tensor: of ResultT only a tensor can come here.
     return cast(ResultT, loss)
+
+
+def _refuse_pieces(family: str, document_ids: object) -> None:
+    if isinstance(document_ids, CutDocuments):
+        raise ValueError(
+            f"{family}: its rotary frequencies depend on the length of a document, of which a rank has a piece; train "
+            "it without context parallelism (cp=1), or with another rope_type"
+        )
 
 
 def _declared_inputs(rows: Rows) -> list[str]:

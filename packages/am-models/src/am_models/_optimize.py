@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from am_models import _attention, _forwards
+from am_models._attention import AttentionFunction
 from am_models._families import Family, VisionFamily
 from am_models._loss import install_forward_with_loss
 from am_models._rows import choose_rows, family_class, keep_rows, language_model_of, modules_of
@@ -52,7 +53,7 @@ class OptimizeReport:
 def optimize(
     model: PreTrainedModel,
     *,
-    kernels: str | Mapping[str, str | bool] = "auto",
+    kernels: str | Mapping[str, str | bool | AttentionFunction] = "auto",
     family: Family | None = None,
     vision_family: VisionFamily | None = None,
 ) -> OptimizeReport:
@@ -66,7 +67,8 @@ def optimize(
     Args:
         kernels: "auto" swaps what the family declares and reports the rest; "off" swaps nothing; a mapping from a part
             ("attention", "norm", "rope", "activation", "experts") to True (must be swapped), False (stays stock),
-            "auto" (as for parts not named), or for attention the name of an am_kernels backend.
+            "auto" (as for parts not named), or for attention the name of an am_kernels backend or a function with the
+            signature of `am_kernels.attention` (it must be used), such as `am_mesh.context_attention(...)`.
         family: what the language model is made of, in place of its row in `FAMILIES`; for a model that is not there
             too. The instance keeps it, so that it holds for later calls and for `forward_with_loss`.
         vision_family: how images enter, in place of the row in `VISION_FAMILIES`; kept likewise.
@@ -115,7 +117,10 @@ def _stock(reason: str) -> _Swap:
     return _Swap(f"stock: {reason}", None)
 
 
-def _requests(kernels: str | Mapping[str, str | bool]) -> dict[str, str | bool]:
+_Request = str | bool | AttentionFunction
+
+
+def _requests(kernels: str | Mapping[str, _Request]) -> dict[str, _Request]:
     if isinstance(kernels, str):
         if kernels not in ("auto", "off"):
             raise ValueError(f'kernels={kernels!r}: use "auto", "off" or a mapping with keys among {PARTS}')
@@ -139,7 +144,7 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = copies[id(config)]
 
 
-def _attention_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
+def _attention_plan(model: PreTrainedModel, family: Family, request: _Request) -> _Swap:
     current = model.config._attn_implementation
     usual = current in ("sdpa", family.default_attention) or _attention.uses_documents(model)
     if request == "auto" and not usual:
@@ -149,17 +154,19 @@ def _attention_plan(model: PreTrainedModel, family: Family, request: str | bool)
         return _stock(f"attention_dropout={dropout} needs transformers' own attention")
     backend = None if isinstance(request, bool) or request == "auto" else request
     name = _attention.register(backend)
+    if callable(backend):
+        return _Swap("a function that was given", lambda: model.set_attn_implementation(name))
     text = f"am_kernels, backend {backend or 'chosen by device, dtype and shape'}"
     return _Swap(text, lambda: model.set_attn_implementation(name))
 
 
-def _norm_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
+def _norm_plan(model: PreTrainedModel, family: Family, request: _Request) -> _Swap:
     if family.norm is None:
         return _stock(f"no norm of {family.module} has the formula of am_kernels.rms_norm")
     return _forward_plan(modules_of(model, family_class(family, family.norm)), _forwards.rms_norm_forward)
 
 
-def _rope_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
+def _rope_plan(model: PreTrainedModel, family: Family, request: _Request) -> _Swap:
     if not family.rotary:
         return _stock(f"the rotary embedding of {family.module} does not rotate halves")
     attention = family_class(family, family.attention)
@@ -168,7 +175,7 @@ def _rope_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _
     return _forward_plan(modules_of(model, attention), _forwards.with_rotation(attention.forward))
 
 
-def _activation_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
+def _activation_plan(model: PreTrainedModel, family: Family, request: _Request) -> _Swap:
     if family.gated_mlp is None:
         return _stock(f"{family.module} has no MLP with a SiLU gate")
     if not _is_silu(model, family):
@@ -176,7 +183,7 @@ def _activation_plan(model: PreTrainedModel, family: Family, request: str | bool
     return _forward_plan(modules_of(model, family_class(family, family.gated_mlp)), _forwards.swiglu_mlp_forward)
 
 
-def _experts_plan(model: PreTrainedModel, family: Family, request: str | bool) -> _Swap:
+def _experts_plan(model: PreTrainedModel, family: Family, request: _Request) -> _Swap:
     if family.experts is None:
         return _stock(f"{family.module} has no experts")
     if not _is_silu(model, family):
@@ -193,7 +200,7 @@ def _is_silu(model: PreTrainedModel, family: Family) -> bool:
     return family.activation is None or getattr(model.config, family.activation) in ("silu", "swish")
 
 
-_PLANS: dict[str, Callable[[PreTrainedModel, Family, str | bool], _Swap]] = {
+_PLANS: dict[str, Callable[[PreTrainedModel, Family, _Request], _Swap]] = {
     "attention": _attention_plan,
     "norm": _norm_plan,
     "rope": _rope_plan,

@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 def rows_of(model: PreTrainedModel) -> Rows:
     """The rows that `keep_rows` left on this instance, else those of its configuration in the tables."""
     own = vars(model).get(_ATTRIBUTE)
-    return own if isinstance(own, Rows) else _table_rows(model.config)
+    return own if isinstance(own, Rows) else table_rows(model.config)
 
 
 def keep_rows(model: PreTrainedModel, rows: Rows) -> None:
@@ -99,7 +99,8 @@ def modules_of(model: nn.Module, cls: type[nn.Module]) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, cls) and type(module).forward is cls.forward]
 
 
-def _table_rows(config: PreTrainedConfig) -> Rows:
+def table_rows(config: PreTrainedConfig) -> Rows:
+    """The rows of a configuration in the tables."""
     text = config.get_text_config()
     if text is config:
         return Rows(FAMILIES.get(config.model_type), None)
