@@ -1,5 +1,6 @@
 """Device mesh, process group, FSDP2/HSDP/DDP and gradient norms for PyTorch training."""
 
+from am_mesh._context import SequenceShard, context_attention, shard_sequence
 from am_mesh._dims import ParallelDims
 from am_mesh._norm import clip_grad_norm_, grad_norm
 from am_mesh._parallelize import parallelize
@@ -14,8 +15,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ParallelDims",
+    "SequenceShard",
     "TensorReport",
     "clip_grad_norm_",
+    "context_attention",
     "forward_backward",
     "fully_shard",
     "grad_norm",
@@ -24,6 +27,7 @@ __all__ = [
     "process_group",
     "recompute",
     "replicate",
+    "shard_sequence",
     "sum_over",
     "tensor_parallel",
 ]

@@ -8,7 +8,7 @@ padding is `torch.ones(B, S, dtype=torch.int32)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ def balance_loss(
     num_experts_per_token: int,
     coefficient: float,
     z_loss: float = 0.0,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The sequence-wise balance loss of DeepSeek-V3 (arXiv:2412.19437, eq. 17-20), summed; a scalar with a graph.
 
@@ -31,22 +32,28 @@ def balance_loss(
         loss = coefficient * T * sum_i f_i P_i  +  z_loss * sum over its tokens of logsumexp(logits)^2
 
     summed over documents and layers. The factor T weighs every token alike, so the sum over micro-batches and ranks is
-    that of the whole batch, provided that no document is cut. Even loads give `sum_i f_i P_i = 1`, all tokens on the
-    same A experts up to E / A. The second term is the router z-loss of ST-MoE (arXiv:2202.08906, eq. 5).
+    that of the whole batch, provided that no document is cut or that `sum_counts` counts it whole. Even loads give
+    `sum_i f_i P_i = 1`, all tokens on the same A experts up to E / A. The second term is the router z-loss of ST-MoE
+    (arXiv:2202.08906, eq. 5).
+
+    sum_counts: where ranks have pieces of the documents (context parallelism), gives the sum of an int64 tensor over
+    these ranks, all of which call `balance_loss` with as many tokens of equally numbered documents. Each then returns
+    its tokens' share of the loss.
 
     `router_logits`: per layer `[T, E]`, T = B * S tokens in the order of `document_ids [B, S]`. The choice is that of
     the logits: a correction bias or group limit of the router is not seen. Computed and returned in float32 (float64
     for float64 logits). No real token gives a 0 with a graph. Raises ValueError for impossible sizes,
     and for no `document_ids`: they say what a sequence is.
     """
-    real, document = _real_tokens(router_logits, document_ids, num_experts_per_token)
-    lengths = torch.bincount(document)
+    real, document, lengths = _real_tokens(router_logits, document_ids, num_experts_per_token, sum_counts)
     total = torch.zeros((), device=document.device)
     for logits in router_logits:
         E = logits.shape[-1]
         wide = logits[real].to(torch.promote_types(logits.dtype, torch.float32))
         index = wide.detach().topk(num_experts_per_token, dim=-1).indices
         counts = _count(document[:, None] * E + index, len(lengths) * E).view(-1, E)
+        if sum_counts is not None:
+            counts = sum_counts(counts)
         fraction = counts.to(wide.dtype) * (E / num_experts_per_token) / lengths[:, None]
         # T * sum_i f_i P_i as a sum over tokens: its gradient gathers, which is deterministic on any device.
         total = total + coefficient * (fraction[document] * wide.softmax(dim=-1)).sum()
@@ -61,7 +68,7 @@ def expert_counts(router_logits: Sequence[Tensor], document_ids: Tensor | None, 
     Arguments and errors as in `balance_loss`; layers must have one E. Sum over ranks and micro-batches, then
     `load_metrics`.
     """
-    real, _ = _real_tokens(router_logits, document_ids, k)
+    real, _, _ = _real_tokens(router_logits, document_ids, k, None)
     rows = [_count(logits.detach()[real].topk(k, dim=-1).indices, logits.shape[-1]) for logits in router_logits]
     return torch.stack(rows)
 
@@ -94,9 +101,12 @@ def load_metrics(counts: Tensor) -> dict[str, float]:
 
 
 def _real_tokens(
-    router_logits: Sequence[Tensor], document_ids: Tensor | None, num_experts_per_token: int
-) -> tuple[Tensor, Tensor]:
-    """Which tokens are no padding `[T]` bool, and of these the number of their document, from 0."""
+    router_logits: Sequence[Tensor],
+    document_ids: Tensor | None,
+    num_experts_per_token: int,
+    sum_counts: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are no padding `[T]` bool, of these the number of their document, from 0, and all their lengths."""
     if not router_logits:
         raise ValueError("router_logits is empty; give one tensor [T, E] for each layer that has a router")
     if document_ids is None:
@@ -118,11 +128,17 @@ def _real_tokens(
                 f"of router_logits[{layer}]"
             )
     real = document_ids.reshape(-1) > 0
-    # Ids start over in every row.
-    stride = document_ids.shape[1] + 1
+    # A document has a token on some rank, so there are at most as many in a row as it has tokens.
+    pieces = 1 if sum_counts is None else int(sum_counts(torch.ones((), dtype=torch.int64, device=real.device)))
+    stride = document_ids.shape[1] * pieces + 1
     rows = torch.arange(document_ids.shape[0], device=document_ids.device)
+    # Ids start over in every row.
     keys = (rows[:, None] * stride + document_ids).reshape(-1)[real]
-    return real, keys.unique(return_inverse=True)[1]
+    tokens = _count(keys, document_ids.shape[0] * stride)
+    if sum_counts is not None:
+        tokens = sum_counts(tokens)
+    present = tokens > 0
+    return real, (present.cumsum(0) - 1)[keys], tokens[present]
 
 
 def _count(index: Tensor, size: int) -> Tensor:
