@@ -25,7 +25,7 @@ import am_peft
 from am_recipes import checks, compatibility, ending, optim, precision, routing, sources
 from am_recipes.configs import RunConfig
 from am_recipes.sections import Distributed
-from am_recipes.settings import Target, plain
+from am_recipes.settings import ArgumentError, Target, plain
 
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -244,6 +244,11 @@ def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
 def _optimize(
     config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target], dims: am_mesh.ParallelDims
 ) -> am_models.OptimizeReport:
+    no_context = am_models.parallel_facts(model).no_context
+    if no_context is not None and dims.sequence_ranks.size() > 1:
+        raise ArgumentError(
+            "distributed.cp_size", f"cp_size={dims.sequence_ranks.size()} cuts sequences, and {no_context}; choose 1"
+        )
     with config.at("kernels"):
         report = am_models.optimize(model, kernels=_kernels(config, dims))
     for key, target in losses.items():
@@ -253,15 +258,11 @@ def _optimize(
 
 def _kernels(config: RunConfig, dims: am_mesh.ParallelDims) -> str | Mapping[str, Any]:
     """`kernels`; where ranks hold parts of one sequence, with an attention that sees all of it."""
-    ranks = dims.sequence_ranks
-    if ranks.size() == 1:
+    if dims.sequence_ranks.size() == 1:
         return config.kernels
     asked = config.kernels if isinstance(config.kernels, Mapping) else {}
-    backend = asked.get("attention", "auto")
-    attention = am_kernels.attention
-    if backend not in (True, "auto"):
-        attention = functools.partial(attention, backend=backend)
-    return {**asked, "attention": am_mesh.context_attention(attention, ranks)}
+    attention = am_mesh.context_attention(am_kernels.attention, dims.sequence_ranks, plan=am_kernels.document_segments)
+    return {**asked, "attention": attention}
 
 
 def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, Any]]:
@@ -280,7 +281,7 @@ def _lay_out(model: PreTrainedModel, dims: am_mesh.ParallelDims, options: Mappin
         dims,
         forward_methods=("forward_with_loss",),
         layer_placements=am_peft.tensor_placements,
-        must_divide=am_models.parallel_facts(model),
+        must_divide=am_models.parallel_facts(model).must_divide,
         **options,
     )
 
@@ -323,12 +324,13 @@ def _require_no_leak(
     """Prove that no token sees the future, padding, or other documents and rows, which takes weights."""
     if config.dry_run:
         return
-    shard = None
+    cut = None
     if dims.sequence_ranks.size() > 1:
         zigzag = config.distributed.cp_layout == "zigzag"
         shard = functools.partial(am_mesh.shard_sequence, mesh=dims.sequence_ranks, zigzag=zigzag)
+        cut = am_models.Cut(shard, dims.row_multiple(zigzag=zigzag))
     with config.at(key):
-        am_models.require_no_leak(model, packed=may_share_rows, param_dtype=param_dtype, shard=shard)
+        am_models.require_no_leak(model, packed=may_share_rows, param_dtype=param_dtype, cut=cut)
 
 
 def _untested(

@@ -26,7 +26,7 @@ class Routing:
         self._num_experts_per_token = num_experts_per_token
         self._balance_loss = balance_loss
         self._z_loss = z_loss
-        self._dims = dims
+        self._ranks = dims.sequence_ranks
         self._counts = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -47,7 +47,12 @@ class Routing:
             num_experts_per_token=self._num_experts_per_token,
             coefficient=self._balance_loss,
             z_loss=self._z_loss,
+            sum_counts=self._sum_counts if self._ranks.size() > 1 else None,
         )
+
+    def _sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of the ranks that hold parts of the same documents."""
+        return am_mesh.sum_over(self._ranks, counts)
 
     def metrics(self, dims: am_mesh.ParallelDims) -> dict[str, float]:
         """`am_moe.load_metrics` of the counts over all ranks, which start anew; nothing without a router.

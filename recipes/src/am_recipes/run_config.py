@@ -158,13 +158,14 @@ class RunConfig:
         refused = compatibility.table().refused(plain(self))
         if refused is not None:
             raise self.error(*refused)
-        attention = self.kernels.get("attention") if isinstance(self.kernels, Mapping) else self.kernels != "off"
+        kernels = self.kernels
+        attention = kernels if isinstance(kernels, str) else kernels.get("attention", "auto")
         for key, layout in self.layouts().items():
-            if layout.cp_size > 1 and attention is False:
+            if layout.cp_size > 1 and attention not in ("auto", True):
                 raise self.error(
-                    "kernels" if isinstance(self.kernels, str) else "kernels.attention",
-                    f"off, and with {key}.cp_size={layout.cp_size} a rank holds a part of each sequence, of which "
-                    "the stock attention would see no more; take it out, or choose cp_size=1",
+                    "kernels" if isinstance(kernels, str) else "kernels.attention",
+                    f"{attention}: with {key}.cp_size={layout.cp_size} a rank holds a part of each sequence, and only "
+                    "the attention that auto chooses sees the whole; take this out, or choose cp_size=1",
                 )
 
     def _require_validations(self) -> None:
