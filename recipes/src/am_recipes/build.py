@@ -121,17 +121,7 @@ def build(
 
     Raises ValueError for what cannot train, see `am_recipes.checks`.
     """
-    peft = config.peft
-    if peft is not None:
-        with config.at("peft"):
-            am_peft.apply_lora(model, peft.lora_config(config.PEFT_TASK_TYPE), adapter_dtype=peft.dtype())
-    with config.at("freeze"):
-        am_peft.freeze(model, freeze)
-    if folder is not None:
-        checks.require_trained(model, sources.random_parts(folder), folder)
-    if peft is not None:
-        checks.require_adapter_alone(model)
-    checks.require_export(config, model)
+    _adapt(config, model, freeze, folder)
     chosen = precision.choose(model, config)
     report = _optimize(config, model, losses, dims)
     untested = _untested(config, model, report, dims)
@@ -145,13 +135,13 @@ def build(
     layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
     with config.at("distributed"):
         _lay_out(model, dims, layout)
-    _load(config, model, config.distributed, device, folder, mapping, fresh, "model")
     # Again: a layer that the layout has wrapped cannot be merged.
     checks.require_export(config, model)
+    _load(config, model, config.distributed, device, folder, mapping, fresh, "model")
     if not config.dry_run:
         chosen = precision.measured(chosen, model, dims)
     _require_no_leak(config, model, separate_documents, dims, chosen.param_dtype, "model")
-    if peft is None:
+    if config.peft is None:
         return Built(model, chosen, model, report, router, untested, mapping, files, files, folder, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
@@ -239,6 +229,21 @@ def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as temporary:
         part.save_pretrained(temporary)
         return {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+
+
+def _adapt(config: RunConfig, model: PreTrainedModel, freeze: Sequence[Mapping[str, str]], folder: Path | None) -> None:
+    """Adapters, and what trains; refused where that, or its export, cannot be."""
+    peft = config.peft
+    if peft is not None:
+        with config.at("peft"):
+            am_peft.apply_lora(model, peft.lora_config(config.PEFT_TASK_TYPE), adapter_dtype=peft.dtype())
+    with config.at("freeze"):
+        am_peft.freeze(model, freeze)
+    if folder is not None:
+        checks.require_trained(model, sources.random_parts(folder), folder)
+    if peft is not None:
+        checks.require_adapter_alone(model)
+    checks.require_export(config, model)
 
 
 def _optimize(

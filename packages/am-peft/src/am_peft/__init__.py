@@ -5,9 +5,8 @@ from __future__ import annotations
 from am_peft._apply import apply_lora, cannot_merge, initialise_lora, merge_lora
 from am_peft._files import Adapter, adapter_files, adapter_state_dict, load_adapter, save_adapter
 from am_peft._freeze import freeze
-from am_peft._layer import AppliedLora, LoraFactor, LoraLayer, LoraLinear, LoraOptions, Wrapper
+from am_peft._layer import AppliedLora, LoraFactor, LoraLayer, LoraLinear, LoraOptions, Wrapper, tensor_placements
 from am_peft._report import ReportRow, TrainableReport, trainable_report
-from am_peft._tensor import tensor_placements
 
 __version__ = "0.1.0"
 

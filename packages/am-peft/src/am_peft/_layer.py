@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch.distributed.tensor import Placement
 
 Initialisation = Literal["kaiming", "gaussian", "zeros"]
 
@@ -189,9 +190,10 @@ class LoraLinear(LoraLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
-        flat = x.reshape(-1, self.in_features)
+        # Not in_features and out_features: under tensor parallelism the forward runs on this rank's part of them.
+        flat = x.reshape(-1, x.shape[-1])
         out = self.add_update(F.linear(flat, self.weight, self.bias), flat)
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def cannot_merge(self) -> str | None:
         return None
@@ -208,6 +210,23 @@ class LoraLinear(LoraLayer, nn.Linear):
             merged = torch.addmm(local.to(dtype), b.to(dtype), a.to(dtype), alpha=self.scaling)
             local.copy_(merged)
         self.take_out_()
+
+
+def tensor_placements(module: nn.Module, style: str) -> Mapping[str, Placement] | None:
+    """How tensor parallelism splits an adapter layer: placements of its parameters by name; None for other modules.
+
+    For `am_mesh.parallelize(layer_placements=am_peft.tensor_placements)`. style: "colwise" (outputs are split: B is, and
+    every rank has A) or "rowwise" (inputs are: A is, and every rank has B). Raises `ValueError` for another style.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    if not isinstance(module, LoraLinear):
+        return None
+    if style == "colwise":
+        return {"weight": Shard(0), "bias": Shard(0), "lora_A.weight": Replicate(), "lora_B.weight": Shard(0)}
+    if style == "rowwise":
+        return {"weight": Shard(1), "bias": Replicate(), "lora_A.weight": Shard(1), "lora_B.weight": Replicate()}
+    raise ValueError(f"style {style!r} splits no adapter layer; choose colwise or rowwise")
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -244,17 +263,21 @@ def copy_full(target: Tensor, full: Tensor) -> None:
 def _factors_of_shard(a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A `[r, in']` and B `[out', r]` whose product is the update of this rank's shard of `weight`."""
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
 
     a, b = full_tensor(a), full_tensor(b)
     if not isinstance(weight, DTensor):
         return a, b
-    if not all(type(placement) in (Shard, Replicate) for placement in weight.placements):
+    cuts = {axis: each.dim for axis, each in enumerate(weight.placements) if isinstance(each, (Shard, _StridedShard))}
+    if not all(each.is_replicate() or axis in cuts for axis, each in enumerate(weight.placements)):
         raise ValueError(
-            f"cannot merge into a weight with placements {weight.placements}; only Shard and Replicate are known: "
+            f"cannot merge into a weight with placements {weight.placements}; it must be whole or cut along its dims: "
             "save the adapter and merge it in one process"
         )
-    rows = [placement if placement.is_shard(0) else Replicate() for placement in weight.placements]
-    columns = [placement if placement.is_shard(1) else Replicate() for placement in weight.placements]
+    rows, columns = (
+        [each if cuts.get(axis) == dim else Replicate() for axis, each in enumerate(weight.placements)]
+        for dim in (0, 1)
+    )
     mesh = weight.device_mesh
     return (
         distribute_tensor(a, mesh, columns, src_data_rank=None).to_local(),
