@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 import am_data
 import am_mesh
+import am_models
 from am_recipes.configs import RunConfig
 
 IGNORED = -100
@@ -38,6 +42,12 @@ def loader(
             drop_last=training and chosen.drop_last,
             prefetch=chosen.prefetch,
         )
+
+
+def row_multiple(config: RunConfig, dims: am_mesh.ParallelDims) -> int:
+    """What the tokens of a row must be a multiple of, so that the ranks that share it get equal parts."""
+    layout = config.distributed
+    return dims.row_multiple(sequence_parallel=layout.sequence_parallel, zigzag=layout.cp_layout == "zigzag")
 
 
 def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:
@@ -149,6 +159,18 @@ def step_size(
 
 def _steps(number: int) -> str:
     return f"{number:,} step{'' if number == 1 else 's'}"
+
+
+def share(
+    config: RunConfig,
+    model: PreTrainedModel,
+    batch: am_data.Batch,
+    dims: am_mesh.ParallelDims,
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """This rank's part of the sequences of `batch`, as the inputs and the targets of `am_models.forward_with_loss`."""
+    part = am_mesh.shard_sequence(batch, dims.sequence_ranks, zigzag=config.distributed.cp_layout == "zigzag")
+    return am_models.split_batch(model, part, device=device)
 
 
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:

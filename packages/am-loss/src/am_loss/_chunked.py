@@ -56,7 +56,7 @@ def chunked(
     Raises:
         ValueError: shapes or devices that do not fit, a label outside `[0, V)`, a target that requires a gradient, a
             result of `loss` that is no scalar or does not depend on the logits.
-        TypeError: a DTensor, or dtypes that differ.
+        TypeError: a DTensor, a head that is cut along the vocabulary included, or dtypes that differ.
         RuntimeError: when differentiated twice.
     """
     if LABELS not in targets:

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from am_loss._logits import sum_of_logits
 from am_loss._objectives import CrossEntropy
-from am_loss._targets import check_floating, check_labels, check_softcap, check_z_loss, refuse_dtensor, select_targets
+from am_loss._targets import (
+    check_floating,
+    check_labels,
+    check_softcap,
+    check_z_loss,
+    refuse_dtensor,
+    select_targets,
+    selected_rows,
+)
 from am_loss._vocabulary import own_part
 
 
@@ -29,7 +37,8 @@ def cross_entropy(
     logits.
 
     Args:
-        logits: `[..., V]`, floating.
+        logits: `[..., V]`, floating; or a DTensor that is `Shard` along V over a mesh of one axis, whose ranks all call
+            this with the same labels.
         labels: `[...]` integers, already shifted.
         ignore_index: positions with this label are left out before anything is computed, so what stands there (NaN
             included) has no effect and gets a zero gradient.
@@ -37,7 +46,7 @@ def cross_entropy(
 
     Raises:
         ValueError: a label outside `[0, V)`, or shapes that do not fit.
-        TypeError: a DTensor, or a dtype that does not fit.
+        TypeError: any other DTensor, or a dtype that does not fit.
     """
     refuse_dtensor("and rows are the same on all ranks", labels=labels)
     check_floating(logits=logits)
@@ -46,8 +55,7 @@ def cross_entropy(
     check_z_loss(z_loss)
     logits, vocabulary = own_part("logits", logits, -1)
     index, targets = select_targets(labels, vocabulary, ignore_index)
-    rows = logits.reshape(labels.numel(), logits.shape[-1])
-    rows = rows if index is None else rows[index]
+    rows = selected_rows(logits, labels, index)
     if vocabulary.group is not None:
         objective = CrossEntropy(vocabulary, z_loss)
         return sum_of_logits(rows, {"labels": targets}, objective, softcap=softcap, scale=scale)

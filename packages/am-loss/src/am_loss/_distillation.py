@@ -19,7 +19,7 @@ from am_loss._chunks import chunked_sums
 from am_loss._head import Head, checked_head
 from am_loss._logits import sum_of_logits
 from am_loss._objectives import CrossEntropy, Distillation, Divergence, log_ratio_to_middle
-from am_loss._targets import check_floating, check_labels, refuse_dtensor, select_targets
+from am_loss._targets import check_floating, check_labels, refuse_dtensor, select_targets, selected_rows
 from am_loss._vocabulary import Vocabulary, check_same_ranks, own_part, rows_for
 
 
@@ -51,7 +51,9 @@ def distillation(
     heads' weights are at hand: it never holds the logits.
 
     Args:
-        logits: `[..., V]` of the student, floating, finite and final (after soft-cap and scale).
+        logits: `[..., V]` of the student, floating, finite and final (after soft-cap and scale); or a DTensor that is
+            `Shard` along V over a mesh of one axis, whose ranks all call this. Those of the teacher are then cut over
+            the same ranks, or whole.
         teacher_logits: `[..., V']`, as `logits`.
         labels: `[...]` integers, already shifted: they say which positions count.
         divergence: of the distributions `softmax(z / temperature)`.
@@ -62,7 +64,7 @@ def distillation(
 
     Raises:
         ValueError: an impossible option, a label outside `[0, V)` or shapes that do not fit.
-        TypeError: a DTensor, or a dtype that does not fit.
+        TypeError: any other DTensor, or a dtype that does not fit.
     """
     refuse_dtensor("and rows are the same on all ranks", labels=labels)
     check_floating(logits=logits)
@@ -74,22 +76,14 @@ def distillation(
     logits, vocabulary = own_part("logits", logits, -1)
     teacher_logits, of_teacher = own_part("teacher_logits", teacher_logits.detach(), -1)
     index, targets = select_targets(labels, vocabulary, ignore_index)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rows, teacher_rows = (selected_rows(values, labels, index) for values in (logits, teacher_logits))
     if vocabulary.group is not None or of_teacher.group is not None:
-        rows, teacher_rows = (values.reshape(labels.numel(), values.shape[-1]) for values in (logits, teacher_logits))
-        if index is not None:
-            rows, teacher_rows = rows[index], teacher_rows[index]
         columns = Head(teacher_rows, teacher_rows.t())
         teacher = _cut_alike(columns, of_teacher, vocabulary, num_tokens, ("logits", "teacher_logits"))
         objective = Distillation(vocabulary, teacher, 1.0, divergence, temperature, num_tokens)
         return sum_of_logits(rows, {"labels": targets, "teacher_logits": teacher.weight.t()}, objective)
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-
-    def log_probabilities(values: Tensor) -> Tensor:
-        rows = values[..., :num_tokens].reshape(-1, num_tokens)
-        rows = rows if index is None else rows[index]
-        return F.log_softmax(rows.to(dtype) / temperature, 1)
-
-    log_p, log_q = log_probabilities(teacher_logits), log_probabilities(logits)
+    log_p, log_q = (F.log_softmax(values[:, :num_tokens].to(dtype) / temperature, 1) for values in (teacher_rows, rows))
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
     # p and q both sum to 1; with their difference in the sum, the rounding of those sums cancels where P is near Q.
     if divergence == "forward_kl":
@@ -126,7 +120,8 @@ def linear_distillation(
 
     Returns float32 SUMS over target tokens (float64 for a float64 student), see `DistillationLoss`. Without any target:
     zeros, `loss` connected to the graph. The arguments without `teacher_` are the student's, as in
-    `linear_cross_entropy`; the cross entropy is over all V ids.
+    `linear_cross_entropy`; the cross entropy is over all V ids. Under tensor parallelism both weights and biases are
+    cut over the same ranks, or the teacher's are whole; both hidden states are plain and the same on all ranks.
 
     Args:
         teacher_hidden: `[..., D']`, of a floating dtype of the teacher's own. What is the teacher's gets no gradient.

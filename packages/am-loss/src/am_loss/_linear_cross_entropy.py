@@ -32,7 +32,9 @@ def linear_cross_entropy(
     Args:
         hidden: `[..., D]`, of one floating dtype with `weight` and `bias`; under `torch.autocast` the three are cast as
             `F.linear` would.
-        weight: `[V, D]`.
+        weight: `[V, D]`. Under tensor parallelism a DTensor `Shard(0)` over a mesh of one axis, as `bias` then is: all
+            ranks of it call this with the same `hidden` and labels, plain tensors, and get the whole sum and the whole
+            gradient of `hidden`. No rank gathers the weight, or holds logits of ids that it does not hold.
         labels: `[...]` integers, already shifted.
         bias: `[V]`.
         ignore_index: positions with this label are never multiplied by the head; their gradient is zero.
@@ -43,8 +45,9 @@ def linear_cross_entropy(
             does not depend on it beyond rounding.
 
     Raises:
-        ValueError: a label outside `[0, V)`, an impossible option, or shapes that do not fit.
-        TypeError: DTensors or mixed dtypes.
+        ValueError: a label outside `[0, V)`, an impossible option, shapes that do not fit, or labels that differ
+            between ranks that hold parts of one head.
+        TypeError: any other DTensor, or mixed dtypes.
         RuntimeError: when differentiated twice.
     """
     check_z_loss(z_loss)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from am_loss._vocabulary import Vocabulary, check_same_targets, is_dtensor
+from am_loss._vocabulary import Vocabulary, check_same_labels, is_dtensor
 
 
 def refuse_dtensor(reason: str, **tensors: Tensor | None) -> None:
@@ -61,7 +61,7 @@ def select_targets(labels: Tensor, vocabulary: Vocabulary, ignore_index: int) ->
     found = (labels_T != ignore_index).nonzero().squeeze(1)
     index = None if found.numel() == labels_T.numel() else found
     targets = labels_T if index is None else labels_T[index]
-    check_same_targets(targets, vocabulary)
+    check_same_labels(labels_T, targets.numel(), vocabulary)
     if targets.numel() > 0:
         lowest, highest = torch.stack(targets.aminmax()).tolist()
         if lowest < 0 or highest >= vocabulary.size:
@@ -71,3 +71,10 @@ def select_targets(labels: Tensor, vocabulary: Vocabulary, ignore_index: int) ->
                 f"use labels of this vocabulary and mark positions without a target with {ignore_index}"
             )
     return index, targets
+
+
+def selected_rows(values: Tensor, labels: Tensor, index: Tensor | None) -> Tensor:
+    """Of `values [..., X]`, as `[N, X]`, the rows of `index` (None: all) into the flattened `labels [...]`."""
+    # Not -1: X may be 0.
+    rows = values.reshape(labels.numel(), values.shape[-1])
+    return rows if index is None else rows[index]

@@ -115,19 +115,19 @@ def check_same_ranks(names: tuple[str, str], first: Vocabulary, second: Vocabula
         )
 
 
-def check_same_targets(targets: Tensor, vocabulary: Vocabulary) -> None:
-    """Raise `ValueError` unless every rank that holds a part of the vocabulary has the same targets `[N]`."""
+def check_same_labels(labels: Tensor, num_targets: int, vocabulary: Vocabulary) -> None:
+    """Raise `ValueError` unless every rank that holds a part of the vocabulary has the same `labels [T]`."""
     if vocabulary.group is None:
         return
-    places = torch.arange(1, targets.numel() + 1, device=targets.device)
+    places = torch.arange(1, labels.numel() + 1, device=labels.device)
     # Products wrap around: this is a checksum.
-    mine = torch.stack([places.new_tensor(targets.numel()), ((targets + 1) * places).sum()])
+    mine = torch.stack([places.new_tensor(num_targets), ((labels + 1) * places).sum()])
     of_ranks = vocabulary.gather(mine)
     if not torch.equal(of_ranks, mine.expand_as(of_ranks)):
         raise ValueError(
-            f"the ranks that hold parts of one vocabulary have different labels: {of_ranks[:, 0].tolist()} targets on "
-            f"ranks {dist.get_process_group_ranks(vocabulary.group)}, and not the same ones; give all ranks of a "
-            "tensor-parallel mesh the same rows"
+            f"the ranks {dist.get_process_group_ranks(vocabulary.group)} hold parts of one vocabulary and have "
+            f"different labels, {of_ranks[:, 0].tolist()} targets; give all ranks of a tensor-parallel mesh the same "
+            "rows"
         )
 
 

@@ -34,7 +34,8 @@ class Loss(Protocol[ResultT_co]):
     """What `forward_with_loss` calls: `loss_fn(hidden, weight, shift_labels, *, bias, softcap, scale, **further)`.
 
     hidden `[B, S, D]` and weight `[V, D]` are in the dtype of the computation, shift_labels `[B, S]` int64 with -100 =
-    no loss; bias is the head's `[V]` or None. The logits that it must stand for are
+    no loss; bias is the head's `[V]` or None. Under tensor parallelism weight and bias are DTensors, `Shard(0)` over
+    the tensor-parallel mesh, all else the same on each of its ranks. The logits that it must stand for are
     `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`, where None means that the step is left out. Further
     targets come by the names that they have in the batch (`shift_weights [B, S]`); a loss takes them by name, or all
     with `**further`.
