@@ -99,15 +99,15 @@ def page() -> str:
     counts = {name: sum(pair["status"] == name for pair in status.values()) for name in _NAMES}
     layouts = list(FEATURES)[:9]
     meaning = (
-        "Two steps of training in a layout are held against one process: the loss, every gradient by name, the gradient "
-        "norm and every weight, each within 1e-5 of its largest value in float32. Every pair marked *yes* is in at least "
-        "one such cell; *no* is refused when a config is checked, before anything is loaded; *?* has not been held "
-        "against one process, and a run says so. Written by `python -m integration_tests.compatibility`."
+        "Two steps of training in a layout are held against one process: the loss, every gradient by name, their norm "
+        "and every weight, each within 1e-5 of its largest value in float32. Every pair marked *yes* is in at least one "
+        "such cell; *no* is refused when a config is checked, before anything is loaded; *?* has not been held against "
+        "one process, and a run says so. Written by `python -m integration_tests.compatibility`."
     )
     numbers = (
         f"Pairs: {counts['supported']} proven, {counts['refused']} refused, {counts['untested']} untested. Cells: "
-        f"{len(PAIRS)} on 4 ranks and {len(FEW_RANKS)} on 1 or 2 in every run of the tests, {len(EIGHT_RANKS)} of three "
-        "axes on 8 ranks in `nox -s slow`. sp is sequence parallelism beside tp."
+        f"{len(PAIRS)} on 4 ranks and {len(FEW_RANKS)} on 1 or 2 in every run of the tests, {len(EIGHT_RANKS)} of "
+        "three axes on 8 ranks in `nox -s slow`. sp is sequence parallelism beside tp."
     )
     lines = [
         "# What has been proven together",
