@@ -33,7 +33,7 @@ SPLITS = {
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "split": tuple(SPLITS),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "selective", "full"),
     "family": ("dense", "moe"),
     "packed": (False, True),
     "lora": (False, True),

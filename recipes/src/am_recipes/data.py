@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import am_data
 import am_mesh
 import am_models
 from am_recipes.configs import RunConfig
+from am_recipes.settings import ArgumentError, Target
 
 IGNORED = -100
 
@@ -20,19 +22,26 @@ def loader(
     config: RunConfig,
     dataset: am_data.Dataset | am_data.Stream,
     dims: am_mesh.ParallelDims,
-    collate: am_data.Collate,
+    collate: Callable[..., am_data.Batch],
     *,
     training: bool,
 ) -> am_data.DataLoader:
     """Steps over `dataset`; for validation one epoch, in order. `dataloader.collate` replaces `collate`.
 
-    Every rank calls it, and gets its share of each global batch. Raises what `am_data.DataLoader` does.
+    `collate` is `am_data.collate` with a layout; it pads rows so that ranks that share them get equal parts. Every rank
+    calls it, and gets its share of each global batch. Raises what `am_data.DataLoader` does, and ArgumentError for a
+    collate of the config that does not pad.
     """
-    chosen = config.dataloader
+    chosen, zigzag = config.dataloader, config.distributed.cp_layout == "zigzag"
+    sequence_parallel = config.distributed.sequence_parallel
+    multiple = dims.row_multiple(sequence_parallel=sequence_parallel, zigzag=zigzag)
+    padded = functools.partial(collate, pad_to_multiple_of=multiple)
+    if chosen.collate is not None:
+        _require_padding(chosen.collate, dims.row_multiple(zigzag=zigzag))
     with config.at("step_scheduler"):
         return am_data.DataLoader(
             dataset,
-            collate=collate if chosen.collate is None else chosen.collate.callable(),
+            collate=padded if chosen.collate is None else chosen.collate.callable(),
             global_batch_size=config.step_scheduler.global_batch_size,
             local_batch_size=config.step_scheduler.local_batch_size,
             mesh=dims.row_ranks,
@@ -44,10 +53,15 @@ def loader(
         )
 
 
-def row_multiple(config: RunConfig, dims: am_mesh.ParallelDims) -> int:
-    """What the tokens of a row must be a multiple of, so that the ranks that share it get equal parts."""
-    layout = config.distributed
-    return dims.row_multiple(sequence_parallel=layout.sequence_parallel, zigzag=layout.cp_layout == "zigzag")
+def _require_padding(collate: Target, multiple: int) -> None:
+    """Refuse a `collate` whose rows ranks could not share: ArgumentError. No samples at all are a row, too."""
+    width = collate.callable()([])["input_ids"].shape[-1] if multiple > 1 else 0
+    if width % multiple:
+        raise ArgumentError(
+            "dataloader.collate",
+            f"{collate.path} gave a row of {width} tokens, and rows are cut over ranks: a length must be a multiple "
+            f"of {multiple}; pad them (am_data.collate: pad_to_multiple_of={multiple}), or choose cp_size=1",
+        )
 
 
 def total_steps(config: RunConfig, loader: am_data.DataLoader) -> int:

@@ -204,6 +204,5 @@ def make_loader(
     pack_size = config.packed_sequence.packed_sequence_size
     with config.at("packed_sequence"):
         rows = am_data.PackedDataset(dataset, pack_size) if pack_size else dataset
-    layout, multiple = "packed" if pack_size else "padded", data.row_multiple(config, dims)
-    collate = functools.partial(am_data.collate, layout=layout, pad_to_multiple_of=multiple)
+    collate = functools.partial(am_data.collate, layout="packed" if pack_size else "padded")
     return data.loader(config, rows, dims, collate, training=training)

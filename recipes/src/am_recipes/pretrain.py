@@ -115,8 +115,7 @@ def make_loader(
     config: PretrainConfig, dataset: am_data.Dataset | am_data.Stream, dims: am_mesh.ParallelDims, *, training: bool
 ) -> am_data.DataLoader:
     """Steps over windows of equal length, which only a layout that cuts them may need to be padded."""
-    collate = functools.partial(am_data.collate, layout="padded", pad_to_multiple_of=data.row_multiple(config, dims))
-    return data.loader(config, dataset, dims, collate, training=training)
+    return data.loader(config, dataset, dims, functools.partial(am_data.collate, layout="padded"), training=training)
 
 
 def count_steps(config: PretrainConfig, loader: am_data.DataLoader) -> int:

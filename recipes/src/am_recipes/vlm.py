@@ -133,7 +133,6 @@ def make_loader(
     collate = functools.partial(
         am_data.collate,
         layout="padded",
-        pad_to_multiple_of=data.row_multiple(config, dims),
         join=dataset.processor_adapter.join,
         position_ids=vision.position_ids(config, hf_config),
     )
