@@ -74,7 +74,7 @@ def _of(cases: tuple[Case, ...], *layouts: Layout) -> list[Cell]:
 
 
 PAIRS: list[Cell] = [_cell(row) for row in pairwise(CHOICES)]
-# What a small number of processes shows alone.
+# What a small number of processes shows alone, and offloading, which needs few cells.
 FEW_RANKS: list[Cell] = [
     *_of(
         (Case(), Case("moe", tied=False, lora=True)),
@@ -84,6 +84,11 @@ FEW_RANKS: list[Cell] = [
         Layout(2, strategy="ddp", accumulation=2, packed=True, recompute="full"),
     ),
     *_of((Case("moe", kd=True),), Layout(2, tp=2), Layout(2, cp=2, packed=True)),
+    *_of(
+        (Case(lora=True), Case("moe", tied=False, kd=True)),
+        Layout(4, tp=2, sequence_parallel=True, cpu_offload=True, recompute="selective"),
+        Layout(4, cp=2, dp_replicate=2, cpu_offload=True, packed=True, accumulation=3, recompute="full"),
+    ),
 ]
 # Three axes at once, on eight ranks, with everything else that is in it.
 EIGHT_RANKS: list[Cell] = _of(

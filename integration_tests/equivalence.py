@@ -97,6 +97,7 @@ class Layout:
     accumulation: int = 1
     packed: bool = False
     recompute: str = "none"
+    cpu_offload: bool = False
     fault: str = "none"
 
     def __str__(self) -> str:
@@ -105,12 +106,13 @@ class Layout:
         names += [f"tp{self.tp}" + ("sp" if self.sequence_parallel else "")] * (self.tp > 1)
         names += [f"cp{self.cp}" + ("" if self.zigzag else "contiguous")] * (self.cp > 1)
         names += [f"accumulate{self.accumulation}", "packed" if self.packed else "padded"]
-        return "-".join([*names, *[f"recompute_{self.recompute}"] * (self.recompute != "none")])
+        names += [f"recompute_{self.recompute}"] * (self.recompute != "none")
+        return "-".join([*names, *["cpu_offload"] * self.cpu_offload])
 
     def features(self) -> set[str]:
         """By the names of the table of compatibility."""
         data = "hsdp" if self.dp_replicate > 1 else self.strategy
-        asked = {"tp": self.tp > 1, "sp": self.sequence_parallel, "cp": self.cp > 1}
+        asked = {"tp": self.tp > 1, "sp": self.sequence_parallel, "cp": self.cp > 1, "cpu_offload": self.cpu_offload}
         asked |= {"accumulation": self.accumulation > 1, f"recompute_{self.recompute}": self.recompute != "none"}
         return {data, "packed" if self.packed else "padded", *(name for name, is_on in asked.items() if is_on)}
 
@@ -189,6 +191,7 @@ def build(folder: str, layout: Layout, dims: am_mesh.ParallelDims, lora: bool) -
         layer_placements=am_peft.tensor_placements,
         must_divide=am_models.parallel_facts(model).must_divide,
         recompute=layout.recompute,
+        cpu_offload=layout.cpu_offload,
         forward_methods=("forward_with_loss",),
     )
     am_ckpt.load_hf(
