@@ -513,8 +513,13 @@ def test_requests_that_cannot_be_honoured_are_refused():
     with process_group():
         dims = one_rank()
         for options, message in [
-            ({"strategy": "megatron_fsdp"}, "strategy='megatron_fsdp' is unknown; choose from 'fsdp2', 'ddp'"),
-            ({"recompute": "selective"}, "recompute='selective' is unknown; choose from 'none', 'full'"),
+            ({"strategy": "fsdp"}, "strategy='fsdp' is unknown; choose from 'fsdp2', 'ddp', 'megatron_fsdp'"),
+            ({"strategy": "megatron_fsdp"}, "strategy='megatron_fsdp' needs a GPU, and none has proven it yet"),
+            ({"recompute": "some"}, "recompute='some' is unknown; choose from 'none', 'selective', 'full'"),
+            ({"output_dtype": torch.int8}, "output_dtype=torch.int8 is not a floating-point dtype"),
+            ({"prefetch": 0}, "prefetch=0 is not a number of blocks; choose at least 1, or None"),
+            ({"reshard_after_forward": 3}, "3 is not a smaller group of the 1 ranks that shard; choose True for all"),
+            ({"strategy": "ddp", "cpu_offload": True}, "cpu_offload=True needs strategy='fsdp2': ddp shards nothing"),
             ({"param_dtype": torch.int8}, "param_dtype=torch.int8 is not a floating-point dtype"),
             ({"strategy": "ddp", "reshard_after_forward": True}, "needs strategy='fsdp2': ddp shards nothing"),
             ({"forward_methods": ("loss",)}, "forward_methods=['loss'] are not methods of Transformer"),

@@ -6,6 +6,7 @@ sees the names that transformers gave, and what cannot work is refused before we
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 import am_ckpt
+import am_kernels
 import am_mesh
 import am_models
 import am_peft
-from am_recipes import checks, ending, optim, precision, routing, sources
+from am_recipes import checks, compatibility, ending, optim, precision, routing, sources
 from am_recipes.configs import RunConfig
 from am_recipes.sections import Distributed
-from am_recipes.settings import Target
+from am_recipes.settings import ArgumentError, Target, plain
 
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
 
@@ -45,7 +47,8 @@ class Built(NamedTuple):
 
     model: laid out, with weights. precision: the dtypes it trains, computes and is exported in. state: what a
     checkpoint stores of it, the adapter alone where there is one. report: which parts run on our kernels. router: its
-    losses, and how evenly its experts are used. mapping: published names of its weights. files: beside the weights of a
+    losses, and how evenly its experts are used. untested: what of the layout nobody has held against one process, None
+    where all has been. mapping: published names of its weights. files: beside the weights of a
     checkpoint; export_files: beside those of an export. base: the folder its first weights are from, None for a random
     model; base_name: how an adapter names it, None where there is no adapter of it.
     """
@@ -55,6 +58,7 @@ class Built(NamedTuple):
     state: PreTrainedModel | am_peft.Adapter
     report: am_models.OptimizeReport
     router: routing.Routing
+    untested: str | None
     mapping: Sequence[Mapping[str, Any]]
     files: Mapping[str, str | bytes]
     export_files: Mapping[str, bytes]
@@ -63,7 +67,7 @@ class Built(NamedTuple):
 
     def facts(self) -> tuple[object, ...]:
         """What the log says of the model."""
-        return self.report, self.precision
+        return self.report, self.precision, *([] if self.untested is None else [self.untested])
 
     def weights(self, others: Mapping[str, Path | None] | None = None) -> Weights:
         """What a checkpoint says of the weights.
@@ -80,7 +84,17 @@ class Built(NamedTuple):
 def dims(config: RunConfig, device: torch.device) -> am_mesh.ParallelDims:
     """The mesh of the run; refused where `distributed` does not fit the number of ranks."""
     with config.at("distributed"):
-        return am_mesh.ParallelDims(**config.distributed.sizes()).build(device.type)
+        return _dims(config.distributed, device)
+
+
+def _dims(layout: Distributed, device: torch.device) -> am_mesh.ParallelDims:
+    asked = am_mesh.ParallelDims(**layout.sizes())
+    try:
+        return asked.build(device.type)
+    except ValueError as error:
+        ranks = layout.fewest_ranks()
+        processes = f"{ranks}" if layout.dp_size else f"a multiple of {ranks}"
+        raise ValueError(f"{error}; or start {processes} processes (--nproc-per-node, --nnodes)") from error
 
 
 def build(
@@ -107,40 +121,35 @@ def build(
 
     Raises ValueError for what cannot train, see `am_recipes.checks`.
     """
-    peft = config.peft
-    if peft is not None:
-        with config.at("peft"):
-            am_peft.apply_lora(model, peft.lora_config(config.PEFT_TASK_TYPE), adapter_dtype=peft.dtype())
-    with config.at("freeze"):
-        am_peft.freeze(model, freeze)
-    if folder is not None:
-        checks.require_trained(model, sources.random_parts(folder), folder)
-    if peft is not None:
-        checks.require_adapter_alone(model)
-    checks.require_export(config, model)
+    _adapt(config, model, freeze, folder)
     chosen = precision.choose(model, config)
-    report = _optimize(config, model, losses)
+    report = _optimize(config, model, losses, dims)
+    untested = _untested(config, model, report, dims)
     with config.at("loss_fn"):
         checks.require_loss(config.loss_fn.callable(), model, device)
     with config.at("model"):
         mapping = _weight_map(model, folder)
     files = model_files(model, tokenizer, folder)
-    router = routing.routing(config, model, report)
+    router = routing.routing(config, model, report, dims)
     fresh = ("*lora_*",) if folder else ("*",)
     layout = config.distributed.options() | {"param_dtype": chosen.param_dtype}
-    _lay_out(config, model, layout, dims, device, folder, mapping, fresh, "model")
+    with config.at("distributed"):
+        _lay_out(model, dims, layout)
     # Again: a layer that the layout has wrapped cannot be merged.
     checks.require_export(config, model)
+    _load(config, model, config.distributed, device, folder, mapping, fresh, "model")
     if not config.dry_run:
         chosen = precision.measured(chosen, model, dims)
-    _require_no_leak(config, model, separate_documents, layout, "model")
-    if peft is None:
-        return Built(model, chosen, model, report, router, mapping, files, files, folder, None)
+    _require_no_leak(config, model, separate_documents, dims, chosen.param_dtype, "model")
+    if config.peft is None:
+        return Built(model, chosen, model, report, router, untested, mapping, files, files, folder, None)
     named = config.model.name_or_path
     base = sources.base_name(named, folder) if folder and named is not None else None
     own: Mapping[str, str | bytes] = am_peft.adapter_files(model, base_model_name_or_path=base)
     adapter_files = {**own, **reader_files(model, tokenizer, folder)}
-    return Built(model, chosen, am_peft.Adapter(model), report, router, mapping, adapter_files, files, folder, base)
+    return Built(
+        model, chosen, am_peft.Adapter(model), report, router, untested, mapping, adapter_files, files, folder, base
+    )
 
 
 def optimizer(config: RunConfig, model: PreTrainedModel, total_steps: int) -> tuple[Optimizer, LambdaLR]:
@@ -163,8 +172,8 @@ def build_teacher(
 ) -> None:
     """The same for a model that only answers: frozen, in a layout of its own. Every rank calls it."""
     with config.at("teacher_distributed"):
-        dims = am_mesh.ParallelDims(**layout.sizes()).build(device.type)
-    if _optimize(config, model, losses).router:
+        dims = _dims(layout, device)
+    if _optimize(config, model, losses, dims).router:
         # It trains nothing, so nobody asks for an auxiliary loss of its router.
         model.config.get_text_config().output_router_logits = False
     with config.at("teacher_model"):
@@ -172,8 +181,10 @@ def build_teacher(
     model.requires_grad_(False).eval()
     fresh = () if folder else ("*",)
     options = layout.options()
-    _lay_out(config, model, options, dims, device, folder, mapping, fresh, "teacher_model")
-    _require_no_leak(config, model, separate_documents, options, "teacher_model")
+    with config.at("teacher_distributed"):
+        _lay_out(model, dims, options)
+    _load(config, model, layout, device, folder, mapping, fresh, "teacher_model")
+    _require_no_leak(config, model, separate_documents, dims, options["param_dtype"], "teacher_model")
 
 
 def export(config: RunConfig, built: Built, tokenizer: Tokenizer) -> None:
@@ -220,12 +231,43 @@ def _written(part: PretrainedConfig | Tokenizer) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
 
 
-def _optimize(config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target]) -> am_models.OptimizeReport:
+def _adapt(config: RunConfig, model: PreTrainedModel, freeze: Sequence[Mapping[str, str]], folder: Path | None) -> None:
+    """Adapters, and what trains; refused where that, or its export, cannot be."""
+    peft = config.peft
+    if peft is not None:
+        with config.at("peft"):
+            am_peft.apply_lora(model, peft.lora_config(config.PEFT_TASK_TYPE), adapter_dtype=peft.dtype())
+    with config.at("freeze"):
+        am_peft.freeze(model, freeze)
+    if folder is not None:
+        checks.require_trained(model, sources.random_parts(folder), folder)
+    if peft is not None:
+        checks.require_adapter_alone(model)
+    checks.require_export(config, model)
+
+
+def _optimize(
+    config: RunConfig, model: PreTrainedModel, losses: Mapping[str, Target], dims: am_mesh.ParallelDims
+) -> am_models.OptimizeReport:
+    no_context = am_models.parallel_facts(model).no_context
+    if no_context is not None and dims.sequence_ranks.size() > 1:
+        raise ArgumentError(
+            "distributed.cp_size", f"cp_size={dims.sequence_ranks.size()} cuts sequences, and {no_context}; choose 1"
+        )
     with config.at("kernels"):
-        report = am_models.optimize(model, kernels=config.kernels)
+        report = am_models.optimize(model, kernels=_kernels(config, dims))
     for key, target in losses.items():
         checks.require_loss_function(report, target, key)
     return report
+
+
+def _kernels(config: RunConfig, dims: am_mesh.ParallelDims) -> str | Mapping[str, Any]:
+    """`kernels`; where ranks hold parts of one sequence, with an attention that sees all of it."""
+    if dims.sequence_ranks.size() == 1:
+        return config.kernels
+    asked = config.kernels if isinstance(config.kernels, Mapping) else {}
+    attention = am_mesh.context_attention(am_kernels.attention, dims.sequence_ranks, plan=am_kernels.document_segments)
+    return {**asked, "attention": attention}
 
 
 def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, Any]]:
@@ -238,23 +280,32 @@ def _weight_map(model: PreTrainedModel, folder: Path | None) -> list[dict[str, A
     return am_models.weight_map(model, folder)
 
 
-def _lay_out(
+def _lay_out(model: PreTrainedModel, dims: am_mesh.ParallelDims, options: Mapping[str, Any]) -> None:
+    am_mesh.parallelize(
+        model,
+        dims,
+        forward_methods=("forward_with_loss",),
+        layer_placements=am_peft.tensor_placements,
+        must_divide=am_models.parallel_facts(model).must_divide,
+        **options,
+    )
+
+
+def _load(
     config: RunConfig,
     model: PreTrainedModel,
-    layout: Mapping[str, Any],
-    dims: am_mesh.ParallelDims,
+    layout: Distributed,
     device: torch.device,
     folder: Path | None,
     mapping: Sequence[Mapping[str, Any]],
     fresh: Sequence[str],
     key: str,
 ) -> None:
-    """Parallel layout, then weights straight into the shards."""
-    with config.at("distributed"):
-        am_mesh.parallelize(model, dims, forward_methods=("forward_with_loss",), **layout)
+    """Weights straight into the shards."""
     if config.dry_run:
         return
-    checks.require_memory(model, device, key)
+    kept = torch.device("cpu") if layout.cpu_offload else device
+    checks.require_memory(model, kept, key)
     with config.at(key):
         am_ckpt.load_hf(
             model,
@@ -263,14 +314,45 @@ def _lay_out(
             initialise=fresh,
             initialiser=am_models.initial_value,
             seed=config.seed,
-            device=device,
+            device=kept,
         )
 
 
 def _require_no_leak(
-    config: RunConfig, model: PreTrainedModel, may_share_rows: bool, layout: Mapping[str, Any], key: str
+    config: RunConfig,
+    model: PreTrainedModel,
+    may_share_rows: bool,
+    dims: am_mesh.ParallelDims,
+    param_dtype: torch.dtype | None,
+    key: str,
 ) -> None:
     """Prove that no token sees the future, padding, or other documents and rows, which takes weights."""
-    if not config.dry_run:
-        with config.at(key):
-            am_models.require_no_leak(model, packed=may_share_rows, param_dtype=layout["param_dtype"])
+    if config.dry_run:
+        return
+    cut = None
+    if dims.sequence_ranks.size() > 1:
+        zigzag = config.distributed.cp_layout == "zigzag"
+        shard = functools.partial(am_mesh.shard_sequence, mesh=dims.sequence_ranks, zigzag=zigzag)
+        cut = am_models.Cut(shard, dims.row_multiple(zigzag=zigzag))
+    with config.at(key):
+        am_models.require_no_leak(model, packed=may_share_rows, param_dtype=param_dtype, cut=cut)
+
+
+def _untested(
+    config: RunConfig, model: PreTrainedModel, report: am_models.OptimizeReport, dims: am_mesh.ParallelDims
+) -> str | None:
+    """What of the layout nobody has held against one process; raises ConfigError for what does not go together.
+
+    The schema has asked the same, but for what only the model and the number of ranks tell.
+    """
+    scheduler = config.step_scheduler
+    facts = {
+        "tied": bool(model.config.get_text_config().to_dict().get("tie_word_embeddings")),
+        "experts": report.num_experts_per_token is not None,
+        "micro_batches": scheduler.global_batch_size // (scheduler.local_batch_size * dims.row_ranks.size()),
+    }
+    values = {**plain(config), "facts": facts}
+    refused = compatibility.table().refused(values)
+    if refused is not None:
+        raise config.error(*refused)
+    return compatibility.table().untested(values) if dims.world_size > 1 else None

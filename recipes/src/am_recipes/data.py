@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 import am_data
 import am_mesh
+import am_models
 from am_recipes.configs import RunConfig
+from am_recipes.settings import ArgumentError, Target
 
 IGNORED = -100
 
@@ -16,19 +22,26 @@ def loader(
     config: RunConfig,
     dataset: am_data.Dataset | am_data.Stream,
     dims: am_mesh.ParallelDims,
-    collate: am_data.Collate,
+    collate: Callable[..., am_data.Batch],
     *,
     training: bool,
 ) -> am_data.DataLoader:
     """Steps over `dataset`; for validation one epoch, in order. `dataloader.collate` replaces `collate`.
 
-    Every rank calls it, and gets its share of each global batch. Raises what `am_data.DataLoader` does.
+    `collate` is `am_data.collate` with a layout; it pads rows so that ranks that share them get equal parts. Every rank
+    calls it, and gets its share of each global batch. Raises what `am_data.DataLoader` does, and ArgumentError for a
+    collate of the config that does not pad.
     """
-    chosen = config.dataloader
+    chosen, zigzag = config.dataloader, config.distributed.cp_layout == "zigzag"
+    sequence_parallel = config.distributed.sequence_parallel
+    multiple = dims.row_multiple(sequence_parallel=sequence_parallel, zigzag=zigzag)
+    padded = functools.partial(collate, pad_to_multiple_of=multiple)
+    if chosen.collate is not None:
+        _require_padding(chosen.collate, dims.row_multiple(zigzag=zigzag))
     with config.at("step_scheduler"):
         return am_data.DataLoader(
             dataset,
-            collate=collate if chosen.collate is None else chosen.collate.callable(),
+            collate=padded if chosen.collate is None else chosen.collate.callable(),
             global_batch_size=config.step_scheduler.global_batch_size,
             local_batch_size=config.step_scheduler.local_batch_size,
             mesh=dims.row_ranks,
@@ -37,6 +50,17 @@ def loader(
             num_epochs=config.step_scheduler.num_epochs if training else 1,
             drop_last=training and chosen.drop_last,
             prefetch=chosen.prefetch,
+        )
+
+
+def _require_padding(collate: Target, multiple: int) -> None:
+    """Refuse a `collate` whose rows ranks could not share: ArgumentError. No samples at all are a row, too."""
+    width = collate.callable()([])["input_ids"].shape[-1] if multiple > 1 else 0
+    if width % multiple:
+        raise ArgumentError(
+            "dataloader.collate",
+            f"{collate.path} gave a row of {width} tokens, and rows are cut over ranks: a length must be a multiple "
+            f"of {multiple}; pad them (am_data.collate: pad_to_multiple_of={multiple}), or choose cp_size=1",
         )
 
 
@@ -149,6 +173,18 @@ def step_size(
 
 def _steps(number: int) -> str:
     return f"{number:,} step{'' if number == 1 else 's'}"
+
+
+def share(
+    config: RunConfig,
+    model: PreTrainedModel,
+    batch: am_data.Batch,
+    dims: am_mesh.ParallelDims,
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """This rank's part of the sequences of `batch`, as the inputs and the targets of `am_models.forward_with_loss`."""
+    part = am_mesh.shard_sequence(batch, dims.sequence_ranks, zigzag=config.distributed.cp_layout == "zigzag")
+    return am_models.split_batch(model, part, device=device)
 
 
 def count_targets(micro_batches: Sequence[am_data.Batch]) -> int:

@@ -12,12 +12,14 @@ import am_data
 import am_loss
 import am_mesh
 import am_models
-from am_recipes.data import count_targets
+from am_recipes.data import count_targets, share
 from am_recipes.progress import seed_everything
+from am_recipes.run_config import RunConfig
 
 
 @torch.no_grad()
 def evaluate(
+    config: RunConfig,
     model: PreTrainedModel,
     loaders: Mapping[str, Iterable[Sequence[am_data.Batch]]],
     dims: am_mesh.ParallelDims,
@@ -33,7 +35,7 @@ def evaluate(
         total, count = torch.zeros((), device=device), 0
         for micro_batches in loader:
             for batch in micro_batches:
-                inputs, targets = am_models.split_batch(model, batch, device=device)
+                inputs, targets = share(config, model, batch, dims, device)
                 labels = {"shift_labels": targets["shift_labels"]}
                 total += am_models.forward_with_loss(model, am_loss.linear_cross_entropy, inputs, labels)
             count += count_targets(micro_batches)

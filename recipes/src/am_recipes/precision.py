@@ -86,7 +86,7 @@ def measured(precision: Precision, model: nn.Module, dims: am_mesh.ParallelDims)
     kept = [value for value in model.parameters() if value.requires_grad and value.dtype in _HALF]
     if not kept or kept[0].is_meta:
         return precision
-    device = dims.row_ranks.device_type
+    device = dims.all_ranks.device_type
     lost, values = torch.zeros(2, dtype=torch.float64, device=device)
     for parameter in kept:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -95,7 +95,7 @@ def measured(precision: Precision, model: nn.Module, dims: am_mesh.ParallelDims)
         spacing = torch.finfo(parameter.dtype).eps * torch.exp2(exponent - 1)
         lost += ((spacing / 2 > precision.lr) & (local != 0)).sum()
         values += local.numel()
-    lost, values = am_mesh.sum_over(dims.row_ranks, torch.stack([lost, values])).tolist()
+    lost, values = am_mesh.sum_over(dims.all_ranks, torch.stack([lost, values])).tolist()
     return replace(precision, lost=lost / values)
 
 

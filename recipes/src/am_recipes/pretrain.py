@@ -78,14 +78,14 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
         this.begin(dataset, *facts, *built.facts(), am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
-            this.validated(evaluate.evaluate(model, validation, dims, device))
+            this.validated(evaluate.evaluate(config, model, validation, dims, device))
         asked = (config.generate.prompts, config.generate.max_new_tokens, config.seed)
         if this.resumed is None:
             this.log.answers("before", evaluate.generate_text(model, tokenizer, *asked))
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
-            inputs, targets = am_models.split_batch(model, batch, device=device)
+            inputs, targets = data.share(config, model, batch, dims, device)
             return {"loss": am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)}
 
         for micro_batches in this.steps(loader):
@@ -100,7 +100,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
             optimizer.zero_grad()
             this.done(built.router.metrics(dims))
             if this.validation_is_due:
-                this.validated(evaluate.evaluate(model, validation, dims, device))
+                this.validated(evaluate.evaluate(config, model, validation, dims, device))
             this.save()
         if this.stopped():
             return this.preempted()
@@ -114,7 +114,7 @@ def train(config: PretrainConfig, device: torch.device, stop: StopSignal) -> int
 def make_loader(
     config: PretrainConfig, dataset: am_data.Dataset | am_data.Stream, dims: am_mesh.ParallelDims, *, training: bool
 ) -> am_data.DataLoader:
-    """Steps over windows of equal length, so nothing is padded."""
+    """Steps over windows of equal length, which only a layout that cuts them may need to be padded."""
     return data.loader(config, dataset, dims, functools.partial(am_data.collate, layout="padded"), training=training)
 
 

@@ -16,13 +16,17 @@ from am_recipes.configs import RunConfig
 class Routing:
     """The losses of a mixture's router, and how evenly its experts were used since the last `metrics`.
 
-    num_experts_per_token: None for a model without a declared router, which has neither.
+    num_experts_per_token: None for a model without a declared router, which has neither. dims: whose ranks may hold
+    parts of one document, over which it is balanced as a whole.
     """
 
-    def __init__(self, num_experts_per_token: int | None, balance_loss: float, z_loss: float) -> None:
+    def __init__(
+        self, num_experts_per_token: int | None, balance_loss: float, z_loss: float, dims: am_mesh.ParallelDims
+    ) -> None:
         self._num_experts_per_token = num_experts_per_token
         self._balance_loss = balance_loss
         self._z_loss = z_loss
+        self._ranks = dims.sequence_ranks
         self._counts = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -43,7 +47,12 @@ class Routing:
             num_experts_per_token=self._num_experts_per_token,
             coefficient=self._balance_loss,
             z_loss=self._z_loss,
+            sum_counts=self._sum_counts if self._ranks.size() > 1 else None,
         )
+
+    def _sum_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of the ranks that hold parts of the same documents."""
+        return am_mesh.sum_over(self._ranks, counts)
 
     def metrics(self, dims: am_mesh.ParallelDims) -> dict[str, float]:
         """`am_moe.load_metrics` of the counts over all ranks, which start anew; nothing without a router.
@@ -56,7 +65,9 @@ class Routing:
         return am_moe.load_metrics(counts)
 
 
-def routing(config: RunConfig, model: PreTrainedModel, report: am_models.OptimizeReport) -> Routing:
+def routing(
+    config: RunConfig, model: PreTrainedModel, report: am_models.OptimizeReport, dims: am_mesh.ParallelDims
+) -> Routing:
     """The routing of `model` as the section `moe` asks.
 
     Raises ConfigError where losses are asked of a model without a declared router, and where the model's own config
@@ -75,11 +86,11 @@ def routing(config: RunConfig, model: PreTrainedModel, report: am_models.Optimiz
     balance_loss = asked.balance_loss or 0.0
     if report.num_experts_per_token is not None:
         text.output_router_logits = False
-        return Routing(report.num_experts_per_token, balance_loss, asked.z_loss)
+        return Routing(report.num_experts_per_token, balance_loss, asked.z_loss, dims)
     if balance_loss or asked.z_loss:
         raise config.error(
             "moe",
             f"balance_loss={balance_loss} and z_loss={asked.z_loss} are for models with experts, and am-models "
             f"declares no router of {report.family}; leave the section out, or set both to 0",
         )
-    return Routing(None, 0.0, 0.0)
+    return Routing(None, 0.0, 0.0, dims)

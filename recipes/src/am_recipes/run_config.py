@@ -158,6 +158,15 @@ class RunConfig:
         refused = compatibility.table().refused(plain(self))
         if refused is not None:
             raise self.error(*refused)
+        kernels = self.kernels
+        attention = kernels if isinstance(kernels, str) else kernels.get("attention", "auto")
+        for key, layout in self.layouts().items():
+            if layout.cp_size > 1 and attention not in ("auto", True):
+                raise self.error(
+                    "kernels" if isinstance(kernels, str) else "kernels.attention",
+                    f"{attention}: with {key}.cp_size={layout.cp_size} a rank holds a part of each sequence, and only "
+                    "the attention that auto chooses sees the whole; take this out, or choose cp_size=1",
+                )
 
     def _require_validations(self) -> None:
         """Refuse to choose by validation losses that will not be there."""

@@ -82,7 +82,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
     with run.Run(config, dims, stop, state, total_steps=total_steps, weights=built.weights()) as this:
         this.begin(dataset, *facts, *built.facts(), am_peft.trainable_report(model), optim.describe(optimizer))
         if this.resumed is None and this.validation_is_due:
-            this.validated(evaluate.evaluate(model, validation, dims, device))
+            this.validated(evaluate.evaluate(config, model, validation, dims, device))
 
         def ask(moment: str) -> None:
             if config.generate.num_rows:
@@ -95,7 +95,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
 
         def forward(number: int, batch: am_data.Batch) -> dict[str, torch.Tensor]:
             this.seed(number)
-            inputs, targets = am_models.split_batch(model, batch, device=device)
+            inputs, targets = data.share(config, model, batch, dims, device)
             return {"loss": am_models.forward_with_loss(model, loss_fn, inputs, targets, router_loss=built.router.loss)}
 
         for micro_batches in this.steps(loader):
@@ -110,7 +110,7 @@ def train(config: VlmConfig, device: torch.device, stop: StopSignal) -> int:
             optimizer.zero_grad()
             this.done(built.router.metrics(dims))
             if this.validation_is_due:
-                this.validated(evaluate.evaluate(model, validation, dims, device))
+                this.validated(evaluate.evaluate(config, model, validation, dims, device))
             this.save()
         if this.stopped():
             return this.preempted()

@@ -175,6 +175,55 @@ def _gathered(num_rows: int, width: int, like: Tensor) -> Tensor:
     return buffer
 
 
+def _plan(
+    buckets: Buckets, num_kv_heads: int, num_heads_per_kv: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[int]]:
+    """Of every block its mask and six numbers: batch, rows, first row of keys, their length, first and last key."""
+    masks, blocks = [], []
+    key_row = 0
+    for group in buckets.groups:
+        n, length = group.tokens.shape
+        batch = n * num_kv_heads
+        for block in group.blocks:
+            masks.append(buckets.mask(block, num_heads_per_kv, dtype))
+            rows = num_heads_per_kv * (block.end - block.begin)
+            blocks += [batch, rows, key_row, length, block.first_key, block.end]
+        key_row += batch * length
+    return masks, blocks
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], blocks: list[int], scale: float) -> list[Tensor]:
+    """Attention of gathered rows by block: the rows of the result, a row of zeros after them, and the weights."""
+    P, width = q.shape[1], v.shape[1]
+    # A bfloat16 product would round the scores themselves, several times the error of the flash kernel.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_wide, k_wide = q.to(wide), k.to(wide)
+    out = _gathered(len(q), width, v)
+    weights = []
+    row = 0
+    for index, mask in enumerate(masks):
+        batch, rows, key_row, length, first_key, last_key = blocks[6 * index : 6 * index + 6]
+        keys = slice(first_key, last_key)
+        k_group = k_wide[key_row : key_row + batch * length].view(batch, length, P)
+        v_group = v[key_row : key_row + batch * length].view(batch, length, width)
+        q_block = q_wide[row : row + batch * rows].view(batch, rows, P)
+        scores = torch.baddbmm(mask, q_block, k_group[:, keys].transpose(1, 2), alpha=scale)
+        softmax = torch.softmax(scores, dim=-1).to(v.dtype)
+        torch.bmm(softmax, v_group[:, keys], out=out[row : row + batch * rows].view(batch, rows, width))
+        weights.append(softmax)
+        row += batch * rows
+    return [out, *weights]
+
+
+# One operator, by a name that says what it is, so that selective recomputation can keep its results: the products that
+# write into slices of a buffer cannot be kept one by one.
+_LIBRARY = torch.library.Library("am_kernels", "DEF")
+_LIBRARY.define(
+    "bucketed_attention(Tensor q, Tensor k, Tensor v, Tensor[] masks, int[] blocks, float scale) -> Tensor[]"
+)
+_LIBRARY.impl("bucketed_attention", _blocks, "CompositeExplicitAutograd")
+
+
 class _BucketedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, buckets: Buckets, scale: float) -> Tensor:
@@ -188,28 +237,8 @@ class _BucketedAttention(torch.autograd.Function):
         q_all = q_flat.index_select(0, q_rows.gather)
         k_all = k_flat.index_select(0, k_rows.gather)
         v_all = v_flat.index_select(0, v_rows.gather)
-        # A bfloat16 product would round the scores themselves, several times the error of the flash kernel.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q_wide, k_wide = q_all.to(wide), k_all.to(wide)
-        out_all = _gathered(len(q_rows.gather), width, v)
-        weights = []
-        row = key_row = 0
-        for group in buckets.groups:
-            n, length = group.tokens.shape
-            k_group = k_wide[key_row : key_row + n * K * length].view(n * K, length, P)
-            v_group = v_all[key_row : key_row + n * K * length].view(n * K, length, width)
-            key_row += n * K * length
-            for block in group.blocks:
-                rows = G * (block.end - block.begin)
-                keys = slice(block.first_key, block.end)
-                q_block = q_wide[row : row + n * K * rows].view(n * K, rows, P)
-                mask = buckets.mask(block, G, wide)
-                scores = torch.baddbmm(mask, q_block, k_group[:, keys].transpose(1, 2), alpha=scale)
-                softmax = torch.softmax(scores, dim=-1).to(v.dtype)
-                out_block = out_all[row : row + n * K * rows].view(n * K, rows, width)
-                torch.bmm(softmax, v_group[:, keys], out=out_block)
-                weights.append(softmax)
-                row += n * K * rows
+        masks, blocks = _plan(buckets, K, G, torch.promote_types(q.dtype, torch.float32))
+        out_all, *weights = torch.ops.am_kernels.bucketed_attention(q_all, k_all, v_all, masks, blocks, scale)
         ctx.save_for_backward(q_all, k_all, v_all, *weights)
         ctx.buckets, ctx.scale, ctx.dims = buckets, scale, (B, H, K, S, P, width)
         ctx.layouts = (q_first, k_first, v_first)

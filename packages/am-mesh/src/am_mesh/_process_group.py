@@ -36,11 +36,12 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if launched:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        # torch.distributed has it and the stores by a star import, which type checkers do not count as public.
+        meet = dist.rendezvous  # type: ignore[attr-defined]
+        store, rank, world_size = next(iter(meet("env://", timeout=timeout)))
         _call_the_roll(store, rank, world_size, timeout)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
-        # torch.distributed has it by a star import, which type checkers do not count as public.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     try:
@@ -49,7 +50,12 @@ def process_group(timeout_minutes: float = 30.0) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _call_the_roll(store: dist.Store, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+def _call_the_roll(
+    store: dist.Store,  # type: ignore[name-defined]
+    rank: int,
+    world_size: int,
+    timeout: datetime.timedelta,
+) -> None:
     """Wait until every rank has come to `store`: a backend only says that it waited, not for whom.
 
     Rank 0 waits for all and answers, so that a world of N costs N requests and not N * N.

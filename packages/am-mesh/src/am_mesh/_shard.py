@@ -20,7 +20,13 @@ import torch.distributed.fsdp as torch_fsdp
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +39,10 @@ def fully_shard(
     *,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype = torch.float32,
-    reshard_after_forward: bool | None = None,
+    output_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool | int | None = None,
+    cpu_offload: bool = False,
+    prefetch: int | None = None,
     forward_methods: Sequence[str] = (),
     blocks: Sequence[str] | None = None,
 ) -> nn.Module:
@@ -41,25 +50,83 @@ def fully_shard(
 
     `mesh` is 1-D (sharded) or 2-D (replicated over the first axis, sharded over the second: HSDP). Every rank of the
     mesh calls it with equal weights, or with weights on the meta device, to be loaded afterwards. Parameters become
-    DTensors; names stay. The other arguments are those of `parallelize`.
+    DTensors; names stay. Any size may be sharded over any number of ranks: some shards are then smaller, or empty. The
+    other arguments are those of `parallelize`, which also says what is refused.
     """
     found = find_blocks(model, blocks)
     _check_dtypes(model, found)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    check_policy(mesh, reshard_after_forward, prefetch)
+    # Pinned memory is what an accelerator copies from while it computes; without one there is none to ask for.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype)
     for block in found.values():
-        torch_fsdp.fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    torch_fsdp.fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+        torch_fsdp.fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=reshard_after_forward,
+        )
+    torch_fsdp.fully_shard(
+        model,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype, output_dtype),
+        offload_policy=offload,
+        reshard_after_forward=reshard_after_forward,
+    )
     for unit in model.modules():
         if not isinstance(unit, FSDPModule):
             continue
         unit.set_gradient_divide_factor(1.0)
         # Without it a factor becomes a PREMUL_SUM or AVG reduction, which gloo does not have.
         unit.set_force_sum_reduction_for_comms(True)
+    if prefetch is not None:
+        _prefetch(model, list(found.values()), prefetch)
     _fill_missing_gradients(model, list(found.values()), forward_methods, mesh.mesh_dim_names or ())
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
     _reshard_after_evaluation(model, forward_methods)
     return model
+
+
+def check_policy(mesh: DeviceMesh, reshard_after_forward: bool | int | None, prefetch: int | None) -> None:
+    """Refuse, before anything is changed, groups to reshard to that the ranks do not form, and a prefetch of none."""
+    if prefetch is not None and prefetch < 1:
+        raise ValueError(
+            f"prefetch={prefetch} is not a number of blocks; choose at least 1, or None for torch's own order"
+        )
+    if reshard_after_forward is None or isinstance(reshard_after_forward, bool):
+        return
+    ranks = mesh.size(mesh.ndim - 1)
+    legal = [size for size in range(2, ranks) if ranks % size == 0]
+    choices = f"choose {' or '.join(map(str, legal))}, " if legal else "choose "
+    if reshard_after_forward not in legal:
+        raise ValueError(
+            f"reshard_after_forward={reshard_after_forward} is not a smaller group of the {ranks} ranks that shard; "
+            f"{choices}True for all of them, or False to keep parameters gathered"
+        )
+    if mesh.size() != dist.get_world_size():
+        # torch makes the groups of each line of ranks by itself, which only works where there is one line.
+        raise ValueError(
+            f"reshard_after_forward={reshard_after_forward} needs all {dist.get_world_size()} ranks to shard or "
+            f"replicate, and {mesh.size()} do; choose True or False with tensor parallelism"
+        )
+
+
+def _prefetch(model: nn.Module, blocks: list[nn.Module], number: int) -> None:
+    """Gather the next `number` blocks while one computes: in the order of registration, and back.
+
+    Without it torch gathers a block when the host reaches it, and in the backward the one before it.
+    """
+    units: list[FSDPModule] = [unit for unit in blocks if isinstance(unit, FSDPModule)]
+    assert isinstance(model, FSDPModule)
+    if units:
+        model.set_modules_to_forward_prefetch(units[:number])
+        model.set_modules_to_backward_prefetch(units[: -number - 1 : -1])
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + number])
+        # An empty list would mean torch's own order, in which nothing is left before the first block anyway.
+        unit.set_modules_to_backward_prefetch(units[max(index - number, 0) : index][::-1])
 
 
 def replicate(
@@ -68,32 +135,44 @@ def replicate(
     *,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype = torch.float32,
+    output_dtype: torch.dtype | None = None,
     forward_methods: Sequence[str] = (),
     blocks: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Keep all parameters on every rank of the 1-D `mesh` and sum the gradients, block by block, during the backward.
+    """Keep all parameters on every rank of `mesh` and sum the gradients, block by block, during the backward.
 
     Changes `model` in place and returns it. Every rank calls it with equal weights, or with weights on the meta device.
+    `mesh` is 1-D, such as `dims.mesh("dp")`, or 2-D with a second axis of one rank, `dims.mesh("replica", "whole")`:
+    that one also takes a model that `tensor_parallel` has split over the `tp` beside it, and sums over `cp`.
+
     It is `fully_shard` with shards of one rank: DistributedDataParallel renames every parameter, averages, and runs its
     hooks for `forward` only; the composable `replicate` of torch is private and shares the last two.
     """
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"mesh has {mesh.ndim} axes {mesh.mesh_dim_names}; replicate takes one, such as dims.mesh('dp')"
+    if mesh.ndim == 1:
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ValueError(
+                f"{type(model).__name__} is split by tensor parallelism, and the 1-D mesh {mesh.mesh_dim_names} has no "
+                "root with it; give dims.mesh('replica', 'whole')"
+            )
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        assert isinstance(alone, dist.ProcessGroup)
+        mesh = DeviceMesh.from_group(
+            [mesh.get_group(), alone],
+            mesh.device_type,
+            mesh=mesh.mesh.unsqueeze(1),
+            mesh_dim_names=("dp_replicate", "dp_shard"),
         )
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    assert isinstance(alone, dist.ProcessGroup)
-    replicas = DeviceMesh.from_group(
-        [mesh.get_group(), alone],
-        mesh.device_type,
-        mesh=mesh.mesh.unsqueeze(1),
-        mesh_dim_names=("dp_replicate", "dp_shard"),
-    )
+    if mesh.ndim != 2 or mesh.size(1) != 1:
+        raise ValueError(
+            f"mesh has the axes {mesh.mesh_dim_names} of {tuple(mesh.shape)} ranks; replicate takes one, such as "
+            "dims.mesh('dp'), or dims.mesh('replica', 'whole')"
+        )
     return fully_shard(
         model,
-        replicas,
+        mesh,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
+        output_dtype=output_dtype,
         # There is nothing to gather again, so there is nothing to free after the forward.
         reshard_after_forward=False,
         forward_methods=forward_methods,

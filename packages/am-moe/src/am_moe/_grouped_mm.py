@@ -81,6 +81,17 @@ def _weight_gradient(grad: Tensor, rows: Tensor, offsets: Tensor, use_torch: boo
     return d_weight
 
 
+def _forward(rows: Tensor, weight: Tensor, offsets: Tensor, use_torch: bool) -> Tensor:
+    return _product(rows, weight.transpose(1, 2), offsets, use_torch)
+
+
+# One operator, by a name that says what it is, so that selective recomputation can keep its result: products that write
+# into slices of a buffer, or are zeroed afterwards, cannot be kept one by one.
+_LIBRARY = torch.library.Library("am_moe", "DEF")
+_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, bool use_torch) -> Tensor")
+_LIBRARY.impl("grouped_mm", _forward, "CompositeExplicitAutograd")
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -88,7 +99,8 @@ class _GroupedMM(torch.autograd.Function):
         rows = rows.contiguous()
         ctx.save_for_backward(rows, weight, offsets)
         ctx.use_torch = use_torch
-        return _product(rows, weight.transpose(1, 2), offsets, use_torch)
+        out: Tensor = torch.ops.am_moe.grouped_mm(rows, weight, offsets, use_torch)
+        return out
 
     @staticmethod
     @once_differentiable
