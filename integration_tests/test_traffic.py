@@ -10,7 +10,8 @@ import am_kernels
 import am_loss
 import am_mesh
 import am_models
-from am_testing import SentBytes, run_distributed
+from am_testing import run_distributed
+from am_testing.traffic import SentBytes
 
 RANKS, ROWS, LENGTH = 2, 2, 32
 VOCABULARY, HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 64, 32, 48, 3, 4, 2, 8
@@ -58,7 +59,7 @@ def sent_in_a_step(axis, recompute):
         ("cp", "full", (FSDP + CONTEXT * 1.5, FSDP)),
         ("tp", "none", (TENSOR, (RANKS - 1) * (8 * TOKENS + 16))),
         # So is what attention gives; the MLP's sum, the last of a layer, nobody needs twice.
-        ("tp", "full", (TENSOR + ALL_REDUCE * 4 * 2 * LAYERS * TOKENS * HIDDEN, (RANKS - 1) * (8 * TOKENS + 16))),
+        ("tp", "full", (TENSOR + ALL_REDUCE * 4 * LAYERS * TOKENS * HIDDEN, (RANKS - 1) * (8 * TOKENS + 16))),
     ],
 )
 def test_bytes_of_a_step_are_those_of_the_formula(axis, recompute, expected):

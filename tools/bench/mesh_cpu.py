@@ -8,9 +8,10 @@ the loss of am-loss, the optimizer is AdamW; only what is between the ranks diff
 - `fsdp2`: `am_mesh.parallelize`, against `torch.distributed.fsdp.fully_shard` of each layer and of the model;
 - `tp2`: the same call, against `parallelize_module` with Colwise- and RowwiseParallel for every linear layer, the
   embedding and the head. `loss_parallel` is that with the logits and torch's own loss of cut logits;
-- `cp2`: `context_attention`, against an attention of stock parts. torch's `context_parallel` has none for a CPU, so keys
-  and values are gathered with `all_gather_tensor_autograd`, zig-zag as ours are, and each piece of the queries goes to
-  `scaled_dot_product_attention` with the keys that it may see. Both sides shard parameters, each with its `fsdp2`.
+- `cp2`: `context_attention`, against an attention of stock parts. `context_parallel` of torch has none for a CPU, so
+  keys and values are gathered with `all_gather_tensor_autograd`, zig-zag as ours are, and each piece of the queries
+  goes to `scaled_dot_product_attention` with the keys that it may see. Both sides shard parameters, each with its
+  `fsdp2`.
 
 The sides of an axis train in the same two processes, a few steps in turn, so that load on the machine hits them alike.
 Measured: tokens per CPU-second (user and system time of both processes, all threads), and the ratio round by round.
@@ -45,7 +46,7 @@ from torch.distributed.tensor import DTensor
 import am_loss
 import am_mesh
 import am_models
-from am_testing import SentBytes
+from am_testing.traffic import SentBytes
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD, SEED, WARMUP, STEPS = 2, 7, 2, 3

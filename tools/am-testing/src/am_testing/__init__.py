@@ -1,4 +1,4 @@
-"""Test helpers of this repository: a pool of gloo worker processes, what they send, free ports, and a full disk."""
+"""Test helpers of this repository: a pool of gloo worker processes, free ports, and a disk that is full."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 from am_testing._disk import small_files
 from am_testing._pool import Pool
 from am_testing._ports import free_port
-from am_testing._traffic import Sent, SentBytes
 
-__all__ = ["Pool", "Sent", "SentBytes", "free_port", "run_distributed", "small_files"]
+__all__ = ["Pool", "free_port", "run_distributed", "small_files"]
 
 _pool = Pool(4)
 atexit.register(_pool.close)
