@@ -26,6 +26,7 @@ def test_all_is_the_documented_names():
         "load_adapter",
         "merge_lora",
         "save_adapter",
+        "tensor_placements",
         "trainable_report",
     ]
     assert set(am_peft.__all__) <= set(vars(am_peft))

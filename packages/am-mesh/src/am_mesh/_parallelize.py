@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_mesh._dims import ParallelDims
 from am_mesh._recompute import recompute as recompute_blocks
 from am_mesh._shard import check_policy, fully_shard, replicate
 from am_mesh._tensor import tensor_parallel
-from am_mesh._tensor_styles import LayerPlacements, Style
+from am_mesh._tensor_styles import LayerPlacements
 
 STRATEGIES = ("fsdp2", "ddp")
 RECOMPUTE = ("none", "selective", "full")
@@ -24,7 +25,7 @@ def parallelize(
     dims: ParallelDims,
     *,
     strategy: Literal["fsdp2", "ddp", "megatron_fsdp"] = "fsdp2",
-    tp_plan: Mapping[str, str | Style] | None = None,
+    tp_plan: Mapping[str, str | ParallelStyle] | None = None,
     sequence_parallel: bool = False,
     layer_placements: LayerPlacements | None = None,
     must_divide: Mapping[str, int] | None = None,

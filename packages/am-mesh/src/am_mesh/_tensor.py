@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from am_mesh import _tensor_ops as ops
 from am_mesh._blocks import find_blocks, name_matches
@@ -80,7 +81,7 @@ def tensor_parallel(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
-    plan: Mapping[str, str | Style] | None = None,
+    plan: Mapping[str, str | ParallelStyle] | None = None,
     sequence_parallel: bool = False,
     layer_placements: LayerPlacements | None = None,
     must_divide: Mapping[str, int] | None = None,
@@ -121,7 +122,11 @@ def tensor_parallel(
     styles = _styles(model, named, regions)
     _check_even(model, styles, layout)
     for name, style in styles.items():
-        style.apply(model.get_submodule(name), layout)
+        module = model.get_submodule(name)
+        if isinstance(style, Style):
+            style.apply(module, layout)
+        else:
+            parallelize_module(module, mesh, style)
     if sequence_parallel:
         _cut_sequences(found, regions, styles, layout)
     return TensorReport(applied, unmatched)
@@ -135,8 +140,8 @@ def _check_divides(ranks: int, sizes: Mapping[str, int]) -> None:
 
 
 def _expanded(
-    model: nn.Module, plan: Mapping[str, str | Style] | None
-) -> tuple[dict[str, str | Style], dict[str, tuple[str, int]], tuple[str, ...]]:
+    model: nn.Module, plan: Mapping[str, str | ParallelStyle] | None
+) -> tuple[dict[str, str | ParallelStyle], dict[str, tuple[str, int]], tuple[str, ...]]:
     """Style by full name of module or parameter, in the order of the model; patterns that matched, and that did not."""
     given = plan
     if given is None:
@@ -147,13 +152,13 @@ def _expanded(
             )
         given = model.tp_plan
     for pattern, style in given.items():
-        if not isinstance(style, Style) and style not in STYLES:
+        if not isinstance(style, ParallelStyle) and style not in STYLES:
             close = difflib.get_close_matches(str(style), STYLES, n=2)
             nearest = f"did you mean {' or '.join(close)}? " if close else ""
             raise ValueError(f"{pattern}: unknown style {style!r}; {nearest}choose from {', '.join(STYLES)}")
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    named: dict[str, str | Style] = {}
+    named: dict[str, str | ParallelStyle] = {}
     applied, unmatched = {}, []
     for pattern, style in given.items():
         found = [name for name in names if name_matches(name, pattern)]
@@ -175,7 +180,7 @@ def _pattern(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _add_vocabulary(model: nn.Module, named: dict[str, str | Style]) -> None:
+def _add_vocabulary(model: nn.Module, named: dict[str, str | ParallelStyle]) -> None:
     if not isinstance(model, HasEmbeddings):
         return
     of = {module: name for name, module in model.named_modules()}
@@ -190,11 +195,12 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _opens(style: str | Style) -> bool:
-    return style.opens if isinstance(style, Style) else style == "colwise"
+def _opens(style: str | ParallelStyle) -> bool:
+    """Whether what leaves is a slice, so that what follows computes in parts. Of a caller's style nobody knows."""
+    return style == "colwise"
 
 
-def _check_left_out(model: nn.Module, named: Mapping[str, str | Style]) -> None:
+def _check_left_out(model: nn.Module, named: Mapping[str, str | ParallelStyle]) -> None:
     """Between a module that splits and the one that sums up, every parameter needs a style."""
     modules = dict(model.named_modules())
     sharded = {_parent(name) for name, style in named.items() if _opens(style) and name in modules}
@@ -211,7 +217,9 @@ def _check_left_out(model: nn.Module, named: Mapping[str, str | Style]) -> None:
             )
 
 
-def _regions(model: nn.Module, blocks: Mapping[str, nn.Module], named: Mapping[str, str | Style]) -> dict[str, bool]:
+def _regions(
+    model: nn.Module, blocks: Mapping[str, nn.Module], named: Mapping[str, str | ParallelStyle]
+) -> dict[str, bool]:
     """The children of blocks that see whole sequences, and whether what leaves them is summed and cut at once."""
     regions: dict[str, list[str]] = {}
     for name in named:
@@ -227,10 +235,12 @@ def _regions(model: nn.Module, blocks: Mapping[str, nn.Module], named: Mapping[s
     }
 
 
-def _styles(model: nn.Module, named: Mapping[str, str | Style], regions: Mapping[str, bool]) -> dict[str, Style]:
+def _styles(
+    model: nn.Module, named: Mapping[str, str | ParallelStyle], regions: Mapping[str, bool]
+) -> dict[str, ParallelStyle]:
     """What is applied to which module."""
     modules = dict(model.named_modules())
-    styles: dict[str, Style] = {}
+    styles: dict[str, ParallelStyle] = {}
     for name, style in named.items():
         if name not in modules:
             if _parent(name) not in named or named[_parent(name)] not in ("moe_tp_experts", "local_params"):
@@ -239,7 +249,7 @@ def _styles(model: nn.Module, named: Mapping[str, str | Style], regions: Mapping
                     "local_params, or moe_tp_experts where it holds experts"
                 )
             continue
-        if isinstance(style, Style):
+        if isinstance(style, ParallelStyle):
             styles[name] = style
         elif style in ("moe_tp_experts", "local_params"):
             split = _bare_parameters(modules[name], name, named)
@@ -262,7 +272,7 @@ _MAKE = {
 }
 
 
-def _bare_parameters(module: nn.Module, name: str, named: Mapping[str, str | Style]) -> dict[str, Placement]:
+def _bare_parameters(module: nn.Module, name: str, named: Mapping[str, str | ParallelStyle]) -> dict[str, Placement]:
     split: dict[str, Placement] = {}
     for key, parameter in module.named_parameters(recurse=False):
         style = named.get(f"{name}.{key}")
@@ -275,11 +285,12 @@ def _bare_parameters(module: nn.Module, name: str, named: Mapping[str, str | Sty
     return split
 
 
-def _check_even(model: nn.Module, styles: Mapping[str, Style], layout: Layout) -> None:
+def _check_even(model: nn.Module, styles: Mapping[str, ParallelStyle], layout: Layout) -> None:
     """Slices of heads and columns are equal; of a vocabulary they need not be."""
     ranks = layout.mesh.size()
     for name, style in styles.items():
-        if isinstance(style, (Embedding, Replicated)) or (isinstance(style, Colwise) and style.gather_output):
+        vocabulary = isinstance(style, Embedding) or (isinstance(style, Colwise) and style.gather_output)
+        if vocabulary or not isinstance(style, Style):
             continue
         module = model.get_submodule(name)
         for key, placement in style.placements(module, layout).items():
@@ -294,7 +305,7 @@ def _check_even(model: nn.Module, styles: Mapping[str, Style], layout: Layout) -
 
 
 def _cut_sequences(
-    blocks: Mapping[str, nn.Module], regions: Mapping[str, bool], styles: Mapping[str, Style], layout: Layout
+    blocks: Mapping[str, nn.Module], regions: Mapping[str, bool], styles: Mapping[str, ParallelStyle], layout: Layout
 ) -> None:
     """Cut what enters the first block, put together what leaves the last, and where a region sees whole sequences."""
     for block_name, block in blocks.items():

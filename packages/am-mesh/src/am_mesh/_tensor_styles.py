@@ -10,7 +10,7 @@ is marked so (Partial), and FSDP2 reduces it once, with the gradients of the ste
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -78,10 +78,6 @@ class Layout:
 class Style(ParallelStyle):
     """One way to split a module over the tensor mesh, and what enters and leaves its forward."""
 
-    # What leaves is a slice, so what follows computes in parts, until a module that closes it: what stands between
-    # needs a style of its own.
-    opens: ClassVar[bool] = False
-
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.apply(module, Layout(device_mesh))
         return module
@@ -121,10 +117,6 @@ class Colwise(Style):
 
     def __init__(self, gather_output: bool = False) -> None:
         self.gather_output = gather_output
-
-    @property
-    def opens(self) -> bool:  # type: ignore[override]
-        return not self.gather_output
 
     def placements(self, module: nn.Module, layout: Layout) -> Mapping[str, Placement]:
         return _of_linear(module, "colwise", {"weight": Shard(0), "bias": Shard(0)}, layout)

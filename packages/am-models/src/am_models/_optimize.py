@@ -90,7 +90,10 @@ def optimize(
             swaps[part] = _PLANS[part](language_model, rows.language, request)
         if swaps[part].apply is None and request not in ("auto", False):
             reason = swaps[part].text.removeprefix("stock: ")
-            raise ValueError(f'kernels={{"{part}": {request!r}}} cannot be honoured: {reason}; use "auto" or False')
+            asked, fix = repr(request), 'use "auto" or False'
+            if callable(request):
+                asked, fix = type(request).__name__, "no attention can be given to this model"
+            raise ValueError(f'kernels={{"{part}": {asked}}} cannot be honoured: {reason}; {fix}')
     keep_rows(model, rows)
     _own_config(model)
     for swap in swaps.values():

@@ -215,8 +215,8 @@ class LoraLinear(LoraLayer, nn.Linear):
 def tensor_placements(module: nn.Module, style: str) -> Mapping[str, Placement] | None:
     """How tensor parallelism splits an adapter layer: placements of its parameters by name; None for other modules.
 
-    For `am_mesh.parallelize(layer_placements=am_peft.tensor_placements)`. style: "colwise" (outputs are split: B is, and
-    every rank has A) or "rowwise" (inputs are: A is, and every rank has B). Raises `ValueError` for another style.
+    For `am_mesh.parallelize(layer_placements=am_peft.tensor_placements)`. style: "colwise" (outputs are split: B is,
+    and every rank has A) or "rowwise" (inputs are: A is, and every rank has B). Raises `ValueError` for another style.
     """
     from torch.distributed.tensor import Replicate, Shard
 

@@ -102,8 +102,12 @@ class Distributed:
         """The keyword arguments of `am_mesh.parallelize`."""
         return {
             "strategy": self.strategy,
+            "tp_plan": self.tp_plan,
+            "sequence_parallel": self.sequence_parallel,
             "recompute": self.activation_checkpointing,
             "param_dtype": torch_dtype(self.param_dtype),
             "reduce_dtype": torch_dtype(self.reduce_dtype),
             "reshard_after_forward": self.reshard_after_forward,
+            "cpu_offload": self.cpu_offload,
+            "prefetch": self.prefetch,
         }
