@@ -9,7 +9,7 @@ the loss of am-loss, the optimizer is AdamW; only what is between the ranks diff
 - `tp2`: the same call, against `parallelize_module` with Colwise- and RowwiseParallel for every linear layer, the
   embedding and the head. `loss_parallel` is that with the logits and torch's own loss of cut logits;
 - `cp2`: `context_attention`, against an attention of stock parts. `context_parallel` of torch has none for a CPU, so
-  keys and values are gathered with `all_gather_tensor_autograd`, zig-zag as ours are, and each piece of the queries
+  keys and values are gathered with `all_gather_single_autograd`, zig-zag as ours are, and each piece of the queries
   goes to `scaled_dot_product_attention` with the keys that it may see. Both sides shard parameters, each with its
   `fsdp2`.
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -50,7 +51,8 @@ from am_testing.traffic import SentBytes
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD, SEED, WARMUP, STEPS = 2, 7, 2, 3
-ROWS, LENGTH = 2, 512
+# Rows and their length in a micro-batch: context parallelism is for long ones.
+SHAPES = {"fsdp2": (2, 512), "tp2": (2, 512), "cp2": (1, 2048)}
 MODEL = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -104,7 +106,7 @@ class StockContextAttention:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         size, rank = mesh.size(), mesh.get_local_rank()
-        piece = LENGTH // (2 * size)
+        piece = SHAPES["cp2"][1] // (2 * size)
         order = [part for of_rank in range(size) for part in (of_rank, 2 * size - 1 - of_rank)]
         self.mesh = mesh
         self.whole = torch.cat([torch.arange(piece) + order.index(part) * piece for part in range(2 * size)])
@@ -113,11 +115,11 @@ class StockContextAttention:
         self.masks = [torch.ones(piece, end, dtype=torch.bool).tril(end - piece) for end in self.ends]
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        from torch.distributed._functional_collectives import all_gather_tensor_autograd
+        from torch.distributed._functional_collectives import all_gather_single_autograd
 
         # The dim that is gathered comes first: gathering along another one is a copy more.
         parts = torch.stack([k, v], 1).movedim(3, 0).contiguous()
-        both = all_gather_tensor_autograd(parts, 0, self.mesh)[self.whole].movedim(0, 3)
+        both = all_gather_single_autograd(parts, 0, self.mesh)[self.whole].movedim(0, 3)
         groups = q.shape[1] // k.shape[1]
         keys, values = (both[:, part].repeat_interleave(groups, 1) for part in (0, 1))
         pieces = [
@@ -146,12 +148,17 @@ def build(axis: str, side: str, dims: am_mesh.ParallelDims) -> Any:
     return model
 
 
+def tokens_of(axis: str) -> int:
+    """Of one step, over all ranks."""
+    return math.prod(SHAPES[axis]) * (WORLD if axis == "fsdp2" else 1)
+
+
 def batch_of(axis: str, side: str, dims: am_mesh.ParallelDims, step: int) -> dict[str, Any]:
     """What this rank gets: its own rows under fsdp2, the same ones under tp2, its part of them under cp2."""
-    own = dist.get_rank() if axis == "fsdp2" else 0
+    own, (rows, length) = dist.get_rank() if axis == "fsdp2" else 0, SHAPES[axis]
     generator = torch.Generator().manual_seed(1000 * step + own)
-    tokens = torch.randint(MODEL["vocab_size"], (ROWS, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous()
+    tokens = torch.randint(MODEL["vocab_size"], (rows, length), generator=generator)
+    positions = torch.arange(length).repeat(rows, 1)
     batch: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "shift_labels": tokens.roll(-1, 1)}
     if axis != "cp2":
         return batch
@@ -195,7 +202,7 @@ class Side:
     def step(self) -> float:
         """The loss of one optimizer step, over all ranks."""
         batch = batch_of(self.axis, self.name, self.dims, self.num_steps)
-        divisor = ROWS * LENGTH * (WORLD if self.axis == "fsdp2" else 1)
+        divisor = tokens_of(self.axis)
         loss = sum_of(self.model, self.name, batch, lambda loss: (loss / divisor).backward()) / divisor
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -215,7 +222,7 @@ class Side:
 
 def expected_bytes(axis: str) -> dict[str, int]:
     """What our side sends per rank and step, in float32: n ranks, L layers, R rows of S tokens, D hidden, V ids."""
-    n, layers, tokens = WORLD, MODEL["num_hidden_layers"], ROWS * LENGTH
+    n, layers, tokens = WORLD, MODEL["num_hidden_layers"], math.prod(SHAPES[axis])
     hidden, ids = MODEL["hidden_size"], MODEL["vocab_size"]
     head = hidden // MODEL["num_attention_heads"]
     heads, kv_heads = MODEL["num_attention_heads"], MODEL["num_key_value_heads"]
@@ -257,16 +264,15 @@ def measure(axis: str, rounds: int) -> dict[str, Any]:
     for side in sides:
         with SentBytes(WORLD) as counted:
             batch = batch_of(axis, side.name, dims, side.num_steps)
-            sum_of(side.model, side.name, batch, lambda loss: (loss / (ROWS * LENGTH)).backward())
+            sum_of(side.model, side.name, batch, lambda loss: (loss / tokens_of(axis)).backward())
         side.optimizer.zero_grad()
         sent[side.name] = by_axis(axis, counted)
     if sent["ours"] != expected_bytes(axis):
         raise RuntimeError(f"{axis}: {sent['ours']} bytes were sent, the formula says {expected_bytes(axis)}")
-    tokens = ROWS * LENGTH * STEPS * (WORLD if axis == "fsdp2" else 1)
     speeds: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides if number % 2 else reversed(sides):
-            speeds[side.name].append(tokens / side.cpu_seconds(STEPS))
+            speeds[side.name].append(tokens_of(axis) * STEPS / side.cpu_seconds(STEPS))
     return {"losses": losses, "bytes sent per rank and step": sent, "tokens_per_cpu_second": speeds}
 
 
@@ -328,8 +334,7 @@ def main() -> None:
         "ranks": WORLD,
         "threads": 1,
         "model": MODEL,
-        "rows": ROWS,
-        "length": LENGTH,
+        "rows and length": SHAPES,
         "summary": {axis: summarise(result) for axis, result in runs.items()},
         "runs": runs,
     }
