@@ -225,6 +225,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp packed recomputed": (2, layout(4, 2, PACK_TOKENS, strategy="ddp", activation_checkpointing="full")),
     "fsdp2, teacher ddp": (2, layout(4, 1, PACK_TOKENS) | {"teacher_distributed.strategy": "ddp"}),
     "ddp, teacher fsdp2": (2, layout(12, 3, strategy="ddp") | {"teacher_distributed.strategy": "fsdp2"}),
+    "tp2": (2, layout(10, 5, tp_size=2)),
+    "cp2 packed accumulated": (2, layout(4, 2, PACK_TOKENS, cp_size=2)),
     "hsdp, teacher fsdp2": (4, layout(12, 3, dp_replicate_size=2) | {"teacher_distributed.strategy": "fsdp2"}),
 }
 

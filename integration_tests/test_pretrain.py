@@ -72,6 +72,16 @@ LAYOUTS = {
     "fsdp2": (2, {"step_scheduler.local_batch_size": "2"}),
     "fsdp2-accumulation": (2, {"step_scheduler.local_batch_size": "1"}),
     "ddp-accumulation": (2, {"step_scheduler.local_batch_size": "1", "distributed.strategy": "ddp"}),
+    "tp2-sp-accumulation": (
+        2,
+        {
+            "step_scheduler.local_batch_size": "2",
+            "distributed.tp_size": "2",
+            "distributed.sequence_parallel": "true",
+            "distributed.activation_checkpointing": "selective",
+        },
+    ),
+    "cp2": (2, {"distributed.cp_size": "2"}),
 }
 
 

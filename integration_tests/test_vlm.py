@@ -248,6 +248,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, str]]] = {
     "fsdp2": ("all", 2, {"step_scheduler.local_batch_size": "2"}),
     "ddp-accumulation": ("all", 2, {"step_scheduler.local_batch_size": "1", "distributed.strategy": "ddp"}),
     "fsdp2-accumulation-frozen": ("default", 2, {"step_scheduler.local_batch_size": "1"}),
+    "tp2-sp-frozen": ("default", 2, {"distributed.tp_size": "2", "distributed.sequence_parallel": "true"}),
     "ddp-frozen": ("default", 2, {"step_scheduler.local_batch_size": "2", "distributed.strategy": "ddp"}),
 }
 TRAINED: dict[str, dict[str, Any]] = {"all": {"freeze": []}, "default": {}}

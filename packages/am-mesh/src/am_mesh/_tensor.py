@@ -113,7 +113,7 @@ def tensor_parallel(
     named, applied, unmatched = _expanded(model, plan)
     _add_vocabulary(model, named)
     _check_left_out(model, named)
-    found = find_blocks(model, blocks) if sequence_parallel else {}
+    found = _split_blocks(model, blocks, named) if sequence_parallel else {}
     if sequence_parallel and not found:
         raise ValueError(
             f"{type(model).__name__} has no list of repeated layers to cut sequences in; name them: blocks="
@@ -130,6 +130,15 @@ def tensor_parallel(
     if sequence_parallel:
         _cut_sequences(found, regions, styles, layout)
     return TensorReport(applied, unmatched)
+
+
+def _split_blocks(
+    model: nn.Module, blocks: Sequence[str] | None, named: Mapping[str, str | ParallelStyle]
+) -> dict[str, nn.Module]:
+    """The blocks of every list that the plan has to do with: not those of a vision tower that it leaves whole."""
+    found = find_blocks(model, blocks)
+    lists = {_parent(block) for block in found if any(name.startswith(f"{block}.") for name in named)}
+    return {name: block for name, block in found.items() if _parent(name) in lists}
 
 
 def _check_divides(ranks: int, sizes: Mapping[str, int]) -> None:
