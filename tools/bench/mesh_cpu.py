@@ -1,6 +1,6 @@
 """One training step on 2 processes of a CPU: our layouts against those of stock torch, on the same model.
 
-    python tools/bench/mesh_cpu.py [--rounds 9] [--axis fsdp2 tp2 cp2]
+    python tools/bench/mesh_cpu.py [--rounds 30] [--axis fsdp2 tp2 cp2]
 
 The model is one seeded Llama of transformers (hidden 256, 4 layers, vocabulary 8,192) with the kernels of am-models and
 the loss of am-loss, the optimizer is AdamW; only what is between the ranks differs:
@@ -13,8 +13,8 @@ the loss of am-loss, the optimizer is AdamW; only what is between the ranks diff
   goes to `scaled_dot_product_attention` with the keys that it may see. Both sides shard parameters, each with its
   `fsdp2`.
 
-The sides of an axis train in the same two processes, a few steps in turn, so that load on the machine hits them alike.
-Measured: tokens per CPU-second (user and system time of both processes, all threads), and the ratio round by round.
+The sides of an axis train in the same two processes, one step each in turn: load on the machine hits them alike.
+Measured: tokens per CPU-second (user and system time of both processes, all threads), and the ratio step by step.
 
 Bytes: what each rank sends in one step by axis, counted at every collective, in a ring: of n ranks an all-reduce sends
 `2 (n - 1) / n` of its tensor, an all-gather `n - 1` times its own part, a reduce-scatter `n - 1` times what it gives.
@@ -50,7 +50,7 @@ import am_models
 from am_testing.traffic import SentBytes
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD, SEED, WARMUP, STEPS = 2, 7, 2, 3
+WORLD, SEED, WARMUP = 2, 7, 2
 # Rows and their length in a micro-batch: context parallelism is for long ones.
 SHAPES = {"fsdp2": (2, 512), "tp2": (2, 512), "cp2": (1, 2048)}
 MODEL = {
@@ -76,15 +76,11 @@ def seeded_model() -> Any:
 
 
 def stock_fully_shard(model: Any, mesh: DeviceMesh) -> None:
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
 
 
@@ -202,19 +198,19 @@ class Side:
     def step(self) -> float:
         """The loss of one optimizer step, over all ranks."""
         batch = batch_of(self.axis, self.name, self.dims, self.num_steps)
-        divisor = tokens_of(self.axis)
-        loss = sum_of(self.model, self.name, batch, lambda loss: (loss / divisor).backward()) / divisor
+        # Stock FSDP2 averages gradients over the ranks, where ours sums them.
+        factor = (WORLD if self.name == "stock" and self.axis != "tp2" else 1) / tokens_of(self.axis)
+        loss = sum_of(self.model, self.name, batch, lambda loss: (loss * factor).backward())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return am_mesh.sum_over(self.dims.loss_ranks, loss.item())
+        return am_mesh.sum_over(self.dims.loss_ranks, loss.item()) / tokens_of(self.axis)
 
-    def cpu_seconds(self, num_steps: int) -> float:
-        """Of both processes together."""
+    def cpu_seconds(self) -> float:
+        """Of one step, of both processes together."""
         dist.barrier()
         begin = time.process_time()
-        for _ in range(num_steps):
-            self.step()
+        self.step()
         spent = torch.tensor(time.process_time() - begin, dtype=torch.float64)
         dist.all_reduce(spent)
         return spent.item()
@@ -272,7 +268,7 @@ def measure(axis: str, rounds: int) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides if number % 2 else reversed(sides):
-            speeds[side.name].append(tokens_of(axis) * STEPS / side.cpu_seconds(STEPS))
+            speeds[side.name].append(tokens_of(axis) / side.cpu_seconds())
     return {"losses": losses, "bytes sent per rank and step": sent, "tokens_per_cpu_second": speeds}
 
 
@@ -311,7 +307,7 @@ def cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--axis", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--output", type=Path, default=ROOT / "tools" / "bench" / "results" / "mesh_cpu.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
