@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from am_mesh._collectives import all_gathered, reduce_scattered
+
 Batch = Mapping[str, Any]
 
 
@@ -272,14 +274,11 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        ctx.order, ctx.group, ctx.rows = order, group, len(x)
-        gathered = x.new_empty(len(x) * dist.get_world_size(group), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        ctx.order, ctx.group = order, group
+        gathered = all_gathered(x, group)
         return gathered if order is None else torch.empty_like(gathered).index_copy_(0, order, gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous() if ctx.order is None else grad.index_select(0, ctx.order)
-        own = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad, group=ctx.group)
-        return own, None, None
+        return reduce_scattered(grad, ctx.group), None, None
