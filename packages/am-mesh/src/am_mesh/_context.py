@@ -224,10 +224,9 @@ def _cut_attention(
 ) -> Tensor:
     keys, values = _gathered(k, v, shard)
     out = _begun_documents(self, q, k, v, shard, options)
-    # Every rank takes part in the gradients of the others, whatever it used.
-    out = out + (keys[..., :0].sum() + values[..., :0].sum())
     if not any(piece.continued for piece in shard.pieces):
-        return out
+        # Every rank takes part in the gradients of the others, whatever it used.
+        return out + (keys[..., :0].sum() + values[..., :0].sum())
     window = options["window"]
     parts: list[list[Tensor]] = [[] for _ in range(len(q))]
     for row, first, end, begin, continued, document in shard.pieces:
@@ -244,7 +243,7 @@ def _cut_attention(
             )
             parts[row].append(own[0])
         parts[row].append(out[row, first + continued : end])
-    return torch.stack([torch.cat(row) for row in parts])
+    return torch.cat([part for row in parts for part in row]).unflatten(0, (len(q), -1))
 
 
 def _begun_documents(
@@ -265,7 +264,9 @@ def _gathered(k: Tensor, v: Tensor, shard: SequenceShard) -> tuple[Tensor, Tenso
     own = torch.cat([k, v], dim=-1).permute(2, 0, 1, 3)
     order = None if shard.order is None else shard.order.to(own.device)
     whole = _GatherRows.apply(own, order, shard.mesh.get_group()).permute(1, 2, 0, 3)
-    return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
+    # Not two slices: the gradient of each would be as large as both, zeros for the other's part.
+    keys, values = whole.split([k.shape[-1], v.shape[-1]], dim=-1)
+    return keys, values
 
 
 class _GatherRows(torch.autograd.Function):
