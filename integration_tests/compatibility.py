@@ -52,6 +52,8 @@ EXCLUSIVE = (
     {"tied", "untied"},
     {"dense", "moe"},
     {"sft", "kd", "pretrain", "vlm"},
+    # These two have no section packed_sequence.
+    *({recipe, rows} for recipe in ("pretrain", "vlm") for rows in ("packed", "padded")),
 )
 # Why two features do not go together, and the nearest legal choice.
 REFUSED = {
@@ -62,7 +64,30 @@ REFUSED = {
     ("ddp", "cpu_offload"): ("ddp keeps weights whole on every rank", "strategy=fsdp2"),
 }
 # Combinations that whole runs of a recipe show, each named by the test that does.
-RUNS: dict[str, tuple[set[str], ...]] = {}
+_PRETRAIN = tuple(
+    {"pretrain", "full", *model, *layout}
+    for model in ({"tied", "dense"}, {"untied", "moe"})
+    for layout in (
+        {"fsdp2", "cpu_offload"},
+        {"fsdp2", "accumulation", "recompute_full"},
+        {"ddp", "accumulation"},
+        {"fsdp2", "tp", "sp", "accumulation", "recompute_selective"},
+        {"fsdp2", "cp"},
+    )
+)
+_VLM = tuple(
+    {"vlm", "full", "untied", "dense", *layout}
+    for layout in (
+        {"fsdp2", "cpu_offload"},
+        {"fsdp2", "accumulation", "recompute_full"},
+        {"ddp", "accumulation"},
+        {"fsdp2", "tp", "sp", "recompute_selective"},
+    )
+)
+RUNS: dict[str, tuple[set[str], ...]] = {
+    "test_pretrain.py::test_layouts_agree": _PRETRAIN,
+    "test_vlm.py::test_layouts_agree": _VLM,
+}
 _NAMES = {"supported": "yes", "refused": "no", "untested": "?"}
 
 
