@@ -128,8 +128,10 @@ def page() -> str:
     meaning = (
         "Two steps of training in a layout are held against one process: the loss, every gradient by name, the norm "
         "and every weight, each within 1e-5 of its largest value in float32. Every pair marked *yes* is in at least "
-        "one such cell; *no* is refused when a config is checked, before anything is loaded; *?* has not been held "
-        "against one process, and a run says so. Written by `python -m integration_tests.compatibility`."
+        "one such cell, or, of pretrain and vlm, in a whole run of the recipe, of which the logged numbers and the "
+        "exported weights are compared, and no gradients by name; *no* is refused when a config is checked, before "
+        "anything is loaded; *?* has not been held against one process, and a run says so. Written by "
+        "`python -m integration_tests.compatibility`."
     )
     numbers = (
         f"Pairs: {counts['supported']} proven, {counts['refused']} refused, {counts['untested']} untested. Cells: "
