@@ -70,7 +70,7 @@ def _cell(row: dict[str, Any]) -> Cell:
 
 
 def _of(cases: tuple[Case, ...], *layouts: Layout) -> list[Cell]:
-    return [(case, layout) for case in cases for layout in layouts]
+    return [(case, layout) for layout in layouts for case in cases]
 
 
 PAIRS: list[Cell] = [_cell(row) for row in pairwise(CHOICES)]
