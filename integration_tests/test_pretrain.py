@@ -69,8 +69,11 @@ MUON = {
 }
 LAYOUTS = {
     "accumulation": (1, {"step_scheduler.local_batch_size": "1"}),
-    "fsdp2": (2, {"step_scheduler.local_batch_size": "2"}),
-    "fsdp2-accumulation": (2, {"step_scheduler.local_batch_size": "1"}),
+    "fsdp2-offloaded": (2, {"step_scheduler.local_batch_size": "2", "distributed.cpu_offload": "true"}),
+    "fsdp2-accumulation-recomputed": (
+        2,
+        {"step_scheduler.local_batch_size": "1", "distributed.activation_checkpointing": "full"},
+    ),
     "ddp-accumulation": (2, {"step_scheduler.local_batch_size": "1", "distributed.strategy": "ddp"}),
     "tp2-sp-accumulation": (
         2,

@@ -245,10 +245,22 @@ def run(tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]) -> Run
 # What trains (None: all but the vision tower), ranks, and what is changed.
 LAYOUTS: dict[str, tuple[str, int, dict[str, str]]] = {
     "accumulation": ("all", 1, {"step_scheduler.local_batch_size": "1"}),
-    "fsdp2": ("all", 2, {"step_scheduler.local_batch_size": "2"}),
+    "fsdp2-offloaded": ("all", 2, {"step_scheduler.local_batch_size": "2", "distributed.cpu_offload": "true"}),
     "ddp-accumulation": ("all", 2, {"step_scheduler.local_batch_size": "1", "distributed.strategy": "ddp"}),
-    "fsdp2-accumulation-frozen": ("default", 2, {"step_scheduler.local_batch_size": "1"}),
-    "tp2-sp-frozen": ("default", 2, {"distributed.tp_size": "2", "distributed.sequence_parallel": "true"}),
+    "fsdp2-accumulation-frozen-recomputed": (
+        "default",
+        2,
+        {"step_scheduler.local_batch_size": "1", "distributed.activation_checkpointing": "full"},
+    ),
+    "tp2-sp-frozen-recomputed": (
+        "default",
+        2,
+        {
+            "distributed.tp_size": "2",
+            "distributed.sequence_parallel": "true",
+            "distributed.activation_checkpointing": "selective",
+        },
+    ),
     "ddp-frozen": ("default", 2, {"step_scheduler.local_batch_size": "2", "distributed.strategy": "ddp"}),
 }
 TRAINED: dict[str, dict[str, Any]] = {"all": {"freeze": []}, "default": {}}

@@ -1,6 +1,6 @@
 """One training step on 2 processes of a CPU: our layouts against those of stock torch, on the same model.
 
-    python tools/bench/mesh_cpu.py [--rounds 9] [--axis fsdp2 tp2 cp2]
+    python tools/bench/mesh_cpu.py [--rounds 30] [--axis fsdp2 tp2 cp2]
 
 The model is one seeded Llama of transformers (hidden 256, 4 layers, vocabulary 8,192) with the kernels of am-models and
 the loss of am-loss, the optimizer is AdamW; only what is between the ranks differs:
@@ -9,12 +9,12 @@ the loss of am-loss, the optimizer is AdamW; only what is between the ranks diff
 - `tp2`: the same call, against `parallelize_module` with Colwise- and RowwiseParallel for every linear layer, the
   embedding and the head. `loss_parallel` is that with the logits and torch's own loss of cut logits;
 - `cp2`: `context_attention`, against an attention of stock parts. `context_parallel` of torch has none for a CPU, so
-  keys and values are gathered with `all_gather_tensor_autograd`, zig-zag as ours are, and each piece of the queries
+  keys and values are gathered with `all_gather_single_autograd`, zig-zag as ours are, and each piece of the queries
   goes to `scaled_dot_product_attention` with the keys that it may see. Both sides shard parameters, each with its
   `fsdp2`.
 
-The sides of an axis train in the same two processes, a few steps in turn, so that load on the machine hits them alike.
-Measured: tokens per CPU-second (user and system time of both processes, all threads), and the ratio round by round.
+The sides of an axis train in the same two processes, one step each in turn: load on the machine hits them alike.
+Measured: tokens per CPU-second (user and system time of both processes, all threads), and the ratio step by step.
 
 Bytes: what each rank sends in one step by axis, counted at every collective, in a ring: of n ranks an all-reduce sends
 `2 (n - 1) / n` of its tensor, an all-gather `n - 1` times its own part, a reduce-scatter `n - 1` times what it gives.
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -49,8 +50,9 @@ import am_models
 from am_testing.traffic import SentBytes
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD, SEED, WARMUP, STEPS = 2, 7, 2, 3
-ROWS, LENGTH = 2, 512
+WORLD, SEED, WARMUP = 2, 7, 2
+# Rows and their length in a micro-batch: context parallelism is for long ones.
+SHAPES = {"fsdp2": (2, 512), "tp2": (2, 512), "cp2": (1, 2048)}
 MODEL = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -74,15 +76,11 @@ def seeded_model() -> Any:
 
 
 def stock_fully_shard(model: Any, mesh: DeviceMesh) -> None:
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "forward_with_loss")
 
 
@@ -104,7 +102,7 @@ class StockContextAttention:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         size, rank = mesh.size(), mesh.get_local_rank()
-        piece = LENGTH // (2 * size)
+        piece = SHAPES["cp2"][1] // (2 * size)
         order = [part for of_rank in range(size) for part in (of_rank, 2 * size - 1 - of_rank)]
         self.mesh = mesh
         self.whole = torch.cat([torch.arange(piece) + order.index(part) * piece for part in range(2 * size)])
@@ -113,11 +111,11 @@ class StockContextAttention:
         self.masks = [torch.ones(piece, end, dtype=torch.bool).tril(end - piece) for end in self.ends]
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        from torch.distributed._functional_collectives import all_gather_tensor_autograd
+        from torch.distributed._functional_collectives import all_gather_single_autograd
 
         # The dim that is gathered comes first: gathering along another one is a copy more.
         parts = torch.stack([k, v], 1).movedim(3, 0).contiguous()
-        both = all_gather_tensor_autograd(parts, 0, self.mesh)[self.whole].movedim(0, 3)
+        both = all_gather_single_autograd(parts, 0, self.mesh)[self.whole].movedim(0, 3)
         groups = q.shape[1] // k.shape[1]
         keys, values = (both[:, part].repeat_interleave(groups, 1) for part in (0, 1))
         pieces = [
@@ -146,12 +144,17 @@ def build(axis: str, side: str, dims: am_mesh.ParallelDims) -> Any:
     return model
 
 
+def tokens_of(axis: str) -> int:
+    """Of one step, over all ranks."""
+    return math.prod(SHAPES[axis]) * (WORLD if axis == "fsdp2" else 1)
+
+
 def batch_of(axis: str, side: str, dims: am_mesh.ParallelDims, step: int) -> dict[str, Any]:
     """What this rank gets: its own rows under fsdp2, the same ones under tp2, its part of them under cp2."""
-    own = dist.get_rank() if axis == "fsdp2" else 0
+    own, (rows, length) = dist.get_rank() if axis == "fsdp2" else 0, SHAPES[axis]
     generator = torch.Generator().manual_seed(1000 * step + own)
-    tokens = torch.randint(MODEL["vocab_size"], (ROWS, LENGTH), generator=generator)
-    positions = torch.arange(LENGTH).expand(ROWS, LENGTH).contiguous()
+    tokens = torch.randint(MODEL["vocab_size"], (rows, length), generator=generator)
+    positions = torch.arange(length).repeat(rows, 1)
     batch: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "shift_labels": tokens.roll(-1, 1)}
     if axis != "cp2":
         return batch
@@ -195,19 +198,19 @@ class Side:
     def step(self) -> float:
         """The loss of one optimizer step, over all ranks."""
         batch = batch_of(self.axis, self.name, self.dims, self.num_steps)
-        divisor = ROWS * LENGTH * (WORLD if self.axis == "fsdp2" else 1)
-        loss = sum_of(self.model, self.name, batch, lambda loss: (loss / divisor).backward()) / divisor
+        # Stock FSDP2 averages gradients over the ranks, where ours sums them.
+        factor = (WORLD if self.name == "stock" and self.axis != "tp2" else 1) / tokens_of(self.axis)
+        loss = sum_of(self.model, self.name, batch, lambda loss: (loss * factor).backward())
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        return am_mesh.sum_over(self.dims.loss_ranks, loss.item())
+        return am_mesh.sum_over(self.dims.loss_ranks, loss.item()) / tokens_of(self.axis)
 
-    def cpu_seconds(self, num_steps: int) -> float:
-        """Of both processes together."""
+    def cpu_seconds(self) -> float:
+        """Of one step, of both processes together."""
         dist.barrier()
         begin = time.process_time()
-        for _ in range(num_steps):
-            self.step()
+        self.step()
         spent = torch.tensor(time.process_time() - begin, dtype=torch.float64)
         dist.all_reduce(spent)
         return spent.item()
@@ -215,7 +218,7 @@ class Side:
 
 def expected_bytes(axis: str) -> dict[str, int]:
     """What our side sends per rank and step, in float32: n ranks, L layers, R rows of S tokens, D hidden, V ids."""
-    n, layers, tokens = WORLD, MODEL["num_hidden_layers"], ROWS * LENGTH
+    n, layers, tokens = WORLD, MODEL["num_hidden_layers"], math.prod(SHAPES[axis])
     hidden, ids = MODEL["hidden_size"], MODEL["vocab_size"]
     head = hidden // MODEL["num_attention_heads"]
     heads, kv_heads = MODEL["num_attention_heads"], MODEL["num_key_value_heads"]
@@ -257,16 +260,15 @@ def measure(axis: str, rounds: int) -> dict[str, Any]:
     for side in sides:
         with SentBytes(WORLD) as counted:
             batch = batch_of(axis, side.name, dims, side.num_steps)
-            sum_of(side.model, side.name, batch, lambda loss: (loss / (ROWS * LENGTH)).backward())
+            sum_of(side.model, side.name, batch, lambda loss: (loss / tokens_of(axis)).backward())
         side.optimizer.zero_grad()
         sent[side.name] = by_axis(axis, counted)
     if sent["ours"] != expected_bytes(axis):
         raise RuntimeError(f"{axis}: {sent['ours']} bytes were sent, the formula says {expected_bytes(axis)}")
-    tokens = ROWS * LENGTH * STEPS * (WORLD if axis == "fsdp2" else 1)
     speeds: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides if number % 2 else reversed(sides):
-            speeds[side.name].append(tokens / side.cpu_seconds(STEPS))
+            speeds[side.name].append(tokens_of(axis) / side.cpu_seconds())
     return {"losses": losses, "bytes sent per rank and step": sent, "tokens_per_cpu_second": speeds}
 
 
@@ -305,7 +307,7 @@ def cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--axis", nargs="+", default=list(AXES), choices=AXES)
     parser.add_argument("--output", type=Path, default=ROOT / "tools" / "bench" / "results" / "mesh_cpu.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -328,8 +330,7 @@ def main() -> None:
         "ranks": WORLD,
         "threads": 1,
         "model": MODEL,
-        "rows": ROWS,
-        "length": LENGTH,
+        "rows and length": SHAPES,
         "summary": {axis: summarise(result) for axis, result in runs.items()},
         "runs": runs,
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import am_mesh
 from am_testing import run_distributed
@@ -156,7 +157,17 @@ def split(tied: bool, length: int, options: dict[str, Any]) -> dict[str, torch.T
     logits = model(ids)
     (logits * weights).sum().backward()
     assert all(p.grad.placements == p.placements for p in model.parameters())
-    return {"logits": logits.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return {"logits": logits.detach()} | {name: together(p.grad) for name, p in model.named_parameters()}
+
+
+def together(gradient: DTensor) -> torch.Tensor:
+    """The whole of what is sharded over `tp` alone: torch 2.11 has no `full_tensor` of two packed matrices."""
+    placement = gradient.placements[-1]
+    if not isinstance(placement, _StridedShard):
+        return gradient.full_tensor()
+    halves = gradient.to_local().chunk(placement.split_factor, placement.dim)
+    mesh = gradient.device_mesh["tp"]
+    return torch.cat([DTensor.from_local(half, mesh, [Shard(placement.dim)]).full_tensor() for half in halves], 1)
 
 
 @pytest.mark.parametrize(

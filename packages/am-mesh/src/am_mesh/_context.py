@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from am_mesh._collectives import all_gathered, reduce_scattered
+
 Batch = Mapping[str, Any]
 
 
@@ -222,10 +224,9 @@ def _cut_attention(
 ) -> Tensor:
     keys, values = _gathered(k, v, shard)
     out = _begun_documents(self, q, k, v, shard, options)
-    # Every rank takes part in the gradients of the others, whatever it used.
-    out = out + (keys[..., :0].sum() + values[..., :0].sum())
     if not any(piece.continued for piece in shard.pieces):
-        return out
+        # Every rank takes part in the gradients of the others, whatever it used.
+        return out + (keys[..., :0].sum() + values[..., :0].sum())
     window = options["window"]
     parts: list[list[Tensor]] = [[] for _ in range(len(q))]
     for row, first, end, begin, continued, document in shard.pieces:
@@ -242,7 +243,7 @@ def _cut_attention(
             )
             parts[row].append(own[0])
         parts[row].append(out[row, first + continued : end])
-    return torch.stack([torch.cat(row) for row in parts])
+    return torch.cat([part for row in parts for part in row]).unflatten(0, (len(q), -1))
 
 
 def _begun_documents(
@@ -263,7 +264,9 @@ def _gathered(k: Tensor, v: Tensor, shard: SequenceShard) -> tuple[Tensor, Tenso
     own = torch.cat([k, v], dim=-1).permute(2, 0, 1, 3)
     order = None if shard.order is None else shard.order.to(own.device)
     whole = _GatherRows.apply(own, order, shard.mesh.get_group()).permute(1, 2, 0, 3)
-    return whole[..., : k.shape[-1]], whole[..., k.shape[-1] :]
+    # Not two slices: the gradient of each would be as large as both, zeros for the other's part.
+    keys, values = whole.split([k.shape[-1], v.shape[-1]], dim=-1)
+    return keys, values
 
 
 class _GatherRows(torch.autograd.Function):
@@ -271,14 +274,11 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        ctx.order, ctx.group, ctx.rows = order, group, len(x)
-        gathered = x.new_empty(len(x) * dist.get_world_size(group), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        ctx.order, ctx.group = order, group
+        gathered = all_gathered(x, group)
         return gathered if order is None else torch.empty_like(gathered).index_copy_(0, order, gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad = grad.contiguous() if ctx.order is None else grad.index_select(0, ctx.order)
-        own = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad, group=ctx.group)
-        return own, None, None
+        return reduce_scattered(grad, ctx.group), None, None

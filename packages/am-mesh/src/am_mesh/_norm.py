@@ -42,6 +42,9 @@ def grad_norm(parameters: Parameters, norm_type: float = 2.0) -> torch.Tensor:
             operation = dist.ReduceOp.MAX
             # Backends may drop a NaN from a maximum, never an infinity.
             partial = partial.nan_to_num(nan=math.inf, posinf=math.inf)
+        if mesh is not None:
+            # Where the ranks communicate: gradients may have been offloaded to the host.
+            partial = partial.to(mesh.device_type)
         for axis in axes:
             assert mesh is not None
             dist.all_reduce(partial, op=operation, group=mesh.get_group(axis))

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from am_mesh._collectives import all_gathered, all_reduced, reduce_scattered
+
 
 def copy_in(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Whole to whole, unchanged; gradients, of which each rank has a part, are summed."""
@@ -76,20 +78,15 @@ def _own_slice(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _together(x: Tensor, length: int, group: dist.ProcessGroup) -> Tensor:
     """A fresh `[B, length, ...]`: FSDP2 warns of modules that return views."""
-    first = x.transpose(0, 1).contiguous()
-    ranks = dist.get_world_size(group)
-    whole = x.new_empty(x.shape[0], length, *x.shape[2:])
-    in_place = x.shape[0] == 1 and first.shape[0] * ranks == length
-    target = whole.transpose(0, 1) if in_place else first.new_empty(first.shape[0] * ranks, *first.shape[1:])
-    dist.all_gather_into_tensor(target, first, group=group)
-    return whole if in_place else whole.copy_(target[:length].transpose(0, 1))
+    if x.shape[0] == 1 and x.shape[1] * group.size() == length:
+        # As it came: this view counts as none.
+        return torch.ops.aten._unsafe_view(all_gathered(x[0], group), [1, length, *x.shape[2:]])
+    whole = all_gathered(x.transpose(0, 1), group)[:length].transpose(0, 1)
+    return whole.clone(memory_format=torch.contiguous_format)
 
 
 def _summed_slice(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    first = _padded(x, group)
-    own = first.new_empty(first.shape[0] // dist.get_world_size(group), *first.shape[1:])
-    dist.reduce_scatter_tensor(own, first, group=group)
-    return own.transpose(0, 1)
+    return reduce_scattered(_padded(x, group), group).transpose(0, 1)
 
 
 class _CopyIn(torch.autograd.Function):
@@ -109,9 +106,7 @@ class _CopyIn(torch.autograd.Function):
 class _SumOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
+        return all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -127,8 +122,7 @@ class _GatherLast(torch.autograd.Function):
         width = -(-size // ranks)
         ctx.begin = min(dist.get_rank(group) * width, size)
         padded = torch.nn.functional.pad(x, (0, width - x.shape[-1])).contiguous()
-        slices = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(slices, padded, group=group)
+        slices = all_gathered(padded[None], group)
         lengths = [max(min(width, size - rank * width), 0) for rank in range(ranks)]
         return torch.cat([x[..., :length] for x, length in zip(slices, lengths)], -1)
 

@@ -9,12 +9,13 @@ HSDP, 0-d steps) are seen to be the same box and exactly one of their holders wr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import xxhash
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from am_ckpt._boxes import Box, Shape, describe, require_exact_cover, split
@@ -82,6 +83,9 @@ def _segments(tensor: DTensor, what: str) -> list[list[tuple[int, int]]]:
             for axis, placement in enumerate(tensor.placements)
             if not isinstance(placement, Replicate) and _shard_dim(placement, tensor.dim(), what) == dim
         ]
+        if sharded and _is_cut_last(*sharded):
+            # The later axes cut first, however evenly, and what each rank then had was cut again.
+            sharded = [(Shard(0), parts, index) for _, parts, index in reversed(sharded)]
         if any(isinstance(placement, _StridedShard) for placement, _, _ in sharded):
             indices = torch.arange(tensor.shape[dim])
             for placement, parts, index in sharded:
@@ -101,6 +105,13 @@ def _segments(tensor: DTensor, what: str) -> list[list[tuple[int, int]]]:
                 start, size = start + begin, min(chunk, size - begin)
             rows[dim] = [(start, size)]
     return rows
+
+
+def _is_cut_last(first: tuple[Placement, int, int], *later: tuple[Placement, int, int]) -> bool:
+    """Whether the first axis cut what the later ones had left: sharding over tensor parallelism."""
+    plain = all(type(placement) is Shard for placement, _, _ in later)
+    parts = math.prod(parts for _, parts, _ in later)
+    return bool(later) and plain and isinstance(first[0], _StridedShard) and bool(first[0].split_factor == parts)
 
 
 def _shard_dim(placement: object, num_dims: int, what: str) -> int:
