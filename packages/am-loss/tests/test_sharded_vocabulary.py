@@ -132,7 +132,7 @@ def all_cases():
     return [function(True, *arguments, **options) for function, arguments, options in CASES]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_loss_and_gradients_equal_those_of_the_whole_vocabulary(world_size):
     by_rank = run_distributed(all_cases, world_size)
     for index, (function, arguments, options) in enumerate(CASES):
@@ -217,7 +217,7 @@ def test_no_rank_holds_the_logits_or_the_head(distil):
 def refusals():
     two = init_device_mesh("cpu", (1, 2))
     hidden, weight, bias = drawn((2, 12, 6), (31, 6), (31,), dtype=torch.float32, grad=True)
-    labels = labels_for(31)
+    labels, row = labels_for(31), torch.arange(6)
     mesh, sharded = init_device_mesh("cpu", (2,)), cut(weight)
     head, teacher = am_loss.linear_cross_entropy, {"teacher_hidden": hidden.detach(), "teacher_weight": sharded}
     replicated = distribute_tensor(hidden.detach(), mesh, [Replicate()])
@@ -230,6 +230,8 @@ def refusals():
         lambda: head(hidden, sharded, labels.roll(dist.get_rank())),
         lambda: head(hidden, sharded, labels.where(labels < 20 + 5 * dist.get_rank(), -100)),
         lambda: head(hidden, sharded, labels + 31),
+        # Of 16 and 15 ids: without their whole shape each rank takes its own size times two for it.
+        lambda: am_loss.cross_entropy(DTensor.from_local(weight[: 16 - dist.get_rank()].t(), mesh, [Shard(1)]), row),
         lambda: am_loss.linear_distillation(hidden, weight, labels, **teacher),
         lambda: am_loss.chunked(
             am_loss.Head(hidden, sharded), {"shift_labels": labels}, lambda logits, _: logits.sum()
@@ -254,6 +256,7 @@ def test_what_cannot_be_is_refused_with_its_name():
         "the ranks [0, 1] hold parts of one vocabulary and have different labels, [16, 16] targets",
         "have different labels, [10, 12] targets",
         "is outside [0, 31)",
+        "the ranks [0, 1] hold parts of vocabularies of [32, 30] ids, which must be one size; cut the whole with",
         "weight is whole on each rank and teacher_weight is cut over the ranks [0, 1]",
         "weight is a DTensor, and a loss of your own sees whole rows of logits; pass a plain tensor",
         "cannot be differentiated twice",

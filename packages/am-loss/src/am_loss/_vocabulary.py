@@ -116,19 +116,30 @@ def check_same_ranks(names: tuple[str, str], first: Vocabulary, second: Vocabula
 
 
 def check_same_labels(labels: Tensor, num_targets: int, vocabulary: Vocabulary) -> None:
-    """Raise `ValueError` unless every rank that holds a part of the vocabulary has the same `labels [T]`."""
+    """Raise `ValueError` unless every rank that holds a part of the vocabulary has the same `labels [T]` and its size.
+
+    The sizes differ where a DTensor was made of uneven parts by `DTensor.from_local` without their whole shape.
+    """
     if vocabulary.group is None:
         return
     places = torch.arange(1, labels.numel() + 1, device=labels.device)
     # Products wrap around: this is a checksum.
-    mine = torch.stack([places.new_tensor(num_targets), ((labels + 1) * places).sum()])
+    mine = torch.stack(
+        [places.new_tensor(vocabulary.size), places.new_tensor(num_targets), ((labels + 1) * places).sum()]
+    )
     of_ranks = vocabulary.gather(mine)
-    if not torch.equal(of_ranks, mine.expand_as(of_ranks)):
+    if torch.equal(of_ranks, mine.expand_as(of_ranks)):
+        return
+    ranks, sizes = dist.get_process_group_ranks(vocabulary.group), of_ranks[:, 0].tolist()
+    if len(set(sizes)) > 1:
         raise ValueError(
-            f"the ranks {dist.get_process_group_ranks(vocabulary.group)} hold parts of one vocabulary and have "
-            f"different labels, {of_ranks[:, 0].tolist()} targets; give all ranks of a tensor-parallel mesh the same "
-            "rows"
+            f"the ranks {ranks} hold parts of vocabularies of {sizes} ids, which must be one size; cut the whole with "
+            "torch.distributed.tensor.distribute_tensor, or give DTensor.from_local its shape and stride"
         )
+    raise ValueError(
+        f"the ranks {ranks} hold parts of one vocabulary and have different labels, {of_ranks[:, 1].tolist()} targets; "
+        "give all ranks of a tensor-parallel mesh the same rows"
+    )
 
 
 def rows_for(rows: Tensor, held: Vocabulary, wanted: Vocabulary, most: int) -> Tensor:
