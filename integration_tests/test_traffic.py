@@ -22,7 +22,7 @@ ALL_REDUCE, OTHERS = 2 * (RANKS - 1) / RANKS, (RANKS - 1) / RANKS
 FSDP = OTHERS * 4 * (3 * LAYERS * LAYER + 2 * ROOT)
 CONTEXT = OTHERS * 4 * 2 * LAYERS * TOKENS * KV_HEADS * 2 * HEAD
 # Hidden states, forward and backward; then what the loss needs of the ranks.
-TENSOR = ALL_REDUCE * 4 * ((4 * LAYERS + 2) * TOKENS * HIDDEN + 1) + (RANKS - 1) * (8 * TOKENS + 16)
+TENSOR = ALL_REDUCE * 4 * ((4 * LAYERS + 2) * TOKENS * HIDDEN + 1) + (RANKS - 1) * (8 * TOKENS + 24)
 
 
 def sent_in_a_step(axis, recompute):
@@ -57,9 +57,9 @@ def sent_in_a_step(axis, recompute):
         ("cp", "none", (FSDP + CONTEXT, FSDP)),
         # Keys and values are gathered once more.
         ("cp", "full", (FSDP + CONTEXT * 1.5, FSDP)),
-        ("tp", "none", (TENSOR, (RANKS - 1) * (8 * TOKENS + 16))),
+        ("tp", "none", (TENSOR, (RANKS - 1) * (8 * TOKENS + 24))),
         # So is what attention gives; the MLP's sum, the last of a layer, nobody needs twice.
-        ("tp", "full", (TENSOR + ALL_REDUCE * 4 * LAYERS * TOKENS * HIDDEN, (RANKS - 1) * (8 * TOKENS + 16))),
+        ("tp", "full", (TENSOR + ALL_REDUCE * 4 * LAYERS * TOKENS * HIDDEN, (RANKS - 1) * (8 * TOKENS + 24))),
     ],
 )
 def test_bytes_of_a_step_are_those_of_the_formula(axis, recompute, expected):

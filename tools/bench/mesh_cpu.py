@@ -226,8 +226,8 @@ def expected_bytes(axis: str) -> dict[str, int]:
         # Forward: after the embedding, and after attention and MLP of a layer; backward: before those two; and before
         # the head. The sum of the loss is one number.
         reduced = (4 * layers + 1) * tokens * hidden + tokens * hidden + 1
-        # Two numbers per token of the softmax, and a checksum of the labels: two int64.
-        return {"tp": round(2 * (n - 1) / n * 4 * reduced) + (n - 1) * (2 * 4 * tokens + 16)}
+        # Two numbers per token of the softmax, and a checksum of vocabulary and labels: three int64.
+        return {"tp": round(2 * (n - 1) / n * 4 * reduced) + (n - 1) * (2 * 4 * tokens + 24)}
     layer = (
         hidden * head * (heads + 2 * kv_heads) + hidden * hidden + 3 * hidden * MODEL["intermediate_size"] + 2 * hidden
     )
